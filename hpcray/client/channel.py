@@ -1,0 +1,129 @@
+"""One end of a client-node channel: batches of messages over a SEQPACKET socket.
+
+    sending    messages are appended to `outbox`; `flush` encodes them into datagrams
+    receiving  `receive` hands every message of one datagram, with its descriptors, to `dispatch`
+
+Knows nothing of objects or tasks, and takes no lock: the client does.
+
+A channel never sticks: when the socket is full, `flush` reads what has come in while it waits
+(two parties that only send stop each other after 432 KiB).
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import select
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from hpcray.protocol import messages
+
+_RECEIVE_BYTES = 512 * 1024
+_MAX_DESCRIPTORS = 64
+_ANCILLARY_BYTES = socket.CMSG_SPACE(_MAX_DESCRIPTORS * 4)
+
+
+class ChannelClosed(Exception):
+    """The node hung up."""
+
+
+def split_batch(batch: list[Any], encoded: bytes) -> list[bytes]:
+    """Datagrams of at most DATAGRAM_MAX_BYTES for a batch whose one encoding is too large."""
+    if len(encoded) <= messages.DATAGRAM_MAX_BYTES or len(batch) == 1:
+        return [encoded]
+    middle = len(batch) // 2
+    first, second = batch[:middle], batch[middle:]
+    return split_batch(first, messages.encode(first)) + split_batch(
+        second, messages.encode(second)
+    )
+
+
+class Channel:
+    def __init__(self, sock: socket.socket) -> None:
+        self.socket = sock
+        self.outbox: list[Any] = []
+        self._buffer = bytearray(_RECEIVE_BYTES)
+        self._view = memoryview(self._buffer)
+        self._decode = messages.decode_to_client
+        self.closed = False
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.SOL_SOCKET, option, 4 * 1024 * 1024)
+
+    def flush(self, dispatch: Callable[[Any, list[int]], None]) -> None:
+        """Send everything queued.
+
+        Raises:
+          ChannelClosed: the node is gone; what was queued is lost.
+        """
+        batch = self.outbox
+        if not batch:
+            return
+        self.outbox = []
+        encoded = messages.encode(batch)
+        if len(encoded) <= messages.DATAGRAM_MAX_BYTES:
+            self._send(encoded, dispatch)
+        else:
+            for datagram in split_batch(batch, encoded):
+                self._send(datagram, dispatch)
+
+    def _send(self, datagram: bytes, dispatch: Callable[[Any, list[int]], None]) -> None:
+        while True:
+            try:
+                self.socket.send(datagram, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                return
+            except BlockingIOError:
+                poller = select.poll()
+                poller.register(self.socket, select.POLLOUT | select.POLLIN)
+                poller.poll(1000)
+                while self.receive(dispatch, wait=False):
+                    pass
+            except OSError as error:
+                self.closed = True
+                raise ChannelClosed(str(error)) from None
+
+    def receive(self, dispatch: Callable[[Any, list[int]], None], *, wait: bool) -> bool:
+        """Handle one datagram; False if there was none (only without `wait`).
+
+        Raises:
+          ChannelClosed: the node is gone.
+        """
+        read = self.read(wait=wait)
+        if read is None:
+            return False
+        batch, descriptors = read
+        for message in batch:
+            dispatch(message, descriptors)
+        return True
+
+    def read(self, *, wait: bool) -> tuple[list[Any], list[int]] | None:
+        """One datagram, decoded, with its descriptors (in the order of the messages that take them).
+
+        Safe to call without the client's lock by the one thread that reads: the buffer is its own
+        until `decode` has copied everything out.
+        """
+        try:
+            nbytes, ancillary, _, _ = self.socket.recvmsg_into(
+                [self._view], _ANCILLARY_BYTES,
+                socket.MSG_CMSG_CLOEXEC if wait
+                else socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            self.closed = True
+            raise ChannelClosed(str(error)) from None
+        if nbytes == 0:
+            self.closed = True
+            raise ChannelClosed("the node closed the connection")
+        descriptors: list[int] = []
+        for _level, _kind, data in ancillary:
+            received = array.array("i")
+            received.frombytes(data[: len(data) - len(data) % 4])
+            descriptors.extend(received)
+        return self._decode(self._view[:nbytes]), descriptors
+
+    def close(self) -> None:
+        self.closed = True
+        self.socket.close()

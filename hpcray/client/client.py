@@ -1,0 +1,826 @@
+"""The client of a node: submit, get, wait, put, and the references this process holds.
+
+    user threads                    helper thread (drivers always, workers once they submit)
+      submit/put --> outbox           flushes what lingers (1 ms), reads while nobody waits,
+      get/wait   --> one of them      completes futures
+                     reads for all
+
+One lock guards everything here; the socket is read by one thread at a time, without the lock.
+A thread that waits reads the socket itself when nobody else does (13 us a round trip; 69 us
+through a reader thread), and hands out what it gets.
+
+Order on the channel is what makes reference counts right: new holds leave before whatever
+relies on them, drops leave last.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from hpcray import exceptions
+from hpcray.client import references, serialization
+from hpcray.client.channel import Channel, ChannelClosed
+from hpcray.client.helper import Helper
+from hpcray.client.memory import ClientMemory
+from hpcray.client.references import LOCAL, READY, ObjectRef, ReferenceTable
+from hpcray.protocol import ids, messages, values
+from hpcray.protocol.messages import (
+    CancelTask, DefineFunction, DefineTemplate, Drop, Get, Hold, JobEnded, Output, PinForJob,
+    PutInline, PutLocated, Ready, Released, Reply, Request, SegmentClosed, SegmentDenied,
+    SegmentGrant, SegmentOpened, SegmentReclaim, SubmitCall, SubmitTask, Template, TemplateIs,
+    Value, ValueAt, Watch, Welcome,
+)
+
+# A datagram of this many messages is long enough to amortise its system call.
+_BATCH_MESSAGES = 48
+# Ids of one Get or Watch: 4,000 x 28 B stay below the datagram limit.
+_IDS_PER_MESSAGE = 4000
+# Submissions further apart than this leave at once; closer ones are gathered.
+_LINGER_S = 0.0005
+
+
+class Waiter:
+    """A thread (or future) waiting for `remaining` things."""
+
+    __slots__ = ("remaining", "result")
+
+    def __init__(self, remaining: int) -> None:
+        self.remaining = remaining
+        self.result: Any = None
+
+
+class Client:
+    """See the module. Made once per process by `init` or the worker's start."""
+
+    def __init__(self, sock: Any, *, is_driver: bool) -> None:
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._reading = False
+        self.last_read_s = 0.0
+        self._last_flush_s = 0.0
+        self._channel = Channel(sock)
+        self._refs = ReferenceTable()
+        self.memory = ClientMemory(self)
+        self._asked: set[bytes] = set()
+        self._watched: set[bytes] = set()
+        self._waiters: dict[bytes, Any] = {}  # id -> Waiter or list of Waiters, for values
+        self._ready_waiters: dict[bytes, Any] = {}
+        self._replies: dict[int, Waiter] = {}
+        self._request_count = 0
+        self._futures: dict[bytes, list[tuple[ObjectRef[Any], Future[Any]]]] = {}
+        self._ready_futures: deque[tuple[ObjectRef[Any], Future[Any]]] = deque()
+        self._defined: set[bytes] = set()
+        self._templates: dict[bytes, Waiter] = {}
+        self._lost: str | None = None
+        self._helper = Helper(self)
+        self._pid = os.getpid()
+        self.is_driver = is_driver
+        self.on_output: Callable[[Sequence[str]], None] = lambda lines: None
+        self.on_lost: Callable[[str], None] = lambda reason: None
+        self.on_cancel: Callable[[bytes], None] = lambda task: None
+        # A worker gives its CPU back around a wait; set by worker/main.
+        self.before_wait: Callable[[], bool] | None = None
+        self.after_wait: Callable[[], None] | None = None
+        # Set by Welcome.
+        self.job_id = b""
+        self.rank = 0
+        self.size = 1
+        self.number = 0
+        self.session: dict[str, Any] = {}
+        self._tail = b""
+        self._welcome = Waiter(1)
+        self._ended = Waiter(1)
+        # Child ids: a prefix per running task and one counter per process.
+        self._task: tuple[bytes, int, bytes] = (b"", 0, b"")
+        self._task_prefix = b""
+        self._counter = 0
+
+    # --- connection ------------------------------------------------------------------------------
+
+    def start(self, timeout_s: float, config: dict[str, Any] | None = None) -> None:
+        """Introduce this process and wait for the node's welcome.
+
+        Raises:
+          LaunchError: no welcome in time, or the node went away.
+        """
+        with self._lock:
+            self._channel.outbox.append(messages.Hello(os.getpid(), config))
+            try:
+                self._flush()
+                done = self._wait(self._welcome, time.monotonic() + timeout_s)
+            except exceptions.RaySystemError as error:
+                raise exceptions.LaunchError(f"the node could not start: {error}") from None
+        if not done:
+            raise exceptions.LaunchError(
+                f"the node did not become ready within {timeout_s:g} s "
+                "(HPCRAY_START_TIMEOUT_S); did every rank of the launch arrive?"
+            )
+
+    def begin_task(self, task: bytes, attempt: int, salt: bytes = b"") -> None:
+        """Child ids from now on descend from this task; hashed when the first child comes."""
+        self._task = (task, attempt, salt)
+        self._task_prefix = b""
+
+    @property
+    def task_prefix(self) -> bytes:
+        if not self._task_prefix:
+            self._task_prefix = ids.task_prefix(*self._task)
+        return self._task_prefix
+
+    def close(self) -> None:
+        """Hang up. Pending waits in other threads end with an error."""
+        self._helper.stop()
+        with self._lock:
+            if self._lost is None:
+                self._lost = "hpcray was shut down"
+            self._channel.close()
+            self._changed.notify_all()
+        self.memory.close()
+
+    def end_job(self, status: int, *, park: bool, timeout_s: float) -> bool:
+        """Tell the node that the driver is done and wait until the job is gone."""
+        with self._lock:
+            if self._lost is not None:
+                return False
+            self._channel.outbox.append(messages.EndJob(status, park))
+            try:
+                self._flush()
+                return self._wait(self._ended, time.monotonic() + timeout_s)
+            except exceptions.RaySystemError:
+                return False
+
+    @property
+    def lost(self) -> str | None:
+        return self._lost
+
+    # --- submitting -------------------------------------------------------------------------------
+
+    def define(self, template: Template, function: Callable[[], DefineFunction] | None) -> None:
+        """Make the node know the template (and, before it, its function)."""
+        with self._lock:
+            if template.template_id in self._defined:
+                return
+            if function is not None and template.function_id not in self._defined:
+                message = function()
+                self._defined.add(template.function_id)
+                self._channel.outbox.append(message)
+            self._defined.add(template.template_id)
+            self._channel.outbox.append(DefineTemplate(template))
+
+    def is_defined(self, id_: bytes) -> bool:
+        return id_ in self._defined
+
+    def new_actor_id(self) -> bytes:
+        with self._lock:
+            self._counter += 1
+            return ids.actor_id(self.task_prefix, self._counter, self._tail)
+
+    def submit(
+        self, template_id: bytes, args: bytes, refs: bytes, dep_count: int, return_count: int,
+        actor: bytes = b"",
+    ) -> list[ObjectRef[Any]]:
+        """Send a task (or, with `actor`, a method call); the refs of its returns."""
+        lock = self._lock
+        lock.acquire()
+        try:
+            if self._lost is not None:
+                self._raise_lost()
+            self._counter = counter = self._counter + 1
+            prefix = self._task_prefix or self.task_prefix
+            task = prefix + counter.to_bytes(4, "little") + self._tail
+            outbox = self._channel.outbox
+            if self._refs.new_holds:
+                self._send_holds(outbox)
+            if actor:
+                outbox.append(SubmitCall(task, template_id, actor, args, refs, dep_count))
+            else:
+                outbox.append(SubmitTask(task, template_id, args, refs, dep_count))
+            if return_count == 1:
+                result = [self._refs.fresh(task + ids.FIRST_RETURN)]
+            else:
+                fresh = self._refs.fresh
+                result = [fresh(ids.return_id(task, index)) for index in range(return_count)]
+            self._linger(len(args) > 16_384)
+            return result
+        finally:
+            lock.release()
+
+    def create_actor(self, message: messages.CreateActor) -> ObjectRef[Any]:
+        with self._lock:
+            self._check()
+            self._send_holds(self._channel.outbox)
+            self._channel.outbox.append(message)
+            ref = self._refs.fresh(ids.creation_object_id(message.actor_id))
+            self._linger(False)
+            return ref
+
+    def _linger(self, large: bool) -> None:
+        """Send now if the channel was quiet or enough has gathered; else soon (helper)."""
+        outbox = self._channel.outbox
+        now = time.monotonic()
+        if large or len(outbox) >= _BATCH_MESSAGES or now - self._last_flush_s > _LINGER_S:
+            self._flush()
+        else:
+            self._helper.arm()
+
+    def pack_arguments(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[bytes, bytes, int, Any]:
+        """(args, refs, dep_count, keep): `keep` must live until the task is submitted.
+
+        Top-level refs become placeholders and dependencies; refs nested deeper pass through.
+        """
+        if not args and not kwargs:
+            return messages.NO_ARGS, b"", 0, None
+        deps: list[bytes] = []
+        keep: list[Any] = []
+        if any(type(a) is ObjectRef for a in args):
+            args = tuple(self._place(a, deps, keep) if type(a) is ObjectRef else a for a in args)
+        if kwargs and any(type(a) is ObjectRef for a in kwargs.values()):
+            kwargs = {
+                key: self._place(a, deps, keep) if type(a) is ObjectRef else a
+                for key, a in kwargs.items()
+            }
+        serialized = serialization.serialize((args, kwargs))
+        count = len(deps)
+        if serialized.nbytes <= values.INLINE_MAX_BYTES:
+            packed = values.pack(serialized.pickled, serialized.buffers)
+            refs = deps + serialized.contained if serialized.contained else deps
+            return packed, b"".join(refs), count, keep
+        # Too large for a message: the arguments become an object, the first dependency.
+        ref = self.put_serialized(serialized)
+        keep.append(ref)
+        return messages.ARGS_IN_DEP, b"".join([ref._id, *deps]), count + 1, keep
+
+    @staticmethod
+    def _place(ref: ObjectRef[Any], deps: list[bytes], keep: list[Any]) -> Placeholder:
+        deps.append(ref._id)
+        keep.append(ref)
+        return Placeholder(len(deps) - 1)
+
+    # --- objects ----------------------------------------------------------------------------------
+
+    def put(self, value: Any) -> ObjectRef[Any]:
+        return self.put_serialized(serialization.serialize(value))
+
+    def put_serialized(self, serialized: serialization.Serialized) -> ObjectRef[Any]:
+        pickled, buffers, contained = serialized
+        if serialized.nbytes <= values.INLINE_MAX_BYTES:
+            packed = values.pack(pickled, buffers)
+            with self._lock:
+                self._check()
+                ref = self._fresh_put()
+                ref._value = packed
+                ref._ready = LOCAL
+                outbox = self._channel.outbox
+                if contained:
+                    self._send_holds(outbox)
+                outbox.append(PutInline(ref._id, packed, b"".join(contained)))
+                self._linger(len(packed) > 16_384)
+            return ref
+        location = self.memory.write(serialized)
+        with self._lock:
+            self._check()
+            ref = self._fresh_put()
+            ref._ready = LOCAL
+            self._send_holds(self._channel.outbox)
+            self._channel.outbox.append(PutLocated(ref._id, location, b"".join(contained)))
+            self._linger(True)
+        return ref
+
+    def _fresh_put(self) -> ObjectRef[Any]:
+        self._counter += 1
+        task = ids.task_id(self.task_prefix, self._counter, self._tail)
+        return self._refs.fresh(task + ids.PUT_INDEX)
+
+    def intern(self, object_id: bytes) -> ObjectRef[Any]:
+        """The ref of an object met in a value being unpickled."""
+        with self._lock:
+            return self._refs.intern(object_id)
+
+    def intern_unlocked(self, object_id: bytes) -> ObjectRef[Any]:
+        return self._refs.intern(object_id)
+
+    def pin_for_job(self, object_id: bytes) -> None:
+        with self._lock:
+            self._channel.outbox.append(PinForJob(object_id))
+            self._linger(False)
+
+    def get(self, refs: Sequence[ObjectRef[Any]], timeout_s: float | None) -> list[Any]:
+        """The values, in order.
+
+        Raises:
+          GetTimeoutError: not all were there in time.
+          the exception of the first ref, in order, whose value is an error.
+        """
+        if timeout_s is None and len(refs) == 1:
+            value = refs[0]._value
+            if value is not None:  # known already: no lock, no message
+                return [self._open(value)]
+        data = self.get_packed(refs, timeout_s)
+        return [self._open(item) for item in data]
+
+    @staticmethod
+    def _open(data: Any) -> Any:
+        value = serialization.deserialize(data)
+        if data[0] >= values.ERROR:
+            raise value
+        return value
+
+    def get_packed(self, refs: Sequence[ObjectRef[Any]], timeout_s: float | None) -> list[Any]:
+        """The packed values: `bytes`, or pinned arrays over shared memory."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        result: list[Any] = [ref._value for ref in refs]
+        while True:
+            missing = [i for i, item in enumerate(result) if item is None]
+            if not missing:
+                return result
+            with self._lock:
+                absent: dict[bytes, None] = {}
+                for i in missing:
+                    ref = refs[i]
+                    item = ref._value
+                    if item is None:
+                        item = self.memory.live_view(ref)
+                    if item is None and not self.memory.has_arrived(ref._id):
+                        absent[ref._id] = None
+                    result[i] = item
+                if absent:
+                    if not self._get_absent(list(absent), deadline):
+                        raise exceptions.GetTimeoutError(
+                            f"get timed out after {timeout_s:g} s: {len(absent)} of {len(refs)} "
+                            "objects were not there when the wait began and some still are not"
+                        )
+                    for i in missing:
+                        if result[i] is None:
+                            result[i] = refs[i]._value
+            for i in missing:
+                if result[i] is None:
+                    # Outside the lock: opening a segment may take a round trip.
+                    result[i] = self.memory.open_arrived(refs[i])
+
+    def _get_absent(self, absent: list[bytes], deadline: float | None) -> bool:
+        waiter = Waiter(len(absent))
+        asked = self._asked
+        ask = [id_ for id_ in absent if id_ not in asked]
+        asked.update(ask)
+        self._ask(Get, ask)
+        return self._await_ids(self._waiters, absent, waiter, deadline)
+
+    def _ask(self, message: Callable[..., Any], ask: list[bytes], *rest: Any) -> None:
+        outbox = self._channel.outbox
+        self._send_holds(outbox)
+        for start in range(0, len(ask), _IDS_PER_MESSAGE):
+            outbox.append(message(b"".join(ask[start : start + _IDS_PER_MESSAGE]), *rest))
+
+    def _await_ids(
+        self, table: dict[bytes, Any], absent: list[bytes], waiter: Waiter, deadline: float | None
+    ) -> bool:
+        for id_ in absent:
+            other = table.get(id_)
+            if other is None:
+                table[id_] = waiter
+            elif type(other) is list:
+                other.append(waiter)
+            else:
+                table[id_] = [other, waiter]
+        try:
+            self._flush()
+            return self._wait(waiter, deadline)
+        finally:
+            if waiter.remaining > 0:  # timed out, interrupted or lost: forget the rest
+                for id_ in absent:
+                    other = table.get(id_)
+                    if other is waiter:
+                        del table[id_]
+                    elif type(other) is list and waiter in other:
+                        other.remove(waiter)
+
+    def wait(
+        self, refs: list[ObjectRef[Any]], count: int, timeout_s: float | None, fetch: bool
+    ) -> tuple[list[ObjectRef[Any]], list[ObjectRef[Any]]]:
+        """Split `refs` into at most `count` ready ones and the rest, both in the given order."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        level = LOCAL if fetch else READY
+        ready = self._first_ready(refs, count, level)
+        if len(ready) < count:
+            with self._lock:
+                watched = self._watched
+                ask = [r._id for r in refs if r._ready < level and r._id not in watched]
+                if ask:
+                    watched.update(ask)
+                    self._ask(Watch, ask, fetch)
+                absent = [r._id for r in refs if r._ready < level]
+                waiter = Waiter(count - (len(refs) - len(absent)))
+                if waiter.remaining > 0:
+                    self._await_ids(self._ready_waiters, absent, waiter, deadline)
+                    # Those not needed stay watched: the next wait finds them ready for free.
+                    self._forget_waiter(self._ready_waiters, absent, waiter)
+            ready = self._first_ready(refs, count, level)
+        if not ready:
+            return [], list(refs)
+        if len(ready) == 1:
+            index = ready[0]
+            return [refs[index]], refs[:index] + refs[index + 1 :]
+        chosen = set(ready)
+        return (
+            [refs[i] for i in ready],
+            [ref for i, ref in enumerate(refs) if i not in chosen],
+        )
+
+    @staticmethod
+    def _first_ready(refs: list[ObjectRef[Any]], count: int, level: int) -> list[int]:
+        found = []
+        for index, ref in enumerate(refs):
+            if ref._ready >= level:
+                found.append(index)
+                if len(found) == count:
+                    break
+        return found
+
+    @staticmethod
+    def _forget_waiter(table: dict[bytes, Any], absent: list[bytes], waiter: Waiter) -> None:
+        for id_ in absent:
+            other = table.get(id_)
+            if other is waiter:
+                del table[id_]
+            elif type(other) is list and waiter in other:
+                other.remove(waiter)
+
+    def future(self, ref: ObjectRef[Any]) -> Future[Any]:
+        """A future completed by the helper thread."""
+        future: Future[Any] = Future()
+        future.set_running_or_notify_cancel()
+        with self._lock:
+            self._check()
+            self._helper.start()
+            if ref._value is not None:
+                self._ready_futures.append((ref, future))
+            else:
+                self._futures.setdefault(ref._id, []).append((ref, future))
+                if ref._id not in self._asked:
+                    self._asked.add(ref._id)
+                    self._ask(Get, [ref._id])
+                self._flush()
+        self._helper.wake()
+        return future
+
+    def complete_futures(self) -> None:
+        """By the helper thread, without the lock: user callbacks run here."""
+        while self._ready_futures:
+            ref, future = self._ready_futures.popleft()
+            try:
+                future.set_result(self.get([ref], None)[0])
+            except BaseException as error:
+                future.set_exception(error)
+
+    # --- the slow path ------------------------------------------------------------------------------
+
+    def request(self, name: str, arguments: Any = None, timeout_s: float | None = None) -> Any:
+        """Ask the node something rare; the reply or its error."""
+        with self._lock:
+            self._check()
+            self._request_count += 1
+            number = self._request_count
+            waiter = self._replies[number] = Waiter(1)
+            self._send_holds(self._channel.outbox)
+            self._channel.outbox.append(Request(number, name, arguments))
+            self._flush()
+            deadline = None if timeout_s is None else time.monotonic() + timeout_s
+            try:
+                if not self._wait(waiter, deadline):
+                    raise exceptions.GetTimeoutError(f"no answer to {name!r} in {timeout_s} s")
+            finally:
+                self._replies.pop(number, None)
+        reply: Reply = waiter.result
+        if reply.error is not None:
+            raise serialization.failure_to_exception(reply.error)
+        return reply.result
+
+    def notify(self, message: Any) -> None:
+        """Queue a one-way message and send it now."""
+        with self._lock:
+            self._check()
+            self._send_holds(self._channel.outbox)
+            self._channel.outbox.append(message)
+            self._flush()
+
+    def exchange(self, message: Any, slot: Waiter) -> Any:
+        """Send a message whose answer `_dispatch` puts into `slot`; the answer."""
+        with self._lock:
+            self._check()
+            self._channel.outbox.append(message)
+            self._flush()
+            self._wait(slot, None, giving_back=False)
+        return slot.result
+
+    def fetch_template(self, template_id: bytes, home: int) -> TemplateIs:
+        """What a template id stands for (a worker meets it for the first time)."""
+        waiter = self._templates.setdefault(template_id, Waiter(1))
+        answer: TemplateIs = self.exchange(messages.FetchTemplate(template_id, home), waiter)
+        self._templates.pop(template_id, None)
+        return answer
+
+    # --- reporting (workers) ------------------------------------------------------------------------
+
+    def report(self, message: Any) -> None:
+        """Queue a task's outcome; `flush` sends it."""
+        with self._lock:
+            outbox = self._channel.outbox
+            if self._refs.new_holds:
+                self._send_holds(outbox)
+            outbox.append(message)
+
+    def flush(self) -> None:
+        with self._lock:
+            self._flush()
+
+    def flush_lingering(self) -> bool:
+        """By the helper: send what has waited; whether there was anything."""
+        with self._lock:
+            if self._lost is not None:
+                return False
+            if self._channel.outbox or self._refs.pending_drops() or self.memory.pending_unpins():
+                self._flush()
+                return True
+            return False
+
+    # --- inside, with the lock held -------------------------------------------------------------------
+
+    def _check(self) -> None:
+        if self._lost is not None:
+            self._raise_lost()
+        if os.getpid() != self._pid:
+            raise RuntimeError(
+                "this process was forked from an hpcray process and has no connection of its own; "
+                "call hpcray functions from the parent only"
+            )
+
+    def _raise_lost(self) -> None:
+        raise exceptions.RaySystemError(f"the connection to the node is gone: {self._lost}")
+
+    def _send_holds(self, outbox: list[Any]) -> None:
+        holds = self._refs.new_holds
+        if holds:
+            found = list(holds)
+            holds.clear()
+            for start in range(0, len(found), _IDS_PER_MESSAGE):
+                outbox.append(Hold(b"".join(found[start : start + _IDS_PER_MESSAGE])))
+
+    def _flush(self) -> None:
+        channel = self._channel
+        outbox = channel.outbox
+        refs = self._refs
+        # Drained before new holds are told: a ref that came and went is never mentioned.
+        dropped = refs.drain() if refs.pending_drops() else None
+        if refs.new_holds:
+            holds: list[Any] = []
+            self._send_holds(holds)
+            outbox[:0] = holds
+        if dropped:
+            for start in range(0, len(dropped), _IDS_PER_MESSAGE):
+                outbox.append(Drop(b"".join(dropped[start : start + _IDS_PER_MESSAGE])))
+        if self.memory.pending_unpins():
+            self.memory.collect_unpins(outbox)
+        if outbox:
+            try:
+                channel.flush(self._dispatch)
+            except ChannelClosed as closed:
+                self._set_lost(str(closed))
+                self._raise_lost()
+            self._last_flush_s = time.monotonic()
+
+    def _wait(
+        self, waiter: Waiter, deadline: float | None, giving_back: bool = True
+    ) -> bool:
+        """Wait until nothing remains; False at the deadline. The lock is held, but not while asleep.
+
+        Raises:
+          RaySystemError: the node is gone.
+        """
+        gave_back = False
+        channel = self._channel
+        try:
+            while waiter.remaining > 0:
+                if self._lost is not None:
+                    self._raise_lost()
+                remaining_s = None if deadline is None else deadline - time.monotonic()
+                if remaining_s is not None and remaining_s <= 0:
+                    # Whatever lies there already counts: timeout=0 means "look", not "give up".
+                    if not self._reading:
+                        self._read_available()
+                    return waiter.remaining <= 0
+                if giving_back and not gave_back and self.before_wait is not None:
+                    gave_back = self.before_wait()
+                    if gave_back:
+                        self._flush()
+                        continue
+                if self._reading:
+                    self._changed.wait(remaining_s)
+                    continue
+                self._reading = True
+                self._lock.release()
+                read = None
+                try:
+                    if remaining_s is None:
+                        read = channel.read(wait=True)
+                    elif self._helper.poll_socket(channel.socket, remaining_s):
+                        read = channel.read(wait=False)
+                except ChannelClosed as closed:
+                    self._set_lost(str(closed))
+                finally:
+                    self._lock.acquire()
+                    self._reading = False
+                    if read is not None:
+                        batch, descriptors = read
+                        for message in batch:
+                            self._dispatch(message, descriptors)
+                        self.last_read_s = time.monotonic()
+                    self._changed.notify_all()
+            return True
+        finally:
+            if gave_back and self.after_wait is not None:
+                self.after_wait()
+
+    def _read_available(self) -> None:
+        try:
+            while self._channel.receive(self._dispatch, wait=False):
+                self.last_read_s = time.monotonic()
+        except ChannelClosed as closed:
+            self._set_lost(str(closed))
+        self._changed.notify_all()
+
+    def read_idle(self) -> bool:
+        """By the helper: read if nobody else does; whether the helper should keep watching the socket."""
+        with self._lock:
+            if self._reading or self._lost is not None:
+                return False
+            self._read_available()
+            return True
+
+    @property
+    def being_read(self) -> bool:
+        return self._reading or time.monotonic() - self.last_read_s < 0.01
+
+    def _set_lost(self, reason: str) -> None:
+        if self._lost is None:
+            self._lost = reason
+            for futures in self._futures.values():
+                for ref, future in futures:
+                    self._ready_futures.append((ref, future))
+            self._futures.clear()
+            self.on_lost(reason)
+
+    def _dispatch(self, message: Any, descriptors: list[int]) -> None:
+        _HANDLERS[type(message)](self, message, descriptors)
+
+    def _on_value(self, message: Value, _: list[int]) -> None:
+        object_id = message.object_id
+        self._asked.discard(object_id)
+        ref = self._refs.get(object_id)
+        if ref is not None:
+            ref._value = message.value
+            ref._ready = LOCAL
+        self._arrived(object_id)
+
+    def _on_value_at(self, message: ValueAt, _: list[int]) -> None:
+        object_id = message.object_id
+        self._asked.discard(object_id)
+        ref = self._refs.get(object_id)
+        self.memory.arrived(object_id, message.location, wanted=ref is not None)
+        if ref is not None:
+            ref._ready = LOCAL
+        self._arrived(object_id)
+
+    def _arrived(self, object_id: bytes) -> None:
+        waiter = self._waiters.pop(object_id, None)
+        if waiter is not None:
+            _count_down(waiter)
+        if self._futures:
+            futures = self._futures.pop(object_id, None)
+            if futures is not None:
+                self._ready_futures.extend(futures)
+                self._helper.wake()
+
+    def _on_ready(self, message: Ready, _: list[int]) -> None:
+        table = self._refs
+        waiters = self._ready_waiters
+        for object_id in ids.split_ids(message.ids):
+            self._watched.discard(object_id)
+            ref = table.get(object_id)
+            if ref is not None and ref._ready < LOCAL:
+                # Watches of this process ask for one level at a time; READY may be LOCAL already.
+                ref._ready = LOCAL
+            waiter = waiters.pop(object_id, None)
+            if waiter is not None:
+                _count_down(waiter)
+
+    def _on_released(self, message: Released, _: list[int]) -> None:
+        self.memory.released(message.segment, message.offsets)
+
+    def _on_grant(self, message: SegmentGrant, descriptors: list[int]) -> None:
+        self.memory.granted(message.segment, message.nbytes, descriptors.pop(0))
+
+    def _on_denied(self, message: SegmentDenied, _: list[int]) -> None:
+        self.memory.denied(message)
+
+    def _on_opened(self, message: SegmentOpened, descriptors: list[int]) -> None:
+        self.memory.opened(message.segment, message.nbytes, descriptors.pop(0))
+
+    def _on_closed(self, message: SegmentClosed, _: list[int]) -> None:
+        self.memory.closed(message.segment)
+
+    def _on_reclaim(self, _message: SegmentReclaim, _: list[int]) -> None:
+        self.memory.give_back(self._channel.outbox)
+        self._helper.arm()
+
+    def _on_template(self, message: TemplateIs, _: list[int]) -> None:
+        if message.template is not None:
+            waiter = self._templates.get(message.template.template_id)
+            if waiter is not None:
+                waiter.result = message
+                waiter.remaining = 0
+
+    def _on_reply(self, message: Reply, _: list[int]) -> None:
+        waiter = self._replies.get(message.request)
+        if waiter is not None:
+            waiter.result = message
+            waiter.remaining = 0
+
+    def _on_output(self, message: Output, _: list[int]) -> None:
+        self.on_output(message.lines)
+
+    def _on_cancel(self, message: CancelTask, _: list[int]) -> None:
+        self.on_cancel(message.task_id)
+
+    def _on_welcome(self, message: Welcome, _: list[int]) -> None:
+        self.job_id = message.job_id
+        self.rank = message.rank
+        self.size = message.size
+        self.number = message.client
+        self.session = message.session
+        self._tail = ids.id_tail(message.rank, message.job_id)
+        self._welcome.remaining = 0
+
+    def _on_ended(self, _message: JobEnded, _: list[int]) -> None:
+        self._ended.remaining = 0
+
+
+def _count_down(waiter: Any) -> None:
+    if type(waiter) is list:
+        for one in waiter:
+            one.remaining -= 1
+    else:
+        waiter.remaining -= 1
+
+
+_HANDLERS: dict[type, Callable[[Client, Any, list[int]], None]] = {
+    Value: Client._on_value,
+    ValueAt: Client._on_value_at,
+    Ready: Client._on_ready,
+    Released: Client._on_released,
+    SegmentGrant: Client._on_grant,
+    SegmentDenied: Client._on_denied,
+    SegmentOpened: Client._on_opened,
+    SegmentClosed: Client._on_closed,
+    SegmentReclaim: Client._on_reclaim,
+    TemplateIs: Client._on_template,
+    Reply: Client._on_reply,
+    Output: Client._on_output,
+    CancelTask: Client._on_cancel,
+    Welcome: Client._on_welcome,
+    JobEnded: Client._on_ended,
+}
+
+
+class Placeholder:
+    """Stands for the n-th dependency inside packed arguments."""
+
+    __slots__ = ("index",)
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Placeholder, (self.index,))
+
+
+def _after_fork_in_child() -> None:
+    # The child shares the socket but may not use it: its client is dead, its finalisers silent.
+    client = references.client_or_none()
+    if client is not None:
+        client._lost = "this process is a fork"
+        references.set_client(None)
+        references._dropped.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+__all__ = ["Client", "Placeholder", "Waiter", "Iterable", "weakref"]

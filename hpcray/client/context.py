@@ -1,0 +1,44 @@
+"""What this process is running right now: read by `get_runtime_context`, written by the worker.
+
+A context variable, so that each thread and each coroutine of an actor sees its own task. The
+driver has the one below with its driver task id.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class TaskContext:
+    task_id: bytes = b""
+    name: str = ""
+    attempt: int = 0
+    actor_id: bytes = b""
+    # Restarts of the actor before this incarnation.
+    incarnation: int = 0
+    # What it holds, in ten-thousandths of a unit.
+    resources: tuple[tuple[str, int], ...] = ()
+    devices: tuple[int, ...] = ()
+    namespace: str = ""
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+_process_context = TaskContext()
+_context: ContextVar[TaskContext | None] = ContextVar("hpcray_task", default=None)
+
+
+def current() -> TaskContext:
+    return _context.get() or _process_context
+
+
+def set_process_context(context: TaskContext) -> None:
+    """Of the driver, or of a worker's main thread: threads the user starts see it too."""
+    global _process_context
+    _process_context = context
+
+
+def set_context(context: TaskContext | None) -> None:
+    """Of this thread or coroutine only."""
+    _context.set(context)

@@ -1,0 +1,231 @@
+"""Object references of this process.
+
+One `ObjectRef` per id per process, interned, so identity is equality and hash. The node
+is told when the first local ref to an object appears and when the last one goes (DESIGN 3).
+
+Life of an entry in `live`:
+
+    fresh()/intern() --> alive --(last ref dies: __del__ appends to `dropped`)--> dead
+                           ^                                                       |
+                           +------------ intern() of the same id ------------------+--> drained
+
+A finaliser may run at any allocation, in any thread, inside any lock: it only appends to
+a deque. `ReferenceTable.drain` reads it later and skips ids that came to life again.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from hpcray.protocol import ids
+
+if TYPE_CHECKING:
+    from hpcray.client.client import Client
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+_dropped: deque[bytes] = deque()
+_drop = _dropped.append
+
+NOT_READY = 0
+READY = 1  # somewhere
+LOCAL = 2  # on this node
+
+
+class ObjectRef(Generic[T_co]):
+    """A reference to an object: the future result of a task, or a value that was `put`.
+
+    Refs are made by `remote`, `put` and `wait`; users never build them. A ref may be passed to
+    tasks and put inside other objects; the object lives as long as any ref to it, anywhere.
+    """
+
+    __slots__ = ("__weakref__", "_id", "_ready", "_value", "_view")
+
+    _id: bytes
+    _value: bytes | None  # the packed inline value, once known
+    _ready: int
+    _view: weakref.ref[Any] | None  # the pinned array, while one lives
+
+    def __init__(self, *_: object) -> None:
+        raise TypeError("ObjectRef cannot be built directly; f.remote() and put() return them")
+
+    def binary(self) -> bytes:
+        """The 28-byte id."""
+        return self._id
+
+    def hex(self) -> str:
+        return self._id.hex()
+
+    def task_id(self) -> TaskIDView:
+        """The task that makes this object."""
+        return TaskIDView(ids.task_of_object(self._id))
+
+    def job_id(self) -> str:
+        return self._id[20:24].hex()
+
+    def future(self) -> Future[T_co]:
+        """A `concurrent.futures.Future` of the value (or of the task's exception)."""
+        return current_client().future(self)
+
+    def __await__(self) -> Generator[Any, None, T_co]:
+        import asyncio
+
+        return asyncio.wrap_future(self.future()).__await__()
+
+    def as_future(self) -> Any:
+        import asyncio
+
+        return asyncio.wrap_future(self.future())
+
+    def __repr__(self) -> str:
+        return f"ObjectRef({self._id.hex()})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        collected = getattr(_collecting, "ids", None)
+        if collected is None:
+            # Pickled by the user's own means: it leaves our sight, so the object stays for the job.
+            current_client().pin_for_job(self._id)
+        else:
+            collected.append(self._id)
+        return (_load_ref, (self._id,))
+
+    def __copy__(self) -> ObjectRef[T_co]:
+        return self
+
+    def __deepcopy__(self, memo: object) -> ObjectRef[T_co]:
+        return self
+
+    def __del__(self, _drop: Callable[[bytes], None] = _drop) -> None:
+        _drop(self._id)
+
+    def __iter__(self) -> Any:
+        raise TypeError("an ObjectRef cannot be iterated; call get(ref) first")
+
+
+class TaskIDView:
+    """A task id as users see it."""
+
+    __slots__ = ("_id",)
+
+    def __init__(self, id_: bytes) -> None:
+        self._id = id_
+
+    def hex(self) -> str:
+        return self._id.hex()
+
+    def binary(self) -> bytes:
+        return self._id
+
+    def __repr__(self) -> str:
+        return f"TaskID({self.hex()})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TaskIDView) and other._id == self._id
+
+    def __hash__(self) -> int:
+        return hash(self._id)
+
+
+# The ids of refs met by the serialiser running in this thread; absent when none runs.
+_collecting = threading.local()
+
+_new = ObjectRef.__new__
+_ref = weakref.ref
+
+
+class ReferenceTable:
+    """Which refs live in this process, and what the node has not been told yet.
+
+    Not locked: the client calls it with its own lock held.
+    """
+
+    def __init__(self) -> None:
+        self.live: dict[bytes, weakref.ref[ObjectRef[Any]]] = {}
+        # First refs to objects that came from elsewhere: to be told before anything that relies on it.
+        self.new_holds: dict[bytes, None] = {}
+
+    def fresh(self, object_id: bytes) -> ObjectRef[Any]:
+        """The ref of an object this process has just made up; the node learns of it by that message."""
+        ref: ObjectRef[Any] = _new(ObjectRef)
+        ref._id = object_id
+        ref._value = None
+        ref._ready = NOT_READY
+        ref._view = None
+        self.live[object_id] = _ref(ref)
+        return ref
+
+    def intern(self, object_id: bytes) -> ObjectRef[Any]:
+        """The ref of an object met inside a value."""
+        entry = self.live.get(object_id)
+        if entry is not None:
+            ref = entry()
+            if ref is not None:
+                return ref
+            # Dead but not drained: the node still counts it; the entry is simply revived.
+        else:
+            self.new_holds[object_id] = None
+        return self.fresh(object_id)
+
+    def get(self, object_id: bytes) -> ObjectRef[Any] | None:
+        entry = self.live.get(object_id)
+        return None if entry is None else entry()
+
+    def drain(self) -> list[bytes]:
+        """Ids whose last ref is gone and that the node counts."""
+        dropped = _dropped
+        live = self.live
+        holds = self.new_holds
+        gone = []
+        while dropped:
+            object_id = dropped.popleft()
+            entry = live.get(object_id)
+            if entry is None or entry() is not None:
+                continue  # of an earlier session, drained already, or alive again
+            del live[object_id]
+            if object_id in holds:
+                del holds[object_id]  # never told: nothing to take back
+            else:
+                gone.append(object_id)
+        return gone
+
+    @staticmethod
+    def pending_drops() -> int:
+        return len(_dropped)
+
+
+_client: Client | None = None
+_connect: Callable[[], Client] | None = None
+
+
+def set_client(client: Client | None) -> None:
+    global _client
+    _client = client
+
+
+def set_connector(connect: Callable[[], Client]) -> None:
+    """How the first use without `init()` gets its client (the face sets this)."""
+    global _connect
+    _connect = connect
+
+
+def client_or_none() -> Client | None:
+    return _client
+
+
+def current_client() -> Client:
+    """The client of this process; connects on first use, as Ray's implicit `init` does."""
+    if _client is not None:
+        return _client
+    if _connect is None:
+        raise RuntimeError("hpcray is not initialised in this process")
+    return _connect()
+
+
+def _load_ref(object_id: bytes) -> ObjectRef[Any]:
+    return current_client().intern(object_id)

@@ -1,0 +1,181 @@
+"""Python values <-> packed bytes, and errors of either kind -> exceptions to raise.
+
+Pickle protocol 5 with out-of-band buffers, through cloudpickle so that functions and classes of
+`__main__` travel by value. Plain built-in scalars and numeric arrays skip cloudpickle: its
+pickler costs 5-10 us to set up, which small messages feel.
+
+Refs found inside a value are collected while it is pickled (`contained`).
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import cloudpickle
+
+from hpcray import exceptions
+from hpcray.client import references
+from hpcray.protocol import values
+
+_ATOMS = frozenset({int, float, bool, str, bytes, type(None), complex})
+_collecting = references._collecting
+
+
+class Serialized(NamedTuple):
+    """`buffers` alias the value's own memory: copy before the user may change it."""
+
+    pickled: bytes
+    buffers: list[memoryview]
+    contained: list[bytes]
+
+    @property
+    def nbytes(self) -> int:
+        if not self.buffers:
+            return len(self.pickled) + 1
+        return values.packed_size(self.pickled, self.buffers)
+
+
+def _is_plain(value: Any, depth: int = 3) -> bool:
+    """Whether the C pickler alone gives the same result as cloudpickle."""
+    kind = type(value)
+    if kind in _ATOMS:
+        return True
+    if kind is tuple or kind is list:
+        if depth and len(value) <= 16:
+            return all(_is_plain(item, depth - 1) for item in value)
+        return False
+    if kind is dict:
+        if depth and len(value) <= 16:
+            return all(
+                type(key) is str and _is_plain(item, depth - 1) for key, item in value.items()
+            )
+        return False
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and kind is numpy.ndarray and not value.dtype.hasobject
+
+
+_reducers: dict[type, Callable[[Any], Any]] = {}
+
+
+def register_serializer(
+    cls: type, *, serializer: Callable[[Any], Any], deserializer: Callable[[Any], Any]
+) -> None:
+    """Pickle instances of exactly `cls` through the two functions (as `ray.util.register_serializer`)."""
+    _reducers[cls] = lambda value: (_apply, (deserializer, serializer(value)))
+
+
+def deregister_serializer(cls: type) -> None:
+    _reducers.pop(cls, None)
+
+
+def _apply(function: Callable[[Any], Any], value: Any) -> Any:
+    return function(value)
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is untyped
+    def reducer_override(self, obj: Any) -> Any:
+        if _reducers:
+            reduce = _reducers.get(type(obj))
+            if reduce is not None:
+                return reduce(obj)
+        return super().reducer_override(obj)
+
+
+def serialize(value: Any) -> Serialized:
+    """Pickle `value`.
+
+    Raises:
+      TypeError: it cannot be pickled; the cause names the object at fault.
+    """
+    if type(value) in _ATOMS:
+        return Serialized(pickle.dumps(value, 5), [], [])
+    buffers: list[memoryview] = []
+
+    def out_of_band(buffer: pickle.PickleBuffer) -> None:
+        buffers.append(buffer.raw())
+
+    outer = getattr(_collecting, "ids", None)
+    contained: list[bytes] = []
+    _collecting.ids = contained
+    try:
+        if not _reducers and _is_plain(value):
+            pickled = pickle.dumps(value, 5, buffer_callback=out_of_band)
+        else:
+            with io.BytesIO() as file:
+                _Pickler(file, protocol=5, buffer_callback=out_of_band).dump(value)
+                pickled = file.getvalue()
+    finally:
+        _collecting.ids = outer
+    return Serialized(pickled, buffers, contained)
+
+
+def deserialize(data: Any) -> Any:
+    """The value of packed bytes: `bytes`, or a pinned read-only array over shared memory.
+
+    Returns an exception *instance* (see `is_error`) for ERROR and FAILURE values.
+    """
+    tag = data[0]
+    if tag == values.PLAIN:
+        return pickle.loads(memoryview(data)[1:])
+    if tag == values.BUFFERS:
+        pickled, buffers = values.unpack(memoryview(data))
+        return pickle.loads(pickled, buffers=buffers)
+    return load_error(data)
+
+
+def is_error(data: Any) -> bool:
+    return bool(data[0] >= values.ERROR)
+
+
+def dump_error(error: exceptions.TaskError) -> bytes:
+    """An ERROR value. The cause is pickled on its own, so that one that cannot be read (or
+    written) loses only itself and never the text."""
+    cause: bytes = b""
+    if error.cause is not None:
+        outer = getattr(_collecting, "ids", None)
+        _collecting.ids = None
+        try:
+            cause = cloudpickle.dumps(error.cause, protocol=5)
+            if len(cause) > values.INLINE_MAX_BYTES // 2:
+                cause = b""  # an exception that drags data along: its text is what counts
+        except Exception:
+            cause = b""
+        finally:
+            _collecting.ids = outer
+    text = error.traceback_str
+    if len(text) > 32_768:
+        text = text[:16_384] + "\n  ... (shortened) ...\n" + text[-16_384:]
+    fields = (error.function_name, text, cause, error.pid, error.ip, error.rank, error.actor_id)
+    return bytes((values.ERROR,)) + pickle.dumps(fields, 5)
+
+
+def load_error(data: Any) -> BaseException:
+    if data[0] == values.FAILURE:
+        return failure_to_exception(values.unpack_failure(data))
+    name, text, cause_bytes, pid, ip, rank, actor_id = pickle.loads(memoryview(data)[1:])
+    cause = None
+    if cause_bytes:
+        try:
+            cause = pickle.loads(cause_bytes)
+        except Exception as reason:
+            text += f"\n(the exception itself could not be read here: {reason!r})"
+    if cause is not None and not isinstance(cause, BaseException):
+        cause = None
+    error = exceptions.TaskError(name, text, cause, pid, ip, rank, actor_id)
+    return error.as_instanceof_cause()
+
+
+def failure_to_exception(failure: values.Failure) -> BaseException:
+    kind = getattr(exceptions, failure.kind, None) or {
+        "ValueError": ValueError, "TypeError": TypeError, "RuntimeError": RuntimeError,
+    }.get(failure.kind, exceptions.RaySystemError)
+    if issubclass(kind, exceptions.RayActorError):
+        return kind(failure.subject or None, failure.message,  # type: ignore[no-any-return]
+                    actor_init_failed="constructor" in failure.message)
+    if issubclass(kind, (exceptions.TaskCancelledError, exceptions.ObjectLostError)):
+        return kind(failure.subject, failure.message)  # type: ignore[no-any-return]
+    return kind(failure.message)  # type: ignore[no-any-return]

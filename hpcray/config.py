@@ -1,0 +1,283 @@
+"""What `init` was asked for, checked, as one value that travels to every process that needs it.
+
+    arguments of init()  -->  HPCRAY_* environment  -->  defaults       (the first that speaks wins)
+
+Knows nothing of machines: `None` means "find out", and the launcher does. Every mistake is
+reported here, before anything is started, and names the argument or variable at fault.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import msgspec
+
+# Every variable read here, for `hpcray doctor` and the documentation.
+ENVIRONMENT = {
+    "HPCRAY_NUM_CPUS": "CPUs of each node",
+    "HPCRAY_NUM_GPUS": "GPUs of each node",
+    "HPCRAY_OBJECT_STORE_BYTES": "shared memory each node may use for objects",
+    "HPCRAY_MEMORY_BYTES": "the `memory` resource of each node",
+    "HPCRAY_NAMESPACE": "namespace of named actors",
+    "HPCRAY_LOG_TO_DRIVER": "0: what workers print does not reach the driver's terminal",
+    "HPCRAY_PRELOAD": "modules the zygote imports before it forks workers, separated by commas",
+    "HPCRAY_NODE_TIMEOUT_S": "silence after which a node is declared dead",
+    "HPCRAY_REDIS_URL": "an existing control store instead of our own",
+    "HPCRAY_START_TIMEOUT_S": "how long the start may take",
+}
+
+
+class InitConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Plain data: JSON and msgpack carry it. Amounts are per node; None: detected there."""
+
+    num_cpus: float | None = None
+    num_gpus: float | None = None
+    resources: dict[str, float] = {}
+    object_store_memory_bytes: int | None = None
+    memory_bytes: int | None = None
+    namespace: str = ""
+    log_to_driver: bool = True
+    preload: list[str] = []
+    runtime_env: dict[str, Any] = {}  # {"env_vars": {...}} or empty
+    labels: dict[str, str] = {}
+    node_timeout_s: float = 30.0
+    redis_url: str = ""  # may hold a password: never print it, print `public_redis_url`
+    start_timeout_s: float = 300.0
+
+    @property
+    def public_redis_url(self) -> str:
+        return without_password(self.redis_url)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(
+            f"{name}={(self.public_redis_url if name == 'redis_url' else getattr(self, name))!r}"
+            for name in self.__struct_fields__
+        )
+        return f"InitConfig({shown})"
+
+    __str__ = __repr__
+
+    def __rich_repr__(self) -> Any:
+        for name in self.__struct_fields__:
+            yield name, self.public_redis_url if name == "redis_url" else getattr(self, name)
+
+
+def without_password(url: str) -> str:
+    """The URL as it may be shown. One that cannot be parsed is not shown at all."""
+    if not url:
+        return ""
+    try:
+        parts = urlsplit(url)
+        if parts.password is None:
+            return url
+    except ValueError:
+        return "(not a URL)"
+    user_host = parts.netloc.rpartition("@")
+    user = user_host[0].partition(":")[0]
+    return urlunsplit(parts._replace(netloc=f"{user}:***@{user_host[2]}"))
+
+
+def make_config(
+    *,
+    num_cpus: float | None = None,
+    num_gpus: float | None = None,
+    resources: Mapping[str, float] | None = None,
+    object_store_memory_bytes: int | None = None,
+    memory_bytes: int | None = None,
+    namespace: str | None = None,
+    log_to_driver: bool | None = None,
+    preload: Sequence[str] | None = None,
+    runtime_env: Mapping[str, Any] | None = None,
+    labels: Mapping[str, str] | None = None,
+    node_timeout_s: float | None = None,
+    redis_url: str | None = None,
+    start_timeout_s: float | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> InitConfig:
+    """The checked configuration; `environment` is `os.environ` unless a test says otherwise.
+
+    Raises:
+      TypeError, ValueError: naming the argument or the variable at fault.
+    """
+    found = _Environment(os.environ if environment is None else environment)
+    if isinstance(preload, str):
+        raise TypeError(f"preload must be a list of module names, not {preload!r}")
+    modules = found.words("HPCRAY_PRELOAD") if preload is None else list(preload)
+    for module in modules:
+        if not isinstance(module, str) or not module:
+            raise TypeError(f"preload must be a list of module names, not {modules!r}")
+    if namespace is not None:
+        check_namespace(namespace)
+    if redis_url is None:
+        redis_url = found.text("HPCRAY_REDIS_URL")
+    return InitConfig(
+        num_cpus=_amount("num_cpus", num_cpus, found.number("HPCRAY_NUM_CPUS")),
+        num_gpus=_amount("num_gpus", num_gpus, found.number("HPCRAY_NUM_GPUS")),
+        resources=check_node_resources(resources),
+        object_store_memory_bytes=_size("object_store_memory", object_store_memory_bytes,
+                                        found.integer("HPCRAY_OBJECT_STORE_BYTES")),
+        memory_bytes=_size("memory", memory_bytes, found.integer("HPCRAY_MEMORY_BYTES")),
+        namespace=found.text("HPCRAY_NAMESPACE") if namespace is None else namespace,
+        log_to_driver=(found.flag("HPCRAY_LOG_TO_DRIVER", True)
+                       if log_to_driver is None else bool(log_to_driver)),
+        preload=modules,
+        runtime_env=check_runtime_env(runtime_env),
+        labels=_labels(labels),
+        node_timeout_s=_seconds("node_timeout_s", node_timeout_s,
+                                found.number("HPCRAY_NODE_TIMEOUT_S"), 30.0),
+        redis_url=redis_url,
+        start_timeout_s=_seconds("start_timeout_s", start_timeout_s,
+                                 found.number("HPCRAY_START_TIMEOUT_S"), 300.0),
+    )
+
+
+def check_runtime_env(runtime_env: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A runtime_env reduced to what it says: {} or {"env_vars": {str: str}}.
+
+    Raises:
+      NotImplementedError: for the fields of Ray's that hpcray does not have.
+    """
+    if runtime_env is None:
+        return {}
+    if not isinstance(runtime_env, Mapping):
+        raise TypeError(f"runtime_env must be a dict, not {type(runtime_env).__name__}")
+    others = sorted(str(key) for key in runtime_env if key != "env_vars")
+    if others:
+        raise NotImplementedError(
+            f"runtime_env supports 'env_vars' only, not {', '.join(map(repr, others))}: workers "
+            "already run in the driver's directory and environment; install packages before the job"
+        )
+    env_vars = runtime_env.get("env_vars")
+    if env_vars is None:
+        return {}
+    if not isinstance(env_vars, Mapping):
+        raise TypeError(f"runtime_env['env_vars'] must be a dict, not {type(env_vars).__name__}")
+    for key, value in env_vars.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise TypeError(
+                f"runtime_env['env_vars'] maps str to str; {key!r}: {value!r} does not")
+        if not key or "=" in key or "\0" in key or "\0" in value:
+            raise ValueError(f"runtime_env['env_vars']: {key!r} cannot name or hold a variable")
+    return {"env_vars": dict(env_vars)} if env_vars else {}
+
+
+def check_namespace(namespace: object) -> str:
+    if not isinstance(namespace, str):
+        raise TypeError(f"namespace must be None or a string, not {type(namespace).__name__}")
+    if not namespace:
+        raise ValueError("the namespace may not be empty; leave it out for the job's own")
+    return namespace
+
+
+def check_node_resources(resources: Mapping[str, float] | None) -> dict[str, float]:
+    """Custom resources of a node."""
+    if resources is None:
+        return {}
+    if not isinstance(resources, Mapping):
+        raise TypeError(f"resources must be a dict, not {type(resources).__name__}")
+    for reserved, instead in _RESERVED.items():
+        if reserved in resources:
+            raise ValueError(f"resources may not name {reserved!r}: use {instead}")
+    checked = {}
+    for name, amount in resources.items():
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"a resource is named by a non-empty string, not {name!r}")
+        value = _amount(f"resources[{name!r}]", amount, None)
+        if value is not None:
+            checked[name] = value
+    return checked
+
+
+_RESERVED = {
+    "CPU": "num_cpus", "GPU": "num_gpus", "memory": "_memory",
+    "object_store_memory": "object_store_memory",
+}
+
+
+def _labels(labels: Mapping[str, str] | None) -> dict[str, str]:
+    if labels is None:
+        return {}
+    if not isinstance(labels, Mapping) or not all(
+        isinstance(item, str) for pair in labels.items() for item in pair
+    ):
+        raise TypeError(f"labels must map str to str, not {labels!r}")
+    return dict(labels)
+
+
+def _amount(name: str, given: object, fallback: float | None) -> float | None:
+    if given is None:
+        return fallback
+    if isinstance(given, bool) or not isinstance(given, (int, float)):
+        raise TypeError(f"{name} must be a number, not {given!r}")
+    if not math.isfinite(given) or given < 0:
+        raise ValueError(f"{name} must be a finite number >= 0, not {given!r}")
+    return float(given)
+
+
+def _size(name: str, given: object, fallback: int | None) -> int | None:
+    if given is None:
+        return fallback
+    if isinstance(given, float) and given.is_integer():
+        given = int(given)  # 2e9 is what people write
+    if isinstance(given, bool) or not isinstance(given, int):
+        raise TypeError(f"{name} must be a whole number of bytes, not {given!r}")
+    if given <= 0:
+        raise ValueError(f"{name} must be positive, not {given!r} bytes")
+    return given
+
+
+def _seconds(name: str, given: float | None, fallback: float | None, default: float) -> float:
+    value = _amount(name, given, fallback)
+    if value is None:
+        return default
+    if value <= 0:
+        raise ValueError(f"{name} must be positive, not {value!r}")
+    return value
+
+
+class _Environment:
+    """HPCRAY_* variables. An empty one counts as unset, as shells make it hard to unset."""
+
+    def __init__(self, variables: Mapping[str, str]) -> None:
+        self._variables = variables
+
+    def text(self, name: str) -> str:
+        return self._variables.get(name, "").strip()
+
+    def words(self, name: str) -> list[str]:
+        return [word.strip() for word in self.text(name).split(",") if word.strip()]
+
+    def number(self, name: str) -> float | None:
+        text = self.text(name)
+        if not text:
+            return None
+        try:
+            value = float(text)
+        except ValueError:
+            raise ValueError(f"{name}={text!r} in the environment is not a number") from None
+        if not math.isfinite(value) or value < 0:
+            raise ValueError(f"{name}={text!r} in the environment must be finite and >= 0")
+        return value
+
+    def integer(self, name: str) -> int | None:
+        value = self.number(name)
+        if value is None:
+            return None
+        if value < 1 or not value.is_integer():
+            raise ValueError(f"{name}={self.text(name)!r} in the environment must be a positive "
+                             "whole number of bytes")
+        return int(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        text = self.text(name).lower()
+        if not text:
+            return default
+        if text in ("1", "true", "yes", "on"):
+            return True
+        if text in ("0", "false", "no", "off"):
+            return False
+        raise ValueError(f"{name}={text!r} in the environment is neither 1 nor 0")

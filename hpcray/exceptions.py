@@ -1,0 +1,306 @@
+"""Every error a user can meet, with Ray's names and tree.
+
+Named for whose fault it is: the task raised (`TaskError`), a peer died (`WorkerCrashedError`,
+`ActorDiedError`, `ObjectLostError`, `NodeDiedError`), a limit was met (`ObjectStoreFullError`,
+`GetTimeoutError`), or hpcray was used wrongly (`ValueError`, `TypeError`, `LaunchError`).
+All are picklable data: their attributes cross process boundaries.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class RayError(Exception):
+    """Base of everything hpcray raises for a reason of its own (Ray's name, kept for its users)."""
+
+
+HpcrayError = RayError
+
+
+class LaunchError(RayError):
+    """The processes of this job could not be started; the text says what to do."""
+
+
+class RaySystemError(RayError):
+    """The runtime itself failed: a node went away, or a bug of hpcray."""
+
+
+class CrossLanguageError(RayError):
+    """Present for compatibility; hpcray runs Python only."""
+
+
+class TaskError(RayError):
+    """A task or actor method raised.
+
+    Raised by `get` as an object that is an instance of both `TaskError` and of the type that was
+    raised, when that type can be subclassed and built; `cause` is the original exception where it
+    could be pickled.
+
+    Attributes:
+      function_name: the task's name.
+      traceback_str: the remote traceback, headed by host, rank and pid.
+      cause: the original exception, or None if it could not be pickled.
+      pid, ip, rank, actor_repr, actor_id: where it happened.
+    """
+
+    def __init__(self, function_name: str = "", traceback_str: str = "",
+                 cause: BaseException | None = None, pid: int = 0, ip: str = "", rank: int = 0,
+                 actor_id: str | None = None) -> None:
+        super().__init__(function_name, traceback_str, cause, pid, ip, rank, actor_id)
+        self.function_name = function_name
+        self.traceback_str = traceback_str
+        self.cause = cause
+        self.pid = pid
+        self.ip = ip
+        self.rank = rank
+        self.actor_id = actor_id
+
+    def __str__(self) -> str:
+        return self.traceback_str
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The dual class made by as_instanceof_cause has no importable name: pickle what it is made of.
+        plain = (self.function_name, self.traceback_str, self.cause, self.pid, self.ip,
+                 self.rank, self.actor_id)
+        return (_load_task_error, (isinstance(self, _Dual), plain))
+
+    def make_dual_exception_type(self) -> type:
+        return type(self.as_instanceof_cause())
+
+    def as_instanceof_cause(self) -> TaskError:
+        """This error as an instance of its cause's class too, so that `except ValueError` works.
+
+        A class that refuses to be subclassed or built leaves a plain `TaskError` with the cause.
+        """
+        cause = self.cause
+        if cause is None or isinstance(self, _Dual):
+            return self
+        while isinstance(cause, TaskError) and cause.cause is not None:
+            cause = cause.cause  # a task that failed because of a task: the first cause counts
+        cause_class = type(cause)
+        if issubclass(TaskError, cause_class):
+            return self  # TaskError itself, RayError or Exception: nothing to add
+        try:
+            dual = _dual_class(cause_class)
+            error: TaskError = dual.__new__(dual)
+            # The cause's own attributes first, so that e.errno and friends work; ours win.
+            error.__dict__.update(getattr(cause, "__dict__", {}))
+            error.__dict__.update(self.__dict__)
+            error.cause = cause
+            error.args = cause.args
+        except Exception:
+            return self
+        return error
+
+
+RayTaskError = TaskError
+
+
+class _Dual:
+    """Marks the classes that are both TaskError and the cause's class."""
+
+    cause: BaseException
+
+    def __getattr__(self, name: str) -> Any:
+        # Slots and properties of the cause which its __dict__ does not show.
+        if name.startswith("__") or name == "cause":
+            raise AttributeError(name)
+        return getattr(self.cause, name)
+
+    def __str__(self) -> str:
+        return str(self.__dict__["traceback_str"])
+
+
+_dual_classes: dict[type, type] = {}
+
+
+def _dual_class(cause_class: type) -> type:
+    dual = _dual_classes.get(cause_class)
+    if dual is None:
+        dual = type(f"RayTaskError({cause_class.__name__})", (_Dual, TaskError, cause_class),
+                    {"__module__": "hpcray.exceptions", "__reduce__": TaskError.__reduce__})
+        _dual_classes[cause_class] = dual
+    return dual
+
+
+def _load_task_error(dual: bool, plain: tuple[Any, ...]) -> TaskError:
+    error = TaskError(*plain)
+    return error.as_instanceof_cause() if dual else error
+
+
+class TaskCancelledError(RayError):
+    """The task was cancelled with `cancel` before it finished.
+
+    Attributes:
+      task_id: hexadecimal, or "" if unknown.
+    """
+
+    def __init__(self, task_id: str = "", error_message: str = "") -> None:
+        super().__init__(task_id, error_message)
+        self.task_id = task_id
+        self.error_message = error_message
+
+    def __str__(self) -> str:
+        text = f"Task {self.task_id} was cancelled" if self.task_id else "This task was cancelled"
+        return f"{text}. {self.error_message}".rstrip()
+
+
+class GetTimeoutError(RayError, TimeoutError):
+    """`get(timeout=)` ran out before every object was there."""
+
+
+class WorkerCrashedError(RayError):
+    """The worker running the task died (crash, signal, os._exit) as often as `max_retries` allows.
+
+    The text names host, rank, pid and how it ended.
+    """
+
+
+class LocalRayletDiedError(RayError):
+    """Present for compatibility: the node of this process died; see NodeDiedError."""
+
+
+class NodeDiedError(RayError):
+    """The node (MPI rank) that ran the task or hosted the actor died."""
+
+
+class RuntimeEnvSetupError(RayError):
+    """The runtime_env could not be set up; the text says which part."""
+
+
+class OutOfMemoryError(RayError):
+    """The worker was ended because the job's memory limit was reached."""
+
+
+class PendingCallsLimitExceeded(RayError):
+    """The actor has `max_pending_calls` calls queued from this caller already."""
+
+
+class TaskUnschedulableError(RayError):
+    """No node can ever run the task."""
+
+
+class ActorUnschedulableError(RayError):
+    """No node can ever host the actor."""
+
+
+class TaskPlacementGroupRemoved(RayError):
+    """The placement group the task was in was removed."""
+
+
+class ActorPlacementGroupRemoved(RayError):
+    """The placement group the actor was in was removed."""
+
+
+class RayActorError(RayError):
+    """An actor cannot answer.
+
+    Attributes:
+      actor_id: hexadecimal, or None.
+      error_msg: why, with host, rank and pid where known.
+    """
+
+    def __init__(self, actor_id: str | None = None, error_msg: str = "The actor died unexpectedly"
+                 " before finishing this task.", actor_init_failed: bool = False,
+                 preempted: bool = False) -> None:
+        super().__init__(actor_id, error_msg, actor_init_failed, preempted)
+        self.actor_id = actor_id
+        self.error_msg = error_msg
+        self.actor_init_failed = actor_init_failed
+        self.preempted = preempted
+
+    def __str__(self) -> str:
+        return self.error_msg
+
+
+ActorError = RayActorError
+
+
+class ActorDiedError(RayActorError):
+    """The actor is dead for good: it was killed, its constructor raised, or its worker died."""
+
+
+class ActorUnavailableError(RayActorError):
+    """The actor is restarting and this call may or may not have run."""
+
+
+class AsyncioActorExit(RayError):
+    """Raised inside an async actor by `exit_actor`; never reaches callers."""
+
+
+class ObjectStoreFullError(RayError):
+    """The object does not fit in the node's object store.
+
+    Attributes (bytes): need_bytes, used_bytes, capacity_bytes.
+    """
+
+    def __init__(self, need_bytes: int = 0, used_bytes: int = 0, capacity_bytes: int = 0,
+                 detail: str = "") -> None:
+        super().__init__(need_bytes, used_bytes, capacity_bytes, detail)
+        self.need_bytes = need_bytes
+        self.used_bytes = used_bytes
+        self.capacity_bytes = capacity_bytes
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return (
+            f"the object needs {self.need_bytes:,} B, but {self.used_bytes:,} B of this node's "
+            f"object store of {self.capacity_bytes:,} B are in use. Drop refs that are no longer "
+            "needed (del ref), or start with a larger store: init(object_store_memory=BYTES)."
+            + (f" {self.detail}" if self.detail else "")
+        )
+
+
+class OutOfDiskError(RayError):
+    """Spilling found no room on the node's disk."""
+
+
+class ObjectLostError(RayError):
+    """No copy of the object is left and it cannot be made again.
+
+    Attributes:
+      object_ref_hex: the object's id.
+    """
+
+    def __init__(self, object_ref_hex: str = "", detail: str = "") -> None:
+        super().__init__(object_ref_hex, detail)
+        self.object_ref_hex = object_ref_hex
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"Object {self.object_ref_hex} is lost: {self.detail or 'no copy is left'}."
+
+
+class ObjectFetchTimedOutError(ObjectLostError):
+    """The object could not be fetched from another node in time."""
+
+
+class ReferenceCountingAssertionError(ObjectLostError, AssertionError):
+    """The object was freed while a ref to it existed: a bug of hpcray, or a ref made from raw bytes."""
+
+
+class ObjectFreedError(ObjectLostError):
+    """The object was freed explicitly."""
+
+
+class ObjectReconstructionFailedError(ObjectLostError):
+    """The object's lineage is gone or its task may not be retried."""
+
+
+class OwnerDiedError(ObjectLostError):
+    """The object's home died and its record could not be rebuilt."""
+
+
+class UnserializableException(RayError):
+    """The task's exception could not be unpickled here; its text is kept."""
+
+
+class RayChannelError(RaySystemError):
+    """Present for compatibility."""
+
+
+RAY_EXCEPTION_TYPES = [
+    value for value in list(globals().values())
+    if isinstance(value, type) and issubclass(value, RayError)
+]

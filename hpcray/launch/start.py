@@ -1,0 +1,232 @@
+"""From a driver to its node: the one place that starts, parks and ends nodes.
+
+    single    driver --spawn--> node                      ended by shutdown()
+    mpi       rank 0: driver --spawn--> node (does MPI_Init in the rank's name)
+              others: exec'd into nodes                   parked by shutdown(), ended at exit
+
+Everything a node is to know before it starts goes in its environment; what `init` says goes with
+the driver's Hello, because with `hpcray run` the nodes are up before the script runs.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import msgspec
+
+from hpcray.exceptions import LaunchError
+from hpcray.launch.identity import Launch, identity_fds, read_launch, strip_identity
+
+if TYPE_CHECKING:
+    from hpcray.client.client import Client
+    from hpcray.config import InitConfig
+
+# A node ends its workers, its peers and MPI within this; after that it is killed.
+_END_S = 5.0
+
+
+class _Node:
+    """The node this driver started."""
+
+    def __init__(self, launch: Launch, process: subprocess.Popen[bytes], sock: socket.socket):
+        self.launch = launch
+        self.process = process
+        self.socket = sock
+        self.in_use = False
+
+
+_node: _Node | None = None
+
+
+def start_early() -> None:
+    """Start this rank's node before the script runs (`hpcray run` on rank 0, or without MPI)."""
+    launch = read_launch(os.environ)
+    if launch.rank != 0:
+        become_node()
+    if launch.mode == "mpi":
+        _start(launch, {})
+
+
+def become_node() -> NoReturn:
+    """Turn this process into its rank's node. Nothing of the script runs afterwards."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    environ = dict(os.environ)
+    _add_package_path(environ)
+    os.execve(sys.executable, [sys.executable, "-P", "-m", "hpcray.node"], environ)
+
+
+def _add_package_path(environ: dict[str, str]) -> None:
+    # The package has to be found by the new interpreter, however this one found it.
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    known = environ.get("PYTHONPATH", "")
+    if root not in known.split(os.pathsep):
+        environ["PYTHONPATH"] = root + (os.pathsep + known if known else "")
+
+
+def _start(launch: Launch, extra: dict[str, str]) -> _Node:
+    global _node
+    environ = {**os.environ, **extra}
+    _add_package_path(environ)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    kept = [theirs.fileno(), *identity_fds(os.environ)]
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "hpcray.node", "--driver-fd", str(theirs.fileno())],
+            env=environ, stdin=subprocess.DEVNULL, pass_fds=kept, start_new_session=True)
+    except OSError as error:
+        ours.close()
+        raise LaunchError(f"the node's process could not be started: {error}") from error
+    finally:
+        theirs.close()
+    if launch.mode == "mpi":
+        _lose_identity()
+    _node = _Node(launch, process, ours)
+    atexit.register(_end_node)
+    return _node
+
+
+def _lose_identity() -> None:
+    """The node is this rank now: `from mpi4py import MPI` in the script gets a world of its own."""
+    for fd in identity_fds(os.environ):
+        with contextlib.suppress(OSError):
+            os.close(fd)
+    clean = strip_identity(os.environ)
+    for name in [name for name in os.environ if name not in clean]:
+        del os.environ[name]
+
+
+def connect(config: InitConfig) -> Client:
+    """Connect this driver to its node, starting it if need be.
+
+    Raises:
+      LaunchError: what went wrong and what to do. On ranks other than 0 it does not return.
+    """
+    from hpcray.client.client import Client
+
+    node = _node
+    if node is not None and node.process.poll() is not None:
+        _discard()
+        if node.launch.mode == "mpi":
+            raise LaunchError(
+                f"the node of this rank has ended (status {node.process.returncode}); under an "
+                "MPI launcher it cannot be started again: restart the job")
+        node = None
+    if node is None:
+        launch = read_launch(os.environ)
+        if launch.mode == "mpi":
+            _refuse_initialised_mpi()
+            if launch.rank != 0:
+                become_node()
+        extra = {"HPCRAY_START_TIMEOUT_S": f"{config.start_timeout_s:g}"}
+        if config.preload:
+            extra["HPCRAY_PRELOAD"] = ",".join(config.preload)
+        if config.redis_url:
+            extra["HPCRAY_REDIS_URL"] = config.redis_url
+        node = _start(launch, extra)
+    client = Client(node.socket.dup(), is_driver=True)
+    try:
+        client.start(config.start_timeout_s + 5, _for_node(config))
+    except LaunchError as error:
+        client.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            node.process.wait(0.5)
+        status = node.process.returncode
+        _end_node()
+        how = "" if status is None else f"; it ended with status {status}, see its messages above"
+        raise LaunchError(f"{error}{how}") from None
+    except BaseException:
+        client.close()
+        _end_node()
+        raise
+    node.in_use = True
+    from hpcray.protocol import ids
+
+    client.begin_task(ids.driver_task_id(client.rank, client.job_id), 0)
+    return client
+
+
+def _for_node(config: InitConfig) -> dict[str, Any]:
+    data: dict[str, Any] = msgspec.to_builtins(config)
+    data.pop("redis_url", None)
+    data["cwd"] = os.getcwd()
+    data["sys_path"] = [os.path.abspath(entry) if entry else os.getcwd() for entry in sys.path]
+    data["environ"] = {
+        **{k: v for k, v in strip_identity(os.environ).items() if k != "HPCRAY_REDIS_URL"},
+        **(config.runtime_env.get("env_vars") or {}),
+    }
+    data["script"] = sys.argv[0] if sys.argv else ""
+    return data
+
+
+def _refuse_initialised_mpi() -> None:
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        raise LaunchError(
+            "MPI is initialised in this process already, so hpcray's node cannot take its rank. "
+            "Start the job as `mpirun -n N hpcray run script.py`, or import mpi4py.MPI only after "
+            "init().")
+
+
+def disconnect(client: Client, status: int) -> None:
+    """End the driver's job. A node under MPI is parked for the next `connect`."""
+    node = _node
+    park = node is not None and node.launch.mode == "mpi" and client.lost is None
+    ended = client.end_job(status, park=park, timeout_s=_END_S)
+    client.close()
+    if node is None:
+        return
+    node.in_use = False
+    if not park or not ended:
+        _end_node()
+
+
+def _end_node() -> None:
+    """End the node and wait for it; kill it if it does not end. At exit, or after `disconnect`."""
+    node = _node
+    if node is None:
+        return
+    _discard()
+    from hpcray.protocol import messages
+
+    with contextlib.suppress(OSError):
+        node.socket.send(messages.encode([messages.EndJob(0, False)]), socket.MSG_DONTWAIT)
+    deadline_s = time.monotonic() + _END_S
+    try:
+        node.process.wait(_END_S)
+    except subprocess.TimeoutExpired:
+        print(f"hpcray: the node (pid {node.process.pid}) did not end within {_END_S:g} s; "
+              "killing it", file=sys.stderr)
+        node.process.kill()
+        node.process.wait()
+    except KeyboardInterrupt:
+        # A second Ctrl-C while we wait: the node sees the closed socket and ends by itself.
+        node.socket.close()
+        node.process.wait(max(deadline_s - time.monotonic(), 0.5))
+        raise
+    finally:
+        node.socket.close()
+
+
+def _discard() -> None:
+    global _node
+    _node = None
+    atexit.unregister(_end_node)
+
+
+def _forget_in_fork() -> None:
+    # A fork of the driver must not end its parent's node.
+    global _node
+    if _node is not None:
+        atexit.unregister(_end_node)
+        _node = None
+
+
+os.register_at_fork(after_in_child=_forget_in_fork)

@@ -1,0 +1,95 @@
+"""A node: one MPI rank, or the only node of a plain `python script.py`.
+
+Run by `launch.start` (with the driver's socket) or in place of a rank (`exec`). The order matters:
+what forks or execs comes before MPI_Init, because forking after it breaks some fabrics.
+
+    resources --> sidecar (node 0) --> zygote --> MPI_Init --> serve --> MPI_Finalize
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import socket
+import sys
+import traceback
+
+from hpcray.launch.identity import read_launch, strip_identity
+from hpcray.launch.resources import detect_resources, widen_affinity
+from hpcray.node.journal import Journal
+from hpcray.node.pool import WorkerPool
+from hpcray.node.server import NodeServer
+from hpcray.protocol.messages import UNIT, Joined
+from hpcray.transport.base import Transport
+
+_CLOSE_S = 5.0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="hpcray.node")
+    parser.add_argument("--driver-fd", type=int, default=-1)
+    arguments = parser.parse_args()
+    driver = None
+    if arguments.driver_fd >= 0:
+        driver = socket.socket(fileno=arguments.driver_fd)
+        driver.set_inheritable(False)
+    environ = dict(os.environ)
+    launch = read_launch(environ)
+    widen_affinity(launch, environ)
+    found = detect_resources(
+        environ, local_size=launch.local_size, local_rank=launch.local_rank)
+    worker_environ = strip_identity(environ)
+    worker_environ.pop("HPCRAY_REDIS_URL", None)  # it may hold a password
+    notices: list[str] = []
+    journal = Journal(worker_environ, notices.append)
+    if launch.rank == 0:
+        several_hosts = launch.local_size < launch.size
+        journal.start_store(
+            environ.get("HPCRAY_REDIS_URL", ""), found.node_ip if several_hosts else None)
+    preload = [name for name in environ.get("HPCRAY_PRELOAD", "").split(",") if name]
+    pool = WorkerPool(worker_environ, preload)
+    transport: Transport | None = None
+    spin = False
+    if launch.mode == "mpi":
+        from hpcray.transport.mpi import MpiTransport, start_mpi
+
+        timeout_s = float(environ.get("HPCRAY_START_TIMEOUT_S", "300"))
+        transport = MpiTransport(start_mpi(timeout_s))
+        cores = len(os.sched_getaffinity(0))
+        spin = cores > launch.local_size or environ.get("HPCRAY_POLL") == "busy"
+    resources = {
+        "CPU": found.cpus * UNIT, "GPU": found.gpus * UNIT, "memory": found.memory_bytes * UNIT,
+        f"node:{found.node_ip}": UNIT,
+    }
+    joined = Joined(
+        launch.rank, found.hostname, found.node_ip, os.getpid(),
+        tuple((name, amount) for name, amount in sorted(resources.items()) if amount > 0))
+    server = NodeServer(
+        transport=transport, pool=pool, driver=driver, joined=joined,
+        memory_bytes=found.memory_bytes, journal=journal,
+        job_key=secrets.token_bytes(16), spin=spin, notices=notices)
+    try:
+        status = server.run()
+    finally:
+        server.close()
+        journal.close()
+    if transport is not None:
+        transport.close(_CLOSE_S)
+    return status
+
+
+if __name__ == "__main__":
+    try:
+        code = main()
+    except SystemExit:
+        raise
+    except BaseException:
+        # A half-dead rank would hang the others: say what happened and leave at once.
+        print(f"hpcray: the node (pid {os.getpid()}) failed:", file=sys.stderr)
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(70)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

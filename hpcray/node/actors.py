@@ -1,0 +1,651 @@
+"""Actors: where they are (home), how calls reach them (route), and how they run (host). Pure.
+
+Three roles, often on three nodes:
+
+    caller's node: Route      knows the actor's rank and incarnation; keeps calls in order per
+                              caller until they can be sent
+    home:          ActorHome  creates it, restarts it, tells routes where it is
+    host:          Hosted     its worker; hands calls over in order, in batches
+
+    ActorHome   PENDING --created--> ALIVE --worker gone, restarts left--> RESTARTING --created--> ALIVE
+                   |                   |                                        |
+                   +--constructor raised, worker gone for good, killed, no handle left--> DEAD
+
+A call is a task whose outcome always comes from where it was sent: a host answers every call it
+was given, run or not, so a route needs no timeouts.
+
+Invariants, checked by `validate`:
+
+AC-1  calls of one caller are sent in the order submitted (resends of a restart first).
+AC-2  a hosted actor's calls in flight are RUNNING on its worker.
+AC-3  every call holds the actor's creation object: it cannot end while a call is on its way.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from hpcray.node.outbox import Outbox
+from hpcray.node.records import (
+    ASSIGNED, FETCHING, QUEUED, WAITING, ClientRecord, TaskRecord,
+)
+from hpcray.protocol import ids, values
+from hpcray.protocol.messages import (
+    ActorDown, ActorIs, ActorStop, ActorWhere, AssignCall, CreateActor, SubmitCall, TaskCrashed,
+    TaskFailed, TaskReturned, Template,
+)
+
+if TYPE_CHECKING:
+    from hpcray.node.machine import Machine
+
+# Calls in a datagram, if they are short. More gains nothing.
+_BATCH_MAX = 16
+_BATCH_BYTES = 96 * 1024
+# Calls given to a sequential actor's worker ahead of their turn: enough to keep it busy.
+_AHEAD_SHORT = 64
+_AHEAD_LONG = 4
+
+
+class ActorState(enum.IntEnum):
+    """Travels in `ActorIs.state`; the order means nothing."""
+
+    UNKNOWN = 0  # a route that has not heard from the home
+    PENDING = 1
+    ALIVE = 2
+    RESTARTING = 3
+    DEAD = 4
+
+
+class Route:
+    __slots__ = ("actor_id", "blocked", "failure", "incarnation", "open_calls", "rank", "resend",
+                 "state", "waiting")
+
+    def __init__(self, actor_id: bytes) -> None:
+        self.actor_id = actor_id
+        self.state = ActorState.UNKNOWN
+        self.rank = -1
+        self.incarnation = 0
+        self.failure: values.Failure | None = None
+        # Calls whose turn it is, but the actor is not there (yet).
+        self.resend: deque[TaskRecord] = deque()
+        self.waiting: deque[TaskRecord] = deque()
+        # Per caller: calls behind one whose dependencies are not ready.
+        self.blocked: dict[int, deque[TaskRecord]] = {}
+        self.open_calls = 0
+
+
+class ActorHome:
+    __slots__ = ("actor_id", "args", "client", "dep_count", "failure", "incarnation", "name",
+                 "namespace", "rank", "refs", "restarts_left", "state", "subscribers", "template")
+
+    def __init__(self, message: CreateActor, template: Template, client: int) -> None:
+        self.actor_id = message.actor_id
+        self.template = template
+        self.client = client
+        self.args = message.args
+        self.refs = message.refs
+        self.dep_count = message.dep_count
+        self.name = message.name
+        self.namespace = message.namespace
+        self.state = ActorState.PENDING
+        self.rank = -1
+        self.incarnation = 0
+        self.restarts_left = template.max_restarts
+        self.subscribers: list[int] = []
+        self.failure: values.Failure | None = None
+
+
+class Hosted:
+    __slots__ = ("actor_id", "alive", "blocked", "calls", "devices", "home", "in_flight",
+                 "incarnation", "intended", "template", "worker")
+
+    def __init__(self, task: TaskRecord, worker: int, devices: tuple[int, ...]) -> None:
+        self.actor_id = task.actor_id
+        self.template = task.template
+        self.home = task.home
+        self.incarnation = task.attempt
+        self.worker = worker
+        self.devices = devices
+        self.alive = False
+        # Its end is wanted (exit_actor, last handle gone, kill): the reason, or None.
+        self.intended: str | None = None
+        self.calls: deque[TaskRecord] = deque()
+        self.blocked: dict[tuple[int, int], deque[TaskRecord]] = {}
+        self.in_flight: dict[bytes, TaskRecord] = {}
+
+
+class Actors:
+    def __init__(self, machine: Machine, outbox: Outbox) -> None:
+        self._machine = machine
+        self._outbox = outbox
+        self._rank = machine.rank
+        self.routes: dict[bytes, Route] = {}
+        self.homes: dict[bytes, ActorHome] = {}
+        self.hosted: dict[bytes, Hosted] = {}
+        # Hosted actors that can be given calls at the end of the turn.
+        self._pump: dict[bytes, Hosted] = {}
+        # Changes for the control store: (actor, facts).
+        self.changes: list[tuple[bytes, dict[str, Any]]] = []
+
+    # --- home: creation ---------------------------------------------------------------------------------
+
+    def create(self, client: ClientRecord, message: CreateActor) -> None:
+        tasks = self._machine.tasks
+        template = tasks.templates[message.template_id]
+        home = self.homes[message.actor_id] = ActorHome(message, template, client.number)
+        task = self._creation_task(home)
+        tasks._register(client, task)
+        directory = self._machine.directory
+        if template.max_restarts and home.refs:
+            directory.hold_all(home.refs)  # a restart runs the constructor again
+        if message.detached:
+            directory.hold(ids.creation_object_id(message.actor_id))
+        self._note(home)
+        if task.missing == 0:
+            tasks.ready(task)
+
+    def _creation_task(self, home: ActorHome) -> TaskRecord:
+        task = TaskRecord(
+            ids.creation_task_id(home.actor_id), home.template, home.args, home.refs,
+            home.dep_count, self._rank, home.client,
+        )
+        task.attempt = home.incarnation
+        task.actor_id = home.actor_id
+        return task
+
+    def _created(self, home: ActorHome, rank: int) -> None:
+        home.rank = rank
+        home.state = ActorState.ALIVE
+        self._publish(home)
+        if ids.creation_object_id(home.actor_id) not in self._machine.directory.records:
+            self.last_handle_gone(ids.creation_object_id(home.actor_id))
+
+    def creation_failed_at_home(self, task: TaskRecord, error: bytes) -> None:
+        """The constructor raised: never retried, as in Ray."""
+        home = self.homes[task.actor_id]
+        failure = (values.unpack_failure(error) if error[0] == values.FAILURE
+                   else values.Failure("ActorDiedError", "its constructor raised",
+                                       task.actor_id.hex()))
+        self._die(home, failure)
+        self._machine.tasks.fail(task, error)
+
+    def creation_crashed(
+        self, task: TaskRecord, failure: values.Failure, *, started: bool
+    ) -> None:
+        home = self.homes[task.actor_id]
+        tasks = self._machine.tasks
+        if not started and home.state is not ActorState.DEAD:
+            home.incarnation += 1
+            task.attempt = home.incarnation
+            tasks._requeue(task)
+            return
+        tasks.records.pop(task.task_id, None)
+        if task.refs:
+            self._machine.directory.release_all(task.refs)
+        self.went_down(home, failure, intended=home.state is ActorState.DEAD)
+        if home.state is ActorState.DEAD:
+            self._machine.directory.resolve_inline(
+                ids.creation_object_id(home.actor_id),
+                values.pack_failure(home.failure or failure))
+
+    # --- home: life and death ---------------------------------------------------------------------------
+
+    def went_down(self, home: ActorHome, failure: values.Failure, *, intended: bool) -> None:
+        """The worker is gone."""
+        if home.state is ActorState.DEAD:
+            return
+        if intended or home.restarts_left == 0:
+            self._die(home, failure)
+            return
+        if home.restarts_left > 0:
+            home.restarts_left -= 1
+        home.incarnation += 1
+        home.state = ActorState.RESTARTING
+        home.rank = -1
+        self._publish(home)
+        task = self._creation_task(home)
+        tasks = self._machine.tasks
+        tasks.records[task.task_id] = task
+        if task.refs:
+            tasks.hold_arguments(task)
+        if task.missing == 0:
+            tasks.ready(task)
+
+    def _die(self, home: ActorHome, failure: values.Failure) -> None:
+        home.state = ActorState.DEAD
+        home.failure = failure
+        home.rank = -1
+        if home.template.max_restarts and home.refs:
+            self._machine.directory.release_all(home.refs)
+        self._machine.requests.actor_died(home.actor_id, home.namespace, home.name)
+        self._publish(home)
+        if ids.creation_object_id(home.actor_id) not in self._machine.directory.records:
+            self.homes.pop(home.actor_id, None)
+
+    def actor_down(self, message: ActorDown) -> None:
+        home = self.homes.get(message.actor_id)
+        if home is not None and message.incarnation == home.incarnation:
+            self.went_down(home, message.failure, intended=message.intended)
+
+    def last_handle_gone(self, object_id: bytes) -> None:
+        """The creation object is freed: the actor ends when its queue has drained."""
+        home = self.homes.get(ids.actor_of_object(object_id))
+        if home is None:
+            return
+        if home.state is ActorState.ALIVE:
+            home.restarts_left = 0
+            self._stop(home, kill=False)
+        elif home.state is ActorState.DEAD:
+            self.homes.pop(home.actor_id, None)
+        # PENDING or RESTARTING: `_created` looks again.
+
+    def kill(self, actor_id: bytes, *, no_restart: bool) -> None:
+        """`kill(handle)`: at once; what is queued fails."""
+        home = self.homes.get(actor_id)
+        if home is None or home.state is ActorState.DEAD:
+            return
+        if no_restart:
+            home.restarts_left = 0
+        if home.state is ActorState.ALIVE:
+            self._stop(home, kill=True)
+            return
+        task = self._machine.tasks.records.get(ids.creation_task_id(actor_id))
+        if not no_restart or task is None:
+            return
+        failure = killed_failure(actor_id)
+        self._die(home, failure)
+        if task.state in (WAITING, QUEUED, FETCHING):
+            task.cancelled = True
+            self._machine.tasks.fail(task, values.pack_failure(failure))
+        else:  # being created: its host is told when it reports
+            host = self._rank if task.rank < 0 else task.rank
+            self._stop_at(host, actor_id, task.attempt, kill=True)
+
+    def _stop(self, home: ActorHome, *, kill: bool) -> None:
+        self._stop_at(home.rank, home.actor_id, home.incarnation, kill=kill)
+
+    def _stop_at(self, rank: int, actor_id: bytes, incarnation: int, *, kill: bool) -> None:
+        message = ActorStop(actor_id, incarnation, kill)
+        if rank == self._rank:
+            self.stop_hosted(message)
+        else:
+            self._outbox.peers[rank].append(message)
+
+    def _publish(self, home: ActorHome) -> None:
+        message = ActorIs(home.actor_id, int(home.state), home.rank, home.incarnation, home.failure)
+        for rank in home.subscribers:
+            self._outbox.peers[rank].append(message)
+        route = self.routes.get(home.actor_id)
+        if route is not None:
+            self._update(route, message)
+        self._note(home)
+
+    def _note(self, home: ActorHome) -> None:
+        self.changes.append((home.actor_id, {
+            "state": home.state.name, "class": home.template.name, "name": home.name,
+            "namespace": home.namespace, "rank": home.rank, "incarnation": home.incarnation,
+        }))
+
+    def where(self, rank: int, actor_id: bytes) -> None:
+        """A route elsewhere asks."""
+        home = self.homes.get(actor_id)
+        if home is None:
+            self._outbox.peers[rank].append(ActorIs(
+                actor_id, int(ActorState.DEAD), -1, 0, gone_failure(actor_id)))
+            return
+        if rank not in home.subscribers:
+            home.subscribers.append(rank)
+        self._outbox.peers[rank].append(ActorIs(
+            actor_id, int(home.state), home.rank, home.incarnation, home.failure))
+
+    # --- caller: routes -----------------------------------------------------------------------------------
+
+    def call(self, client: ClientRecord, message: SubmitCall) -> None:
+        tasks = self._machine.tasks
+        actor_id = message.actor_id
+        task = tasks.register_call(client, message, tasks.templates[message.template_id])
+        route = self.routes.get(actor_id)
+        if route is None:
+            route = self._new_route(actor_id)
+        route.open_calls += 1
+        # AC-3
+        self._machine.directory.hold(ids.creation_object_id(actor_id))
+        if task.missing or (route.blocked and client.number in route.blocked):
+            route.blocked.setdefault(client.number, deque()).append(task)
+        else:
+            self._send_or_wait(route, task)
+
+    def _new_route(self, actor_id: bytes) -> Route:
+        route = self.routes[actor_id] = Route(actor_id)
+        home_rank = ids.home_of_actor(actor_id)
+        if home_rank != self._rank:
+            self._outbox.peers[home_rank].append(ActorWhere(actor_id))
+            return route
+        home = self.homes.get(actor_id)
+        if home is None:
+            route.state = ActorState.DEAD
+            route.failure = gone_failure(actor_id)
+        else:
+            route.state, route.rank = home.state, home.rank
+            route.incarnation, route.failure = home.incarnation, home.failure
+        return route
+
+    def actor_is(self, message: ActorIs) -> None:
+        route = self.routes.get(message.actor_id)
+        if route is not None:
+            self._update(route, message)
+
+    def _update(self, route: Route, message: ActorIs) -> None:
+        route.state = ActorState(message.state)
+        route.rank = message.rank
+        route.incarnation = message.incarnation
+        route.failure = message.failure
+        self._flush_route(route)
+
+    def _flush_route(self, route: Route) -> None:
+        if route.state not in (ActorState.ALIVE, ActorState.DEAD):
+            return
+        # Sending may return calls to `resend` at once (a stale route): one pass over what was there.
+        calls = [*route.resend, *route.waiting]
+        route.resend.clear()
+        route.waiting.clear()
+        for task in calls:
+            if task.task_id in self._machine.tasks.records:
+                self._send_or_wait(route, task)
+
+    def _send_or_wait(self, route: Route, task: TaskRecord) -> None:
+        if route.state is ActorState.ALIVE:
+            self._send(route, task)
+        elif route.state is ActorState.DEAD:
+            failure = route.failure or gone_failure(route.actor_id)
+            self._machine.tasks.fail(task, values.pack_failure(failure))
+        else:
+            task.state = QUEUED
+            route.waiting.append(task)
+
+    def _send(self, route: Route, task: TaskRecord) -> None:
+        task.state = ASSIGNED
+        task.rank = route.rank
+        task.incarnation = route.incarnation
+        if route.rank == self._rank:
+            hosted = self.hosted.get(route.actor_id)
+            if hosted is None or hosted.incarnation != route.incarnation:
+                route.waiting.append(task)  # its end is on the way to the home
+                route.state = ActorState.UNKNOWN
+                self._ask_again(route)
+            else:
+                self._accept(hosted, task, (self._rank, task.client))
+            return
+        tasks = self._machine.tasks
+        tasks.tell_template(route.rank, task.template)
+        self._outbox.peers[route.rank].append(AssignCall(
+            task.task_id, task.template.template_id, task.attempt, route.actor_id,
+            route.incarnation, task.client, task.args, tasks.remote_deps(task),
+            task.refs[: task.dep_count * 28],
+        ))
+
+    def _ask_again(self, route: Route) -> None:
+        home_rank = ids.home_of_actor(route.actor_id)
+        if home_rank != self._rank:
+            self._outbox.peers[home_rank].append(ActorWhere(route.actor_id))
+
+    def call_ready(self, task: TaskRecord) -> None:
+        """Its dependencies exist: it and those behind it may go."""
+        route = self.routes[task.actor_id]
+        queue = route.blocked.get(task.client)
+        while queue and (queue[0].missing == 0 or queue[0].cancelled):
+            head = queue.popleft()
+            if not head.cancelled:
+                self._send_or_wait(route, head)
+        if not queue:
+            route.blocked.pop(task.client, None)
+
+    def call_returned(self, task: TaskRecord) -> None:
+        """The host does not have this incarnation (any more): resolve again."""
+        route = self.routes[task.actor_id]
+        task.rank = -1
+        route.resend.append(task)
+        if route.state is ActorState.ALIVE and route.incarnation == task.incarnation:
+            route.state = ActorState.UNKNOWN
+            self._ask_again(route)
+        else:
+            self._flush_route(route)
+
+    def resend(self, task: TaskRecord) -> None:
+        """A crashed call with retries left goes first, in the order the crashes are told (AC-1)."""
+        route = self.routes[task.actor_id]
+        route.resend.append(task)
+        if route.state is ActorState.ALIVE and route.incarnation == task.incarnation:
+            # We still believe in the incarnation that has just failed us.
+            route.state = ActorState.UNKNOWN
+            self._ask_again(route)
+        else:
+            self._flush_route(route)
+
+    def home_call_finished(self, task: TaskRecord) -> None:
+        """The outcome of a call of ours, or of a creation, has been delivered."""
+        actor_id = task.actor_id
+        if task.template.kind != 2:
+            home = self.homes.get(actor_id)
+            if home is not None and home.state in (ActorState.PENDING, ActorState.RESTARTING):
+                self._created(home, self._rank if task.rank < 0 else task.rank)
+            return
+        route = self.routes.get(actor_id)
+        if route is not None:
+            route.open_calls -= 1
+            if route.open_calls == 0 and route.state is ActorState.DEAD:
+                del self.routes[actor_id]
+        self._machine.directory.release(ids.creation_object_id(actor_id))
+
+    # --- host -----------------------------------------------------------------------------------------------
+
+    def creating(self, task: TaskRecord, worker: int, devices: tuple[int, ...]) -> None:
+        """The dispatcher has given the creation task to a worker, which is the actor's from now on."""
+        self.hosted[task.actor_id] = Hosted(task, worker, devices)
+
+    def creation_failed(self, task: TaskRecord, error: bytes) -> None:
+        """The constructor raised in our worker (which exits by itself)."""
+        hosted = self.hosted.pop(task.actor_id, None)
+        if hosted is not None:
+            worker = self._machine.dispatcher.workers.get(hosted.worker)
+            if worker is not None:
+                worker.datagrams.clear()
+                worker.actor_id = b""
+        if task.home == self._rank:
+            self.creation_failed_at_home(task, error)
+        else:
+            self._outbox.peers[task.home].append(
+                TaskFailed(task.task_id, task.attempt, 0, error, False))
+            self._machine.tasks.forget_foreign(task)
+
+    def call_finished(self, task: TaskRecord) -> None:
+        """A call (or the creation) of a hosted actor has an outcome."""
+        hosted = self.hosted.get(task.actor_id)
+        if hosted is None:
+            return
+        if task.template.kind != 2:
+            hosted.alive = True
+            held = hosted.template.held_resources
+            self._machine.dispatcher.actor_holds(
+                hosted.worker, hosted.template.resources if held is None else held)
+        hosted.in_flight.pop(task.task_id, None)
+        if hosted.calls:
+            self._pump[task.actor_id] = hosted
+
+    def call_assigned(self, rank: int, message: AssignCall) -> None:
+        hosted = self.hosted.get(message.actor_id)
+        if hosted is None or hosted.incarnation != message.incarnation:
+            self._outbox.peers[rank].append(TaskReturned(message.task_id, message.attempt))
+            return
+        tasks = self._machine.tasks
+        task = tasks.foreign(rank, message, tasks.templates[message.template_id])
+        task.actor_id = message.actor_id
+        task.client = message.caller
+        self._accept(hosted, task, (rank, message.caller))
+
+    def _accept(self, hosted: Hosted, task: TaskRecord, caller: tuple[int, int]) -> None:
+        if hosted.blocked and caller in hosted.blocked:
+            hosted.blocked[caller].append(task)
+            if task.dep_count:
+                self._machine.tasks.fetch(task)
+            return
+        if task.dep_count and not self._machine.tasks.fetch(task):
+            hosted.blocked[caller] = deque((task,))
+            return
+        hosted.calls.append(task)
+        self._pump[hosted.actor_id] = hosted
+
+    def call_fetched(self, task: TaskRecord) -> None:
+        hosted = self.hosted.get(task.actor_id)
+        if hosted is None:
+            return
+        caller = (task.home, task.client)
+        queue = hosted.blocked.get(caller)
+        while queue and queue[0].missing == 0:
+            hosted.calls.append(queue.popleft())
+        if not queue:
+            hosted.blocked.pop(caller, None)
+        self._pump[hosted.actor_id] = hosted
+
+    def end_turn(self) -> None:
+        """Hand calls over to the workers."""
+        if not self._pump:
+            return
+        pump, self._pump = self._pump, {}
+        for hosted in pump.values():
+            if hosted.alive:
+                self._hand_over(hosted)
+
+    def _hand_over(self, hosted: Hosted) -> None:
+        tasks = self._machine.tasks
+        calls = hosted.calls
+        in_flight = hosted.in_flight
+        concurrent = hosted.template.is_async or hosted.template.max_concurrency > 1
+        while calls:
+            statistics = tasks.statistics[calls[0].template.template_id]
+            if concurrent:
+                ahead = max(hosted.template.max_concurrency, _AHEAD_SHORT)
+                batch = _BATCH_MAX
+            else:
+                batch = statistics.batch(_BATCH_MAX)
+                ahead = _AHEAD_SHORT if batch > 1 else _AHEAD_LONG
+            room = min(batch, ahead - len(in_flight))
+            if room <= 0:
+                return
+            run: list[Any] = []
+            room_bytes = _BATCH_BYTES
+            while calls and len(run) < room and (not run or len(calls[0].args) < room_bytes):
+                task = calls.popleft()
+                if task.cancelled:
+                    continue
+                room_bytes -= len(task.args)
+                if task.dep_count:
+                    room_bytes = 0
+                in_flight[task.task_id] = task
+                run.append(tasks.run_message(task, hosted.worker, hosted.devices))
+            if run:
+                self._outbox.tasks.append((hosted.worker, run))
+
+    def stop_hosted(self, message: ActorStop) -> None:
+        hosted = self.hosted.get(message.actor_id)
+        if hosted is None or hosted.incarnation != message.incarnation:
+            return
+        if message.kill:
+            hosted.intended = "kill"
+            self._machine.dispatcher.stop_worker(hosted.worker, kill=True)
+        else:
+            hosted.intended = "its last handle went out of scope"
+            self._machine.dispatcher.stop_worker(hosted.worker, kill=False)
+
+    def exiting(self, actor_id: bytes) -> None:
+        """The worker says that its actor is about to exit by its own will."""
+        hosted = self.hosted.get(actor_id)
+        if hosted is not None:
+            hosted.intended = "it called exit_actor()"
+
+    def worker_gone(self, actor_id: bytes, worker: int, failure: values.Failure) -> None:
+        hosted = self.hosted.get(actor_id)
+        if hosted is None or hosted.worker != worker:
+            return
+        del self.hosted[actor_id]
+        self._pump.pop(actor_id, None)
+        if not hosted.alive:
+            return  # the creation task is in the worker's datagram: the dispatcher reports it
+        template = hosted.template
+        if hosted.intended == "kill":
+            # Whether it restarts is the home's decision: it has set restarts_left.
+            down = killed_failure(actor_id)
+            intended = False
+        elif hosted.intended is not None:
+            down = values.Failure(
+                "ActorDiedError", f"The actor {template.name} is dead: {hosted.intended}.",
+                actor_id.hex())
+            intended = True
+        else:
+            down = values.Failure(
+                "ActorDiedError",
+                f"The actor {template.name} died: {failure.message}", actor_id.hex())
+            intended = False
+        restarts = template.max_restarts == -1 or hosted.incarnation < template.max_restarts
+        if restarts and not intended and hosted.intended is None:
+            lost = values.Failure(
+                "ActorUnavailableError",
+                f"{down.message}. It is restarted; this call may or may not have run "
+                "(max_task_retries=0).", actor_id.hex())
+        else:
+            lost = down
+        # The home first: calls of this very node that go back find it changed already.
+        self._report_down(hosted, down, intended)
+        for task in list(hosted.in_flight.values()):
+            self._crash(task, lost)
+        # Those never started go back to their routes, in order.
+        waiting = list(hosted.calls)
+        for queue in hosted.blocked.values():
+            waiting.extend(queue)
+        for task in waiting:
+            self._return(task)
+
+    def _report_down(self, hosted: Hosted, failure: values.Failure, intended: bool) -> None:
+        message = ActorDown(hosted.actor_id, hosted.incarnation, failure, intended)
+        if hosted.home == self._rank:
+            self.actor_down(message)
+        else:
+            self._outbox.peers[hosted.home].append(message)
+
+    def _crash(self, task: TaskRecord, failure: values.Failure) -> None:
+        if task.home == self._rank:
+            task.worker = -1
+            self._machine.tasks.crashed(task, failure, started=True)
+        else:
+            self._outbox.peers[task.home].append(
+                TaskCrashed(task.task_id, task.attempt, failure, True))
+            self._machine.tasks.forget_foreign(task)
+
+    def _return(self, task: TaskRecord) -> None:
+        task.missing = 0
+        if task.home == self._rank:
+            task.attempt += 1
+            self.call_returned(task)
+        else:
+            self._outbox.peers[task.home].append(TaskReturned(task.task_id, task.attempt))
+            self._machine.tasks.forget_foreign(task)
+
+    def validate(self) -> None:
+        for hosted in self.hosted.values():
+            for task in hosted.in_flight.values():
+                assert task.worker == hosted.worker, task
+
+
+def killed_failure(actor_id: bytes) -> values.Failure:
+    return values.Failure(
+        "ActorDiedError", "The actor is dead because it was killed by `hpcray.kill`.",
+        actor_id.hex())
+
+
+def gone_failure(actor_id: bytes) -> values.Failure:
+    return values.Failure(
+        "ActorDiedError",
+        "The actor is dead: all handles to it went out of scope, or its job ended.",
+        actor_id.hex())

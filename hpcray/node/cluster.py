@@ -1,0 +1,321 @@
+"""The other nodes: who they are, and which of them should run what waits here. Pure.
+
+Bottom-up (paper, section 4.2.2): a task stays with its local scheduler while that can start it
+soon. What waits longer is announced to the global scheduler, which knows every node's load and
+answers with grants; the home then binds tasks to the granted node itself, and goes on filling
+it directly as results come back, until nothing waits.
+
+    home      --Demand(shape, count)-->  global scheduler  <--Load-- every node
+    home      <--Grant(rank, slots)----
+    home      --Assign------------------------------------> executor --TaskDone--> home (refills)
+
+A grant is advice: the executor's own ledger decides, and what cannot start there soon comes
+back (`TaskReturned`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hpcray.node.ledger import Shape
+from hpcray.node.outbox import Outbox
+from hpcray.node.records import QUEUED, TaskRecord
+from hpcray.protocol import ids
+from hpcray.protocol.messages import ACTOR_CREATION, Demand, Grant, Joined, Load
+
+if TYPE_CHECKING:
+    from hpcray.node.dispatch import ShapeQueue
+    from hpcray.node.machine import Machine
+
+SCHEDULER_RANK = 0
+
+# A local wait this short is not worth a message to another node.
+_PATIENCE_US = 2_000
+# Work bound ahead to a remote slot: covers a few round trips of short tasks.
+_AHEAD_US = 5_000
+_AHEAD_MAX = 256
+# A demand is repeated if nothing came of it (its grants may have been given away).
+_REPEAT_S = 0.05
+_LOAD_INTERVAL_S = 0.002
+_HEARTBEAT_S = 1.0
+# Below this many bytes an absent input does not decide where a task runs.
+_LOCALITY_BYTES = 4 * 1024 * 1024
+
+
+class Lease:
+    """Slots granted on another rank for one shape."""
+
+    __slots__ = ("open", "slots")
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        self.open = 0  # assigned, no outcome yet
+
+
+class Cluster:
+    """This node's dealings with the rest. The global scheduler itself is `GlobalScheduler`."""
+
+    def __init__(self, machine: Machine, outbox: Outbox) -> None:
+        self._machine = machine
+        self._outbox = outbox
+        self._rank = machine.rank
+        self.nodes: dict[int, Joined] = {}
+        self._leases: dict[tuple[int, Shape], Lease] = {}
+        self._demanded: dict[tuple[Shape, bool], tuple[int, float]] = {}
+        self._last_load: Any = None
+        self._last_load_s = 0.0
+        self.scheduler = GlobalScheduler() if self._rank == SCHEDULER_RANK else None
+
+    # --- binding what waits here --------------------------------------------------------------------------
+
+    def place_elsewhere(self, task: TaskRecord) -> bool:
+        """Whether the task was bound to the node that has most of its input."""
+        if not task.dep_count or task.template.kind == ACTOR_CREATION:
+            return False
+        records = self._machine.directory.records
+        absent: dict[int, int] = {}
+        for object_id in ids.split_ids(task.refs[: task.dep_count * 28]):
+            record = records[object_id]
+            if record.value is None and record.location is None and record.extra is not None:
+                for rank in record.extra.copies or record.extra.sources:
+                    absent[rank] = absent.get(rank, 0) + record.nbytes
+        if not absent:
+            return False
+        best = max(absent, key=lambda rank: (absent[rank], -rank))
+        if absent[best] < _LOCALITY_BYTES or best == self._rank:
+            return False
+        self._machine.tasks.assign(task, best)
+        return True
+
+    def granted(self, message: Grant, now_s: float) -> None:
+        self._demanded.pop((message.shape, message.actor), None)
+        queue = self._machine.dispatcher.queues.get((message.shape, message.actor))
+        if queue is None or not queue.tasks:
+            return
+        if message.rank == self._rank:
+            return  # the dispatcher takes it from here
+        key = (message.rank, message.shape)
+        lease = self._leases.get(key)
+        if message.actor:
+            lease = Lease(message.slots)  # creations are bound one by one, never ahead
+            self._bind(message.rank, queue, message.slots, lease)
+            return
+        if lease is None:
+            lease = self._leases[key] = Lease(0)
+        lease.slots += message.slots
+        self._refill(message.rank, queue, lease)
+
+    def _refill(self, rank: int, queue: ShapeQueue, lease: Lease) -> None:
+        room = lease.slots
+        for task in queue.tasks:
+            if task.state == QUEUED:
+                known = self._machine.tasks.statistics[task.template.template_id]
+                if known.count and not known.singly:
+                    room *= max(1, min(_AHEAD_US // (known.slow_us + 1), _AHEAD_MAX))
+                break
+        # Leave this node's own CPUs their next tasks: binding the last ones away gains nothing.
+        self._bind(rank, queue, room - lease.open, lease)
+
+    def _bind(self, rank: int, queue: ShapeQueue, count: int, lease: Lease) -> None:
+        tasks = self._machine.tasks
+        skipped = []
+        while count > 0 and queue.tasks:
+            task = queue.tasks.popleft()
+            if task.state != QUEUED or task.cancelled:
+                continue
+            if task.home != self._rank or task.template.rank >= 0:
+                skipped.append(task)
+                continue
+            tasks.assign(task, rank)
+            lease.open += 1
+            count -= 1
+        queue.tasks.extendleft(reversed(skipped))
+
+    def finished(self, rank: int, task: TaskRecord) -> None:
+        """A task bound elsewhere has an outcome: its slot takes the next one."""
+        key = (rank, task.template.resources)
+        lease = self._leases.get(key)
+        if lease is None:
+            return
+        lease.open -= 1
+        queue = self._machine.dispatcher.queues.get((task.template.resources, False))
+        if queue is not None and queue.tasks:
+            self._refill(rank, queue, lease)
+        if lease.open <= 0:
+            del self._leases[key]
+
+    def returned(self, rank: int, task: TaskRecord) -> None:
+        """The executor has no room after all."""
+        key = (rank, task.template.resources)
+        lease = self._leases.get(key)
+        if lease is not None:
+            lease.open -= 1
+            lease.slots = max(lease.slots - 1, 0)
+            if lease.open <= 0:
+                del self._leases[key]
+
+    # --- end of turn and time -------------------------------------------------------------------------------
+
+    def end_turn(self, now_s: float) -> None:
+        if self._machine.size == 1:
+            return
+        self._send_demands(now_s)
+        self._send_load(now_s)
+        if self.scheduler is not None:
+            for home, grant in self.scheduler.match():
+                if home == self._rank:
+                    self.granted(grant, now_s)
+                else:
+                    self._outbox.peers[home].append(grant)
+
+    def _send_demands(self, now_s: float) -> None:
+        dispatcher = self._machine.dispatcher
+        statistics = self._machine.tasks.statistics
+        cpus = max(dispatcher.ledger.total.get("CPU", 0) // 10_000, 1)
+        for (shape, actor), queue in dispatcher.queues.items():
+            count = len(queue.tasks)
+            if not count:
+                if (shape, actor) in self._demanded:
+                    del self._demanded[(shape, actor)]
+                    self._to_scheduler(Demand(shape, 0, actor))
+                continue
+            if not actor:
+                known = statistics[queue.tasks[0].template.template_id]
+                wait_us = count * (known.mean_us if known.count else 10_000) / cpus
+                if wait_us < _PATIENCE_US and dispatcher.ledger.could_ever_fit(shape):
+                    continue
+            last = self._demanded.get((shape, actor))
+            if last is None or count > 2 * last[0] or now_s - last[1] > _REPEAT_S:
+                self._demanded[(shape, actor)] = (count, now_s)
+                foreign = sum(1 for t in queue.tasks if t.template.rank >= 0) if count < 64 else 0
+                if count > foreign:
+                    self._to_scheduler(Demand(
+                        shape, count - foreign, actor, queue.tasks[0].template.spread))
+
+    def _send_load(self, now_s: float) -> None:
+        dispatcher = self._machine.dispatcher
+        facts = (dispatcher.ledger.free, dispatcher.queued(), len(self._machine.actors.hosted))
+        same = self._last_load is not None and facts == self._last_load
+        since_s = now_s - self._last_load_s
+        if (same and since_s < _HEARTBEAT_S) or since_s < _LOAD_INTERVAL_S:
+            return
+        self._last_load = (dict(facts[0]), facts[1], facts[2])
+        self._last_load_s = now_s
+        self._to_scheduler(Load(tuple(sorted(facts[0].items())), facts[1], facts[2], 0))
+
+    @property
+    def load_is_stale(self) -> bool:
+        """A load worth telling waits for its interval: the loop should come round soon."""
+        if self._machine.size == 1 or self._last_load is None:
+            return False
+        dispatcher = self._machine.dispatcher
+        return bool(self._last_load[0] != dispatcher.ledger.free)
+
+    def _to_scheduler(self, message: Any) -> None:
+        if self.scheduler is None:
+            self._outbox.peers[SCHEDULER_RANK].append(message)
+        elif type(message) is Load:
+            self.scheduler.load(self._rank, message)
+        else:
+            self.scheduler.demand(self._rank, message)
+
+
+class NodeView:
+    __slots__ = ("actors", "free", "queued", "total")
+
+    def __init__(self, total: dict[str, int]) -> None:
+        self.total = total
+        self.free = dict(total)
+        self.queued = 0
+        self.actors = 0
+
+
+class GlobalScheduler:
+    """Matches demands of homes with room on nodes. Soft state: all of it comes again with loads."""
+
+    def __init__(self) -> None:
+        self.views: dict[int, NodeView] = {}
+        self._demands: dict[tuple[int, Shape, bool], Demand] = {}
+        self._changed = False
+        # Demands no node can ever meet, to be reported once each.
+        self.impossible: list[tuple[int, Demand]] = []
+        self._reported: set[tuple[int, Shape, bool]] = set()
+
+    def joined(self, node: Joined) -> None:
+        self.views[node.rank] = NodeView(dict(node.resources))
+
+    def load(self, rank: int, message: Load) -> None:
+        view = self.views.get(rank)
+        if view is not None:
+            view.free = dict(message.free)
+            view.queued = message.queued
+            view.actors = message.actors
+            self._changed = True
+
+    def demand(self, home: int, message: Demand) -> None:
+        key = (home, message.shape, message.actor)
+        if message.count:
+            self._demands[key] = message
+            self._changed = True
+            if key not in self._reported and not any(
+                _covers(view.total, message.shape) for view in self.views.values()
+            ):
+                self._reported.add(key)
+                self.impossible.append((home, message))
+        else:
+            self._demands.pop(key, None)
+
+    def match(self) -> list[tuple[int, Grant]]:
+        """(home, grant) for demands that some node has room for."""
+        if not self._changed or not self._demands:
+            return []
+        self._changed = False
+        grants: list[tuple[int, Grant]] = []
+        for key, demand in list(self._demands.items()):
+            home, shape, actor = key
+            left = demand.count
+            given: dict[int, int] = {}
+            while left > 0:
+                rank = self._choose(home, shape, actor)
+                if rank is None:
+                    break
+                view = self.views[rank]
+                # Actors one by one, so that they spread; tasks take all the room there is.
+                slots = 1 if actor or demand.spread else min(left, _slots(view.free, shape))
+                for name, amount in shape:
+                    view.free[name] -= amount * slots
+                view.actors += slots if actor else 0
+                given[rank] = given.get(rank, 0) + slots
+                left -= slots
+                if not shape and not actor:
+                    break
+            for rank, slots in given.items():
+                grants.append((home, Grant(rank, shape, slots, actor)))
+            if left:
+                self._demands[key] = Demand(shape, left, actor, demand.spread)
+            else:
+                del self._demands[key]
+        return grants
+
+    def _choose(self, home: int, shape: Shape, actor: bool) -> int | None:
+        """The node with room: fewest actors per CPU for an actor, shortest queue for a task."""
+        best: tuple[float, int, int] | None = None
+        for rank, view in self.views.items():
+            if rank == home and not actor:
+                continue  # what fits there has started already
+            if not _covers(view.free, shape):
+                continue
+            cpus = max(view.total.get("CPU", 0), 10_000)
+            busy = view.actors / cpus if actor else view.queued / cpus
+            candidate = (busy, 0 if rank == home else 1, rank)
+            if best is None or candidate < best:
+                best = candidate
+        return None if best is None else best[2]
+
+
+def _covers(have: dict[str, int], shape: Shape) -> bool:
+    return all(have.get(name, 0) >= amount for name, amount in shape)
+
+
+def _slots(free: dict[str, int], shape: Shape) -> int:
+    return min((free.get(name, 0) // amount for name, amount in shape), default=64)

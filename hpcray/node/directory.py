@@ -1,0 +1,563 @@
+"""The object directory: every object this node knows, who counts on it, and where it is. Pure.
+
+For objects whose home is this node it is the truth; for others it is what this node holds of
+them: its own uses, a copy, and the duty to tell the home.
+
+    submit/put/hold --> PENDING --resolve--> READY --last hold and pin gone--> (absent)
+
+Invariants, checked by `validate`:
+
+OD-1  count == uses by local clients, tasks and containing objects (as told by them).
+OD-2  a home record without holds, local or remote, is absent, or FREED with pins.
+OD-3  a range of shared memory is released exactly once, when its object is freed and unpinned.
+OD-4  a foreign record with holds by clients has told its home (`extra.added`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from hpcray.node.holders import Holders
+from hpcray.node.outbox import Outbox, StartPull
+from hpcray.node.records import (
+    FREED, PENDING, READY, WAIT_LOCAL, WAIT_VALUE, ClientRecord, ObjectExtra, ObjectRecord,
+)
+from hpcray.protocol import ids, values
+from hpcray.protocol.messages import (
+    CopyAdded, FreeCopies, Located, ObjectReady, PeerReturn, PullRefused, PullRequest, Remote,
+    Return, Value, ValueAt, Want,
+)
+
+if TYPE_CHECKING:
+    from hpcray.node.machine import Machine
+
+_IDS_PER_MESSAGE = 2000
+
+
+class Directory:
+    def __init__(self, machine: Machine, outbox: Outbox) -> None:
+        self._machine = machine
+        self._outbox = outbox
+        self._rank = machine.rank
+        self._rank_bytes = machine.rank.to_bytes(4, "big")
+        self.records: dict[bytes, ObjectRecord] = {}
+        self.holders = Holders(outbox)
+        # Clients' messages of this turn, coalesced: who became ready for whom.
+        self._ready: dict[int, list[bytes]] = {}
+        self._wants: dict[int, list[bytes]] = {}
+        self._frees: dict[int, list[bytes]] = {}
+        # Handovers of refs inside results: number -> joined ids held until HandedOver.
+        self._handovers: dict[int, bytes] = {}
+        self._handover_count = 0
+        # Creation objects are freed like others; the actor machine wants to know.
+        self.on_freed_creation: Callable[[bytes], None] = lambda object_id: None
+
+    def is_home(self, object_id: bytes) -> bool:
+        return object_id[16:20] == self._rank_bytes
+
+    # --- records and counts -----------------------------------------------------------------------
+
+    def record(self, object_id: bytes) -> ObjectRecord:
+        """The record, made if absent.
+
+        An absent record of ours was freed: the caller's ref cannot be counted any more (it was
+        made from raw bytes, or hpcray miscounted), so its value is that error.
+        """
+        record = self.records.get(object_id)
+        if record is None:
+            record = self.records[object_id] = ObjectRecord(object_id)
+            if object_id[16:20] == self._rank_bytes:
+                failure = values.Failure(
+                    "ReferenceCountingAssertionError",
+                    "it was freed when its last counted ref went away", object_id.hex(),
+                )
+                record.state = READY
+                record.value = values.pack_failure(failure)
+        return record
+
+    def created(self, object_id: bytes) -> ObjectRecord:
+        """A new object of this home, with one hold (its maker's)."""
+        record = self.records.get(object_id)
+        if record is None:
+            record = self.records[object_id] = ObjectRecord(object_id, 1)
+        else:
+            record.count += 1
+        return record
+
+    def hold(self, object_id: bytes) -> ObjectRecord:
+        """One more local use."""
+        record = self.records.get(object_id)
+        if record is None:
+            record = self.record(object_id)
+        record.count += 1
+        return record
+
+    def hold_all(self, joined: bytes) -> None:
+        for object_id in ids.split_ids(joined):
+            self.hold(object_id)
+
+    def release(self, object_id: bytes) -> None:
+        """One use less; frees, or tells the home, when it was the last."""
+        record = self.records.get(object_id)
+        if record is None:
+            return
+        record.count -= 1
+        if record.count <= 0:
+            self._unheld(record)
+
+    def release_all(self, joined: bytes) -> None:
+        for object_id in ids.split_ids(joined):
+            self.release(object_id)
+
+    def announce(self, record: ObjectRecord) -> int:
+        """Make the home count this node as a holder; the barrier for what relies on it (0: none)."""
+        if record.object_id[16:20] == self._rank_bytes:
+            return 0
+        extra = record.more()
+        if extra.added:
+            return 0
+        extra.added = True
+        return self.holders.add(record.object_id)
+
+    def _unheld(self, record: ObjectRecord) -> None:
+        object_id = record.object_id
+        extra = record.extra
+        if object_id[16:20] == self._rank_bytes:
+            if extra is not None and extra.holders:
+                return
+            self._free(record)
+            return
+        if extra is not None and extra.added:
+            extra.added = False
+            self.holders.drop(object_id)
+        # The copy stays until the home says so (the home counts on it); a bare record goes.
+        if record.location is None and not record.pins and not (extra and extra.pulling):
+            if record.waiters is None and not (extra and extra.dependents):
+                del self.records[object_id]
+
+    def _free(self, record: ObjectRecord) -> None:
+        """No ref is left anywhere."""
+        object_id = record.object_id
+        extra = record.extra
+        if extra is not None:
+            if extra.contained:
+                contained, extra.contained = extra.contained, b""
+                self.release_all(contained)
+            if extra.copies:
+                for rank in extra.copies:
+                    if rank != self._rank:
+                        self._frees.setdefault(rank, []).append(object_id)
+                extra.copies = None
+        if object_id[:8] == b"\0\0\0\0\0\0\0\0" and ids.is_creation_object(object_id):
+            self.on_freed_creation(object_id)
+        if record.pins or (extra is not None and extra.pulling):
+            record.state = FREED
+            return
+        if self.records.pop(object_id, None) is not None and record.location is not None:
+            self._machine.memory.free(record.location)
+            record.location = None
+
+    # --- becoming ready -----------------------------------------------------------------------------
+
+    def resolve_inline(self, object_id: bytes, value: bytes) -> None:
+        """The common case: one small value without refs."""
+        record = self.records.get(object_id)
+        if record is None or record.state != PENDING:
+            return  # nobody waits any more, or an earlier attempt delivered
+        record.state = READY
+        record.value = value
+        if record.waiters is not None or record.extra is not None:
+            self._announce_ready(record)
+
+    def resolve_return(self, object_id: bytes, returned: Return) -> None:
+        """A value made by a worker of this node, for an object homed here."""
+        if type(returned.value) is Located:
+            self.resolve_located(object_id, returned.value, returned.contained)
+        else:
+            record = self.records.get(object_id)
+            if record is None or record.state != PENDING:
+                return
+            if returned.contained:
+                self.hold_all(returned.contained)
+                record.more().contained = returned.contained
+            assert isinstance(returned.value, bytes)
+            self.resolve_inline(object_id, returned.value)
+
+    def resolve_located(self, object_id: bytes, location: Located, contained: bytes = b"") -> None:
+        """A value in this node's shared memory, for an object homed here."""
+        self._machine.memory.used(location)
+        record = self.records.get(object_id)
+        if record is None or record.state != PENDING:
+            self._machine.memory.free(location)
+            return
+        record.location = location
+        record.nbytes = location.nbytes
+        record.state = READY
+        extra = record.more()
+        extra.copies = [self._rank]
+        if contained:
+            self.hold_all(contained)
+            extra.contained = contained
+        self._announce_ready(record)
+
+    def resolve_peer_return(self, object_id: bytes, returned: PeerReturn, rank: int) -> int:
+        """A value made on another rank, for an object homed here; the barrier of its inner refs."""
+        record = self.records.get(object_id)
+        if record is None or record.state != PENDING:
+            if returned.nbytes:
+                self._frees.setdefault(rank, []).append(object_id)
+            return 0
+        barrier = 0
+        if returned.contained:
+            for inner in ids.split_ids(returned.contained):
+                barrier = max(barrier, self.announce(self.hold(inner)))
+            record.more().contained = returned.contained
+        if not returned.nbytes:
+            self.resolve_inline(object_id, returned.value)
+            return barrier
+        record.state = READY
+        record.nbytes = returned.nbytes
+        record.more().copies = [rank]
+        self._announce_ready(record)
+        return barrier
+
+    def keep_foreign(self, object_id: bytes, location: Located) -> None:
+        """A worker here made a large value for an object homed elsewhere: this node has the copy."""
+        self._machine.memory.used(location)
+        record = self.records.get(object_id)
+        if record is None:
+            record = self.records[object_id] = ObjectRecord(object_id)
+        if record.location is not None:
+            self._machine.memory.free(location)  # an earlier attempt's copy is as good
+            return
+        record.location = location
+        record.nbytes = location.nbytes
+        record.state = READY
+        if record.extra is not None or record.waiters is not None:
+            self._announce_ready(record)
+
+    def object_ready(self, object_id: bytes, value: bytes | Remote) -> None:
+        """A home answers our Want."""
+        record = self.records.get(object_id)
+        if record is None:
+            return
+        extra = record.more()
+        extra.wanted = False
+        if type(value) is Remote:
+            extra.sources = value.ranks
+            record.nbytes = value.nbytes
+            if record.state == PENDING:
+                record.state = READY
+        else:
+            if record.value is not None:
+                return
+            assert isinstance(value, bytes)
+            record.value = value
+            record.state = READY
+        self._announce_ready(record)
+
+    def _announce_ready(self, record: ObjectRecord) -> None:
+        waiters = record.waiters
+        if waiters is not None:
+            record.waiters = None
+            for code in waiters if type(waiters) is list else (waiters,):
+                self._serve(record, code)
+        extra = record.extra
+        if extra is None:
+            return
+        if extra.wanters:
+            wanters, extra.wanters = extra.wanters, None
+            for rank in wanters:
+                self._tell(record, rank)
+        if extra.dependents:
+            dependents, extra.dependents = extra.dependents, None
+            for task in dependents:
+                self._machine.tasks.dependency_ready(task, record)
+
+    # --- clients that wait ----------------------------------------------------------------------------
+
+    def get(self, client: int, joined: bytes, how: int) -> None:
+        code = client * 4 + how
+        records = self.records
+        for object_id in ids.split_ids(joined):
+            record = records.get(object_id)
+            if record is None:
+                record = self.record(object_id)
+            if record.state == PENDING:
+                self._enqueue(record, code)
+                self.want(record)
+            else:
+                self._serve(record, code)
+
+    def _enqueue(self, record: ObjectRecord, code: int) -> None:
+        waiters = record.waiters
+        if waiters is None:
+            record.waiters = code
+        elif type(waiters) is list:
+            waiters.append(code)
+        else:
+            record.waiters = [waiters, code]
+
+    def _serve(self, record: ObjectRecord, code: int) -> None:
+        """A ready object and a client that waits for it."""
+        client, how = code >> 2, code & 3
+        value = record.value
+        if how == WAIT_VALUE:
+            if value is not None:
+                self._outbox.clients[client].append(Value(record.object_id, value))
+                return
+            if record.location is not None:
+                self.pin(record, client)
+                self._outbox.clients[client].append(ValueAt(record.object_id, record.location))
+                return
+        elif how != WAIT_LOCAL or value is not None or record.location is not None:
+            self._ready.setdefault(client, []).append(record.object_id)
+            return
+        self._enqueue(record, code)
+        self.pull(record)
+
+    def forget_client(self, client: ClientRecord) -> None:
+        """A process is gone: its refs and pins lapse."""
+        for object_id, count in client.pins.items():
+            self.unpin(object_id, count)
+        client.pins.clear()
+        for object_id in client.held:
+            self.release(object_id)
+        client.held.clear()
+        # Its waits would be answered into the void: they are skipped by the loop.
+
+    # --- pins -----------------------------------------------------------------------------------------
+
+    def pin(self, record: ObjectRecord, client: int) -> None:
+        record.pins += 1
+        pins = self._machine.clients[client].pins
+        pins[record.object_id] = pins.get(record.object_id, 0) + 1
+
+    def client_unpinned(self, client: ClientRecord, object_id: bytes, count: int = 1) -> None:
+        have = client.pins.get(object_id, 0)
+        count = min(count, have)
+        if count == have:
+            client.pins.pop(object_id, None)
+        else:
+            client.pins[object_id] = have - count
+        if count:
+            self.unpin(object_id, count)
+
+    def unpin(self, object_id: bytes, count: int = 1) -> None:
+        record = self.records.get(object_id)
+        if record is None:
+            return
+        record.pins -= count
+        if record.pins <= 0 and record.state == FREED:
+            self._finish_free(record)
+        elif record.pins <= 0 and record.count <= 0 and not self.is_home(object_id):
+            self._unheld(record)
+
+    def _finish_free(self, record: ObjectRecord) -> None:
+        if record.pins or (record.extra is not None and record.extra.pulling):
+            return
+        self.records.pop(record.object_id, None)
+        if record.location is not None:
+            self._machine.memory.free(record.location)
+            record.location = None
+
+    # --- other nodes ----------------------------------------------------------------------------------
+
+    def want(self, record: ObjectRecord) -> None:
+        """Ask the home of a foreign object to say when it is ready."""
+        object_id = record.object_id
+        if object_id[16:20] == self._rank_bytes:
+            return
+        extra = record.more()
+        if not extra.wanted:
+            extra.wanted = True
+            self._wants.setdefault(ids.home_of_object(object_id), []).append(object_id)
+
+    def wanted_by(self, rank: int, joined: bytes) -> None:
+        for object_id in ids.split_ids(joined):
+            record = self.record(object_id)
+            if record.state == PENDING:
+                extra = record.more()
+                if extra.wanters is None:
+                    extra.wanters = []
+                extra.wanters.append(rank)
+            else:
+                self._tell(record, rank)
+
+    def _tell(self, record: ObjectRecord, rank: int) -> None:
+        value: bytes | Remote
+        if record.value is not None:
+            value = record.value
+        else:
+            value = Remote(record.nbytes, tuple(record.more().copies or ()))
+        self._outbox.peers[rank].append(ObjectReady(record.object_id, value))
+
+    def holder_added(self, rank: int, joined: bytes) -> None:
+        for object_id in ids.split_ids(joined):
+            extra = self.record(object_id).more()
+            if extra.holders is None:
+                extra.holders = []
+            extra.holders.append(rank)
+
+    def holder_dropped(self, rank: int, joined: bytes) -> None:
+        for object_id in ids.split_ids(joined):
+            record = self.records.get(object_id)
+            if record is None or record.extra is None or not record.extra.holders:
+                continue
+            holders = record.extra.holders
+            if rank in holders:
+                holders.remove(rank)
+            if not holders and record.count <= 0:
+                self._free(record)
+
+    def hand_over(self, joined: bytes, to_rank: int) -> int:
+        """Hold refs inside a result on their way to `to_rank`; the number to be answered (0: none).
+
+        Refs homed at the receiver need nothing: our own drop follows in the same channel.
+        """
+        foreign = b"".join(i for i in ids.split_ids(joined) if ids.home_of_object(i) != to_rank)
+        if not foreign:
+            return 0
+        self.hold_all(foreign)
+        self._handover_count += 1
+        self._handovers[self._handover_count] = foreign
+        return self._handover_count
+
+    def handed_over(self, number: int) -> None:
+        self.release_all(self._handovers.pop(number, b""))
+
+    # --- copies ---------------------------------------------------------------------------------------
+
+    def is_local(self, record: ObjectRecord) -> bool:
+        return record.value is not None or record.location is not None
+
+    def pull(self, record: ObjectRecord) -> None:
+        """Bring a copy here; whoever waits on the record hears of it."""
+        extra = record.more()
+        if extra.pulling:
+            return
+        sources = extra.copies if self.is_home(record.object_id) else extra.sources
+        if not sources:
+            self.want(record)
+            return
+        extra.pulling = True
+        # Which copy: spread readers over them by something all of them differ in.
+        source = sources[self._rank % len(sources)]
+        self._outbox.actions.append(StartPull(record.object_id, source, record.nbytes))
+
+    def pulled(self, object_id: bytes, location: Located) -> None:
+        """The copy is here, in the node's own segment (accounted when it was allocated)."""
+        record = self.records.get(object_id)
+        if record is None:
+            self._machine.memory.free(location)
+            return
+        extra = record.more()
+        extra.pulling = False
+        record.location = location
+        if record.state == FREED:
+            self._finish_free(record)
+            return
+        record.state = READY
+        if self.is_home(object_id):
+            if extra.copies is None:
+                extra.copies = []
+            extra.copies.append(self._rank)
+        else:
+            self._outbox.peers[ids.home_of_object(object_id)].append(CopyAdded(object_id))
+        self._announce_ready(record)
+
+    def pull_failed(self, object_id: bytes, failure: values.Failure | None) -> None:
+        """Refused by the source (then ask the home again), or no memory here (then it is an error)."""
+        record = self.records.get(object_id)
+        if record is None:
+            return
+        extra = record.more()
+        extra.pulling = False
+        if record.state == FREED:
+            self._finish_free(record)
+        elif failure is not None:
+            record.value = values.pack_failure(failure)
+            record.state = READY
+            self._announce_ready(record)
+        elif self.is_home(object_id):
+            lost = values.Failure("ObjectLostError", "its copy is gone", object_id.hex())
+            record.value = values.pack_failure(lost)
+            self._announce_ready(record)
+        else:
+            extra.sources = ()
+            extra.wanted = False
+            self.want(record)
+
+    def pull_asked(self, rank: int, message: PullRequest) -> Located | None:
+        """Pin and return where to send from; None: refused."""
+        record = self.records.get(message.object_id)
+        if record is None or record.location is None:
+            self._outbox.peers[rank].append(PullRefused(message.object_id, message.transfer))
+            return None
+        record.pins += 1
+        return record.location
+
+    def copy_added(self, rank: int, object_id: bytes) -> None:
+        record = self.records.get(object_id)
+        if record is None or record.state == FREED:
+            self._frees.setdefault(rank, []).append(object_id)
+            return
+        extra = record.more()
+        if extra.copies is None:
+            extra.copies = []
+        extra.copies.append(rank)
+
+    def free_copies(self, joined: bytes) -> None:
+        """The home says: nobody needs our copies any more."""
+        for object_id in ids.split_ids(joined):
+            record = self.records.get(object_id)
+            if record is not None:
+                self._free_copy(record)
+
+    def _free_copy(self, record: ObjectRecord) -> None:
+        if record.pins or (record.extra is not None and record.extra.pulling):
+            record.state = FREED
+            return
+        self.records.pop(record.object_id, None)
+        if record.location is not None:
+            self._machine.memory.free(record.location)
+            record.location = None
+
+    # --- end of turn ----------------------------------------------------------------------------------
+
+    def end_turn(self) -> None:
+        from hpcray.protocol.messages import Ready
+
+        outbox = self._outbox
+        if self._ready:
+            ready, self._ready = self._ready, {}
+            for client, found in ready.items():
+                for start in range(0, len(found), _IDS_PER_MESSAGE):
+                    outbox.clients[client].append(
+                        Ready(b"".join(found[start : start + _IDS_PER_MESSAGE])))
+        if self._wants:
+            wants, self._wants = self._wants, {}
+            self._to_peers(wants, Want)
+        if self._frees:
+            frees, self._frees = self._frees, {}
+            self._to_peers(frees, FreeCopies)
+        self.holders.end_turn()
+
+    def _to_peers(self, table: dict[int, list[bytes]], message: Callable[[bytes], Any]) -> None:
+        for rank, found in table.items():
+            for start in range(0, len(found), _IDS_PER_MESSAGE):
+                self._outbox.peers[rank].append(
+                    message(b"".join(found[start : start + _IDS_PER_MESSAGE])))
+
+    def validate(self) -> None:
+        """Check OD-2 and what can be seen of OD-3 and OD-4. Slow: for tests."""
+        for object_id, record in self.records.items():
+            assert record.object_id == object_id
+            assert record.pins >= 0, record
+            extra = record.extra or ObjectExtra()
+            if record.state == FREED:
+                assert record.pins or extra.pulling, record
+            elif self.is_home(object_id):
+                assert record.count > 0 or extra.holders, record
+            assert record.count >= 0, record

@@ -1,0 +1,490 @@
+"""The dispatcher: tasks bound (or bindable) to this node, its workers, and who runs what. Pure.
+
+    enqueue --> queue per shape --lease: resources + an idle worker--> datagrams to the worker
+                     ^                                                      |
+                     +--- taken back (blocked, slow, died unread) ----------+--> finished
+
+A worker is leased for one shape (set of resources) and runs tasks of that shape one after
+another. A datagram holds as many tasks as fit into 1 ms; a second one is prefetched only for
+tasks known to be short. What a worker has not read can be taken back at any time, so one slow
+task holds nobody.
+
+Invariants, checked by `validate`:
+
+DP-1  free + the shapes of all leases (less what blocked workers gave back) == total.
+DP-2  a RUNNING task is in exactly one datagram of exactly one worker, or in an actor.
+DP-3  an idle worker holds nothing.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from hpcray.node.ledger import ResourceLedger, Shape, cpu_part
+from hpcray.node.outbox import KillWorker, Outbox, StartWorker, TakeBack
+from hpcray.node.records import QUEUED, TaskRecord
+from hpcray.protocol import values
+from hpcray.protocol.messages import ACTOR_CREATION, METHOD, Stop
+
+if TYPE_CHECKING:
+    from hpcray.node.machine import Machine
+
+BATCH_MAX = 16
+_BATCH_BYTES = 96 * 1024
+# A second datagram waits at the worker only if its tasks are this short: longer ones gain nothing.
+_PREFETCH_MAX_US = 5_000
+# A worker whose datagram has run for this long is slow: what it has not read is taken back.
+_SLOW_S = 0.01
+# Idle workers beyond the number of CPUs live this long.
+_IDLE_WORKER_S = 5.0
+# Forks under way at once; a fork takes 1-3 ms and the zygote does them one by one.
+_STARTING_MAX = 16
+
+
+class WorkerState(enum.Enum):
+    STARTING = "forked, has not said hello"
+    IDLE = "waits for a lease"
+    LEASED = "runs tasks"
+    ACTOR = "hosts an actor until it exits"
+    STOPPING = "told to exit, or killed"
+
+
+class Worker:
+    __slots__ = (
+        "actor_id", "blocked", "calls", "datagrams", "devices", "idle_since_s", "number", "pid",
+        "sent_s", "shape", "slow", "state",
+    )
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.pid = 0
+        self.state = WorkerState.STARTING
+        self.shape: Shape = ()
+        self.devices: tuple[int, ...] = ()
+        # Outstanding datagrams, oldest first; the head of the first is running.
+        self.datagrams: deque[deque[TaskRecord]] = deque()
+        self.blocked = False
+        self.slow = False
+        self.actor_id = b""
+        self.sent_s = 0.0  # when its oldest datagram began
+        self.idle_since_s = 0.0
+        self.calls: dict[bytes, int] | None = None  # template -> runs, for max_calls
+
+
+class ShapeQueue:
+    __slots__ = ("creation", "leased", "shape", "starved", "tasks")
+
+    def __init__(self, shape: Shape, creation: bool) -> None:
+        self.shape = shape
+        self.creation = creation
+        self.tasks: deque[TaskRecord] = deque()
+        self.leased: dict[int, Worker] = {}
+        self.starved = False  # reported as impossible
+
+
+class Dispatcher:
+    def __init__(self, machine: Machine, outbox: Outbox, ledger: ResourceLedger) -> None:
+        self._machine = machine
+        self._outbox = outbox
+        self.ledger = ledger
+        self.workers: dict[int, Worker] = {}
+        self.queues: dict[tuple[Shape, bool], ShapeQueue] = {}
+        self._idle: deque[Worker] = deque()
+        self._starting = 0
+        self._worker_count = 0
+        # Workers whose last datagram is finished; decided on at the end of the turn.
+        self._drained: dict[int, Worker] = {}
+        # Workers with an unread datagram behind the running one.
+        self.piled: dict[int, Worker] = {}
+        self._dirty = False
+        # How many forked workers died before they said hello, in a row.
+        self._stillborn = 0
+
+    # --- tasks in -------------------------------------------------------------------------------------
+
+    def enqueue(self, task: TaskRecord, *, front: bool = False) -> None:
+        template = task.template
+        creation = template.kind == ACTOR_CREATION
+        queue = self.queues.get((template.resources, creation))
+        if queue is None:
+            queue = self.queues[(template.resources, creation)] = ShapeQueue(
+                template.resources, creation)
+        if front:
+            queue.tasks.appendleft(task)
+        else:
+            queue.tasks.append(task)
+        self._dirty = True
+
+    def fetched(self, task: TaskRecord) -> None:
+        """Its dependencies have arrived: it was next, it is next."""
+        task.state = QUEUED
+        self.enqueue(task, front=True)
+
+    def queued(self) -> int:
+        return sum(len(queue.tasks) for queue in self.queues.values())
+
+    # --- workers come and go ----------------------------------------------------------------------------
+
+    def start_workers(self, count: int) -> None:
+        for _ in range(count):
+            self._worker_count += 1
+            number = self._worker_count
+            self.workers[number] = Worker(number)
+            self._starting += 1
+            self._outbox.actions.append(StartWorker(number))
+
+    def worker_ready(self, number: int, pid: int, now_s: float) -> None:
+        worker = self.workers[number]
+        worker.pid = pid
+        self._starting -= 1
+        self._stillborn = 0
+        self._make_idle(worker, now_s)
+
+    def _make_idle(self, worker: Worker, now_s: float) -> None:
+        worker.state = WorkerState.IDLE
+        worker.idle_since_s = now_s
+        self._idle.append(worker)
+        self._dirty = True
+
+    def worker_gone(self, number: int, failure: values.Failure) -> None:
+        """The process has ended, by whatever cause."""
+        worker = self.workers.pop(number, None)
+        if worker is None:
+            return
+        if worker.state is WorkerState.STARTING:
+            self._starting -= 1
+            self._stillborn += 1
+            if self._stillborn == 3:
+                self._outbox.notices.append(
+                    f"workers die as they start: {failure.message}; see the output above for why")
+        if worker in self._idle:
+            self._idle.remove(worker)
+        self.piled.pop(number, None)
+        self._drained.pop(number, None)
+        if worker.state is WorkerState.ACTOR or worker.actor_id:
+            self._machine.actors.worker_gone(worker.actor_id, number, failure)
+        datagrams, worker.datagrams = worker.datagrams, deque()
+        first = True
+        for datagram in datagrams:
+            for task in datagram:
+                # Any task of the first datagram may have been running: results leave per datagram.
+                self._machine.tasks.worker_died(task, failure, started=first)
+            first = False
+        self._unlease(worker)
+        self._dirty = True
+
+    def _unlease(self, worker: Worker) -> None:
+        shape = worker.shape
+        if worker.blocked:
+            shape = tuple(pair for pair in shape if pair[0] != "CPU")
+            worker.blocked = False
+        if worker.shape or worker.devices:
+            self.ledger.release(shape, worker.devices)
+        worker.shape = ()
+        worker.devices = ()
+        for queue in self.queues.values():
+            queue.leased.pop(worker.number, None)
+
+    # --- scheduling -------------------------------------------------------------------------------------
+
+    def end_turn(self, now_s: float) -> None:
+        """Give work to whoever can take it. Once per turn of the loop."""
+        if not (self._dirty or self._drained):
+            return
+        self._dirty = False
+        busy = [queue for queue in self.queues.values() if queue.tasks]
+        if len(busy) > 1:
+            # Nobody keeps a lease while others wait: everyone takes turns.
+            for worker in list(self._drained.values()):
+                self._end_lease(worker, now_s)
+            self._drained.clear()
+            progress = True
+            while progress:
+                progress = False
+                for queue in busy:
+                    if queue.tasks and self._lease_one(queue, now_s):
+                        progress = True
+            for queue in busy:
+                if queue.tasks:
+                    self._start_for(queue)
+        elif busy:
+            self._serve(busy[0], now_s)
+        for worker in list(self._drained.values()):
+            if not worker.datagrams:
+                self._steal_or_end(worker, now_s)
+        self._drained.clear()
+
+    def _serve(self, queue: ShapeQueue, now_s: float) -> None:
+        for worker in list(self._drained.values()):
+            if not queue.tasks:
+                return
+            if worker.number in queue.leased:
+                if not worker.datagrams and worker.state is WorkerState.LEASED:
+                    self._fill(queue, worker, now_s)
+            elif not worker.datagrams:
+                self._end_lease(worker, now_s)
+        while queue.tasks and self._lease_one(queue, now_s):
+            pass
+        if not queue.tasks or queue.creation:
+            if queue.tasks:
+                self._start_for(queue)
+            return
+        statistics = self._machine.tasks.statistics
+        for worker in queue.leased.values():
+            if not queue.tasks:
+                return
+            if len(worker.datagrams) == 1 and not worker.blocked and not worker.slow:
+                known = statistics[queue.tasks[0].template.template_id]
+                if not known.count or known.slow_us > _PREFETCH_MAX_US or known.singly:
+                    break
+                self._fill(queue, worker, now_s)
+        if queue.tasks:
+            self._start_for(queue)
+
+    def _lease_one(self, queue: ShapeQueue, now_s: float) -> bool:
+        """Lease an idle worker for the queue and give it work; False if nothing could start."""
+        if not self._idle or not self.ledger.fits(queue.shape):
+            return False
+        worker = self._idle.popleft()
+        worker.devices = self.ledger.acquire(queue.shape)
+        worker.shape = queue.shape
+        worker.state = WorkerState.LEASED
+        worker.slow = False
+        if not queue.creation:
+            queue.leased[worker.number] = worker
+        if not self._fill(queue, worker, now_s):
+            self._unlease(worker)
+            self._make_idle(worker, now_s)
+            return bool(queue.tasks)
+        return True
+
+    def _fill(self, queue: ShapeQueue, worker: Worker, now_s: float) -> bool:
+        """Send one datagram of tasks to the worker; False if none in the queue can run yet."""
+        tasks = self._machine.tasks
+        waiting = queue.tasks
+        datagram: deque[TaskRecord] = deque()
+        run: list[Any] = []
+        limit = 0
+        room_bytes = _BATCH_BYTES
+        template = None
+        while waiting:
+            task = waiting[0]
+            if task.state != QUEUED or task.cancelled:
+                waiting.popleft()
+                continue
+            if task.template is not template:
+                template = task.template
+                batch = tasks.statistics[template.template_id].batch(BATCH_MAX)
+                if template.max_retries == 0 or template.max_calls or queue.creation:
+                    batch = 1  # its outcome must be known before anything else runs
+                if limit and (batch == 1 or len(run) >= batch):
+                    break
+                limit = batch if not limit else min(limit, batch)
+            if run and (len(run) >= limit or len(task.args) > room_bytes):
+                break
+            waiting.popleft()
+            if task.dep_count:
+                if not tasks.fetch(task):
+                    continue  # comes back to the front when its dependencies have arrived
+                room_bytes = 0
+            room_bytes -= len(task.args)
+            datagram.append(task)
+            run.append(tasks.run_message(task, worker.number, worker.devices))
+            if queue.creation:
+                break
+        if not run:
+            return False
+        if not worker.datagrams:
+            worker.sent_s = now_s
+        worker.datagrams.append(datagram)
+        if len(worker.datagrams) > 1:
+            self.piled[worker.number] = worker
+        self._outbox.tasks.append((worker.number, run))
+        if queue.creation:
+            worker.state = WorkerState.ACTOR
+            worker.actor_id = datagram[0].actor_id
+            self._machine.actors.creating(datagram[0], worker.number, worker.devices)
+        return True
+
+    def _start_for(self, queue: ShapeQueue) -> None:
+        """Fork workers if that is what is missing."""
+        if self._idle:
+            return
+        wanted = min(len(queue.tasks), self.ledger.slots(queue.shape), _STARTING_MAX)
+        if self._stillborn >= 3:
+            wanted = min(wanted, 1)
+        if self._starting < wanted:
+            self.start_workers(wanted - self._starting)
+
+    def _steal_or_end(self, worker: Worker, now_s: float) -> None:
+        """A leased worker without work: take over what waits unread at another, or end the lease."""
+        if self.piled and worker.state is WorkerState.LEASED:
+            for other in self.piled.values():
+                if other.shape == worker.shape and not other.slow:
+                    other.slow = True  # not refilled until its running datagram is done
+                    self._outbox.actions.append(TakeBack(other.number))
+                    break
+        self._end_lease(worker, now_s)
+
+    def _end_lease(self, worker: Worker, now_s: float) -> None:
+        if worker.state is not WorkerState.LEASED or worker.datagrams:
+            return
+        self._unlease(worker)
+        if worker.calls is not None:
+            worker.state = WorkerState.STOPPING
+            self._outbox.tasks.append((worker.number, [Stop()]))
+        else:
+            self._make_idle(worker, now_s)
+
+    # --- outcomes -----------------------------------------------------------------------------------------
+
+    def finished(self, task: TaskRecord) -> None:
+        """A task of this node's workers has an outcome."""
+        worker = self.workers.get(task.worker)
+        if worker is None or not worker.datagrams:
+            return
+        datagram = worker.datagrams[0]
+        if datagram[0] is task:
+            datagram.popleft()
+        else:
+            for datagram in worker.datagrams:
+                if task in datagram:
+                    datagram.remove(task)
+                    break
+        template = task.template
+        if template.max_calls:
+            runs = worker.calls if worker.calls is not None else {}
+            runs[template.template_id] = runs.get(template.template_id, 0) + 1
+            if runs[template.template_id] >= template.max_calls:
+                worker.calls = runs
+        while worker.datagrams and not worker.datagrams[0]:
+            worker.datagrams.popleft()
+            worker.sent_s = self._machine.now_s
+            worker.slow = False
+        if len(worker.datagrams) < 2:
+            self.piled.pop(worker.number, None)
+            if not worker.datagrams:
+                self._drained[worker.number] = worker
+            else:
+                self._dirty = True
+
+    def blocked(self, number: int, unstarted: tuple[bytes, ...]) -> None:
+        """The worker waits: it gives back its CPU and everything it has not started."""
+        worker = self.workers.get(number)
+        if worker is None or worker.blocked or worker.state is not WorkerState.LEASED:
+            return
+        worker.blocked = True
+        self.ledger.release(cpu_part(worker.shape))
+        if unstarted:
+            wanted = set(unstarted)
+            for datagram in worker.datagrams:
+                for task in [t for t in datagram if t.task_id in wanted]:
+                    datagram.remove(task)
+                    self._take(task)
+        if len(worker.datagrams) > 1:
+            self._outbox.actions.append(TakeBack(number))
+        self._dirty = True
+
+    def unblocked(self, number: int) -> None:
+        worker = self.workers.get(number)
+        if worker is not None and worker.blocked:
+            worker.blocked = False
+            self.ledger.take_back(cpu_part(worker.shape))
+
+    def taken_back(self, number: int, task_ids: list[bytes]) -> None:
+        """These Runs came back unread."""
+        worker = self.workers.get(number)
+        if worker is None:
+            return
+        wanted = set(task_ids)
+        for datagram in list(worker.datagrams):
+            for task in reversed([t for t in datagram if t.task_id in wanted]):
+                datagram.remove(task)
+                self._take(task)
+        while worker.datagrams and not worker.datagrams[-1]:
+            worker.datagrams.pop()
+        if len(worker.datagrams) < 2:
+            self.piled.pop(number, None)
+        if not worker.datagrams and worker.state is WorkerState.LEASED:
+            self._drained[number] = worker
+        self._dirty = True
+
+    def _take(self, task: TaskRecord) -> None:
+        self._machine.tasks.unrun(task)
+        self.enqueue(task, front=True)
+
+    # --- time -----------------------------------------------------------------------------------------------
+
+    def tick(self, now_s: float) -> None:
+        """About every 10 ms while anything is piled, else every second."""
+        for worker in list(self.piled.values()):
+            if not worker.slow and now_s - worker.sent_s > _SLOW_S:
+                worker.slow = True
+                self._outbox.actions.append(TakeBack(worker.number))
+        cpus = max(self.ledger.total.get("CPU", 0) // 10_000, 1)
+        while len(self._idle) > cpus and now_s - self._idle[0].idle_since_s > _IDLE_WORKER_S:
+            worker = self._idle.popleft()
+            worker.state = WorkerState.STOPPING
+            self._outbox.tasks.append((worker.number, [Stop()]))
+
+    def give_back_foreign(self) -> None:
+        """Other homes' tasks that cannot start here return to them."""
+        for queue in self.queues.values():
+            if queue.tasks and not self.ledger.fits(queue.shape):
+                kept: deque[TaskRecord] = deque()
+                for task in queue.tasks:
+                    if (task.home != self._machine.rank and task.state == QUEUED
+                            and task.template.rank < 0 and task.template.kind != METHOD):
+                        self._machine.tasks.give_back(task)
+                    else:
+                        kept.append(task)
+                queue.tasks = kept
+
+    def actor_holds(self, number: int, held: Shape) -> None:
+        """The actor is created: from now on it holds only this."""
+        worker = self.workers.get(number)
+        if worker is None:
+            return
+        devices = worker.devices
+        keeps_gpu = any(name == "GPU" for name, _ in held)
+        self.ledger.release(worker.shape, devices)
+        self.ledger.take_back(held)
+        if keeps_gpu:
+            amount = dict(held)["GPU"]
+            for index in devices:
+                self.ledger._gpus[index] -= min(amount, 10_000)
+        worker.shape = held
+        worker.devices = devices if keeps_gpu else ()
+        worker.datagrams.clear()
+        self._dirty = True
+
+    def stop_worker(self, number: int, *, kill: bool) -> None:
+        worker = self.workers.get(number)
+        if worker is None:
+            return
+        if kill:
+            self._outbox.actions.append(KillWorker(number))
+        else:
+            self._outbox.tasks.append((number, [Stop()]))
+
+    def infeasible(self) -> list[tuple[ShapeQueue, TaskRecord]]:
+        """Queues that can never be served on this node, each reported once."""
+        found = []
+        for queue in self.queues.values():
+            if queue.tasks and not queue.starved and not self.ledger.could_ever_fit(queue.shape):
+                queue.starved = True
+                found.append((queue, queue.tasks[0]))
+        return found
+
+    def validate(self) -> None:
+        held = []
+        for worker in self.workers.values():
+            shape = worker.shape
+            if worker.blocked:
+                shape = tuple(pair for pair in shape if pair[0] != "CPU")
+            held.append(shape)
+            if worker.state is WorkerState.IDLE:
+                assert not worker.shape and not worker.datagrams, worker.number
+        self.ledger.validate(held)

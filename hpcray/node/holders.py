@@ -1,0 +1,92 @@
+"""Which homes know that this node holds refs, and what must wait until they do. Pure.
+
+A node tells an object's home when it becomes a holder (HolderAdd, acknowledged) and when it
+stops (HolderDrop). What lets go of a hold somewhere else must not overtake an add on its way
+to a third node: it waits for the acknowledgements of the adds before it.
+
+HO-1  a HolderDrop, and a report that ends the sender's hold on refs kept here, leaves only
+      when every HolderAdd queued before it has been acknowledged.
+
+    add(x) --> [adds of this turn] --end of turn--> HolderAdd --> outstanding --HolderAdded--> gone
+    release(message) --> waits for the newest add before it --> sent
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from hpcray.node.outbox import Outbox
+from hpcray.protocol import ids
+from hpcray.protocol.messages import HolderAdd, HolderDrop
+
+# 2,000 ids make 56 kB: far below a datagram's or frame's limit.
+_IDS_PER_MESSAGE = 2000
+
+
+class Holders:
+    def __init__(self, outbox: Outbox) -> None:
+        self._outbox = outbox
+        self._adds: dict[int, list[bytes]] = {}
+        self._drops: dict[int, list[bytes]] = {}
+        # Barriers are turn numbers; `_turn` is the last turn that sent adds.
+        self._turn = 0
+        # Per rank: the turn of each HolderAdd not acknowledged, oldest first.
+        self._unacked: dict[int, deque[int]] = {}
+        # Turn -> acknowledgements it still lacks; in order of turns.
+        self._outstanding: dict[int, int] = {}
+        # (barrier, rank, message), in order.
+        self._waiting: deque[tuple[int, int, Any]] = deque()
+
+    def add(self, object_id: bytes) -> int:
+        """Announce a hold at the end of this turn; the barrier to wait for."""
+        self._adds.setdefault(ids.home_of_object(object_id), []).append(object_id)
+        return self._turn + 1
+
+    def drop(self, object_id: bytes) -> None:
+        rank = ids.home_of_object(object_id)
+        self._drops.setdefault(rank, []).append(object_id)
+
+    def release(self, barrier: int, rank: int, message: Any) -> None:
+        """Send `message` to `rank` once every add up to `barrier` is acknowledged."""
+        if self._must_wait(barrier):
+            self._waiting.append((barrier, rank, message))
+        else:
+            self._outbox.peers[rank].append(message)
+
+    def _must_wait(self, barrier: int) -> bool:
+        if barrier > self._turn:
+            return True  # its adds leave at the end of this turn
+        return bool(self._outstanding) and next(iter(self._outstanding)) <= barrier
+
+    def acknowledged(self, rank: int) -> None:
+        """A HolderAdded came from `rank`."""
+        turn = self._unacked[rank].popleft()
+        self._outstanding[turn] -= 1
+        if not self._outstanding[turn]:
+            del self._outstanding[turn]
+            waiting, self._waiting = self._waiting, deque()
+            for barrier, to_rank, message in waiting:
+                self.release(barrier, to_rank, message)
+
+    def end_turn(self) -> None:
+        """Send this turn's adds, then its drops (which wait for all adds so far)."""
+        if self._adds:
+            self._turn += 1
+            for rank, found in self._adds.items():
+                for start in range(0, len(found), _IDS_PER_MESSAGE):
+                    joined = b"".join(found[start : start + _IDS_PER_MESSAGE])
+                    self._outbox.peers[rank].append(HolderAdd(joined))
+                    self._unacked.setdefault(rank, deque()).append(self._turn)
+                    self._outstanding[self._turn] = self._outstanding.get(self._turn, 0) + 1
+            self._adds = {}
+        if self._drops:
+            drops, self._drops = self._drops, {}
+            for rank, found in drops.items():
+                for start in range(0, len(found), _IDS_PER_MESSAGE):
+                    joined = b"".join(found[start : start + _IDS_PER_MESSAGE])
+                    self.release(self._turn, rank, HolderDrop(joined))
+
+    @property
+    def idle(self) -> bool:
+        return not (self._adds or self._drops or self._outstanding or self._waiting)

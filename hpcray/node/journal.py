@@ -1,0 +1,135 @@
+"""What the node writes behind to the control store, and the sidecar that node 0 keeps. Thin.
+
+Every few milliseconds `record` takes what the machine has gathered (lineage, functions, actors,
+names) and queues it; the writer's own thread talks to Redis. Nothing here waits for Redis, and
+losing it costs the record, not the job: it is reported once.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from hpcray.control.address import ControlAddress
+from hpcray.control.schema import ActorRecord, JobRecord, NodeRecord
+from hpcray.control.sidecar import Sidecar, new_password, spawn_sidecar
+from hpcray.exceptions import LaunchError
+from hpcray.protocol.messages import UNIT, Joined
+
+if TYPE_CHECKING:
+    from hpcray.control.writer import ControlWriter
+    from hpcray.node.machine import Machine
+
+_CLOSE_S = 1.0
+_encode = msgspec.msgpack.Encoder().encode
+
+
+class Journal:
+    def __init__(self, worker_environ: Mapping[str, str], notice: Callable[[str], None]) -> None:
+        self.worker_environ = dict(worker_environ)
+        self._notice = notice
+        self._sidecar: Sidecar | None = None
+        self._address: ControlAddress | None = None
+        self._writer: ControlWriter | None = None
+        self._rank = 0
+
+    def start_store(self, url: str, bind_address: str | None) -> None:
+        """Node 0: use the store at `url`, else start a sidecar (and go on without, if none can be)."""
+        if url:
+            self._address = ControlAddress.from_url(url)
+            return
+        try:
+            self._sidecar = spawn_sidecar(None, new_password(), bind_address=bind_address)
+            self._address = self._sidecar.address
+        except LaunchError as error:
+            self._notice(f"Warning: running without a control store: {error}")
+
+    def descriptors(self) -> list[tuple[int, Callable[[int], None]]]:
+        return [] if self._sidecar is None else [(self._sidecar.fileno(), self._on_sidecar)]
+
+    def _on_sidecar(self, _fd: int) -> None:
+        self.watch_sidecar()
+
+    def watch_sidecar(self) -> str | None:
+        """What happened to the sidecar, once."""
+        died = None if self._sidecar is None else self._sidecar.poll()
+        if died is not None:
+            self._notice(f"Warning: {died}. Running tasks go on; state is no longer recorded.")
+        return died
+
+    def address_bytes(self) -> bytes:
+        return b"" if self._address is None else self._address.to_bytes()
+
+    # --- one job ------------------------------------------------------------------------------------------
+
+    def begin(
+        self, job_id: bytes, secret: bytes, address: bytes, machine: Machine,
+        config: dict[str, Any], me: Joined,
+    ) -> None:
+        self._rank = machine.rank
+        if not address:
+            return
+        from hpcray.control.writer import ControlWriter
+
+        job = bytes.fromhex(machine.session["job_key"])[:8] + job_id
+        self._writer = ControlWriter(ControlAddress.from_bytes(address), job, secret)
+        if machine.rank == 0:
+            self._writer.write_job_started(JobRecord(
+                time.time(), me.host, config.get("driver_pid", 0), config.get("script", ""),
+                _user()))
+        resources = {name: amount / UNIT for name, amount in me.resources}
+        self._writer.write_node(machine.rank, NodeRecord(me.host, me.pid, resources))
+
+    def record(self, machine: Machine) -> None:
+        """Queue what has gathered; cheap when nothing has."""
+        writer = self._writer
+        if machine.tasks.lineage:
+            lineage, machine.tasks.lineage = machine.tasks.lineage, []
+            if writer is not None:
+                writer.write_lineage(self._rank, _encode(lineage))
+        if machine.new_functions:
+            functions, machine.new_functions = machine.new_functions, []
+            for function in functions:
+                if writer is not None:
+                    writer.write_function(function.function_id, function.name, function.blob)
+        if machine.actors.changes:
+            changes, machine.actors.changes = machine.actors.changes, []
+            for actor_id, facts in changes:
+                if writer is not None:
+                    writer.write_actor(actor_id, ActorRecord(
+                        facts["state"], facts["class"], facts["name"], facts["rank"], 0,
+                        facts["incarnation"]))
+        if machine.requests.name_changes:
+            names, machine.requests.name_changes = machine.requests.name_changes, []
+            for namespace, name, actor in names:
+                if writer is not None and actor is not None:
+                    writer.write_named_actor(namespace, name, actor)
+                elif writer is not None:
+                    writer.remove_named_actor(namespace, name)
+        if writer is not None:
+            for line in writer.reports():
+                self._notice(f"Warning: {line}")
+
+    def end(self, machine: Machine) -> None:
+        writer, self._writer = self._writer, None
+        if writer is None:
+            return
+        if machine.rank == 0:
+            writer.write_job_finished("finished", time.time(), range(machine.size))
+        writer.close(_CLOSE_S)
+
+    def close(self) -> None:
+        if self._sidecar is not None:
+            self._sidecar.stop()
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())

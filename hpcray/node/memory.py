@@ -1,0 +1,229 @@
+"""The node's books of shared memory: segments granted, objects in them, who waits for more. Pure.
+
+The budget counts segments; the bytes inside are sub-allocated by the segment's owner (a client,
+or the node itself for copies it pulls). This module hears when a value is placed in a segment
+(`used`) and when it is freed (`free`), tells the owner, and grants, reclaims and closes segments.
+
+    request --budget has room--> GrantSegment
+            --room was given back meanwhile--> Denied(retry)      look again
+            --others have empty segments--> Reclaim, wait for them (at most _WAIT_S) --> grant or
+                                                                                       Denied
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+from hpcray.node.outbox import CloseSegment, FreeNodeRange, GrantSegment, OpenSegment, Outbox
+from hpcray.node.records import ClientRecord
+from hpcray.objects.budget import NODE, SegmentBudget, SegmentGrant, StoreFull
+from hpcray.protocol.messages import (
+    Located, Released, SegmentClosed, SegmentDenied, SegmentReclaim,
+)
+
+if TYPE_CHECKING:
+    from hpcray.node.machine import Machine
+
+# How long a request for memory waits for others to give some back before it is an error. Long
+# enough for a busy Python process to notice; spilling will make it unnecessary.
+_WAIT_S = 2.0
+# Empty segments of its own the node keeps: touched memory is nine times as fast as fresh.
+_WARM_SEGMENTS = 2
+
+
+class NodeMemory:
+    def __init__(self, machine: Machine, outbox: Outbox, capacity_bytes: int) -> None:
+        self._machine = machine
+        self._outbox = outbox
+        self.budget = SegmentBudget(capacity_bytes)
+        # Objects per segment, and their bytes.
+        self._live: dict[int, int] = {}
+        self.object_bytes = 0
+        # The node's own, for copies it pulls; in the order granted.
+        self.node_segments: dict[int, None] = {}
+        # Who has each segment mapped for reading.
+        self._readers: dict[int, set[int]] = {}
+        # Ranges freed this turn: client -> segment -> offsets.
+        self._released: dict[int, dict[int, list[int]]] = {}
+        # (client, nbytes, deadline) of requests that wait for memory.
+        self._waiting: deque[tuple[int, int, float]] = deque()
+
+    # --- objects ----------------------------------------------------------------------------------------
+
+    def used(self, location: Located) -> None:
+        """A value was placed there."""
+        segment = location.segment
+        live = self._live.get(segment, 0)
+        if live == 0:
+            self.budget.mark_used(segment)
+        self._live[segment] = live + 1
+        self.object_bytes += location.nbytes
+
+    def free(self, location: Located) -> None:
+        """Nobody needs the value any more: its range may be reused."""
+        segment = location.segment
+        self.object_bytes -= location.nbytes
+        owner = self.budget.segment(segment).owner
+        if owner is NODE:
+            # Pulled by us, or its owner died: ours to reuse or to close.
+            self._outbox.actions.append(FreeNodeRange(segment, location.offset))
+        else:
+            assert isinstance(owner, int)
+            self._released.setdefault(owner, {}).setdefault(segment, []).append(location.offset)
+            client = self._machine.clients.get(owner)
+            if client is not None:
+                client.released_bytes += location.nbytes
+        self._live[segment] -= 1
+        if not self._live[segment]:
+            del self._live[segment]
+            if self.budget.mark_empty(segment):
+                self._orphan_empty(segment)
+
+    def _orphan_empty(self, segment: int) -> None:
+        """A segment of the node's is empty: a dead client's goes, of our own a few stay warm."""
+        if segment not in self.node_segments:
+            self.close(segment)
+            return
+        empty = [s for s in self.node_segments if s not in self._live]
+        if len(empty) > _WARM_SEGMENTS:
+            self.close(empty[0])
+
+    def _reclaim_own(self) -> bool:
+        """Close the node's own empty segments; whether there were any."""
+        empty = [s for s in self.node_segments if s not in self._live]
+        for segment in empty:
+            self.close(segment)
+        return bool(empty)
+
+    def close(self, segment: int) -> None:
+        """Take the segment off the books; whoever maps it lets go."""
+        self.budget.release(segment)
+        self._live.pop(segment, None)
+        self.node_segments.pop(segment, None)
+        for client in sorted(self._readers.pop(segment, ())):
+            if client in self._machine.clients:
+                self._outbox.clients[client].append(SegmentClosed(segment))
+        self._outbox.actions.append(CloseSegment(segment))
+        self._retry_waiting()
+
+    # --- clients ----------------------------------------------------------------------------------------
+
+    def request(self, client: ClientRecord, nbytes: int, now_s: float) -> None:
+        """A client has no room for an object of `nbytes`."""
+        if client.released_bytes >= nbytes:
+            client.released_bytes = 0
+            self._flush_released(client.number)
+            self._outbox.clients[client.number].append(self._denied(nbytes, retry=True))
+            return
+        client.released_bytes = 0
+        if not self._grant(client.number, nbytes, final=False):
+            self._waiting.append((client.number, nbytes, now_s + _WAIT_S))
+
+    def _grant(self, client: int, nbytes: int, *, final: bool) -> bool:
+        """Answer the request if it can be answered."""
+        granted = self.budget.grant(client, nbytes)
+        if isinstance(granted, SegmentGrant):
+            self.budget.mark_empty(granted.segment_id)
+            self._outbox.actions.append(
+                GrantSegment(client, granted.segment_id, granted.nbytes))
+            return True
+        if final or granted.never_fits or not self._ask_back(granted, client):
+            self._outbox.clients[client].append(self._denied(nbytes, retry=False))
+            return True
+        return False
+
+    def _ask_back(self, full: StoreFull, asking: int) -> bool:
+        """Ask every process for what it does not need; False if nobody has anything."""
+        node = self._reclaim_own()
+        others = [owner for owner in self.budget.owners()
+                  if owner is not NODE and owner in self._machine.clients]
+        for owner in others:
+            assert isinstance(owner, int)
+            self._outbox.clients[owner].append(SegmentReclaim())
+        return bool(others) or node
+
+    def _denied(self, nbytes: int, *, retry: bool) -> SegmentDenied:
+        return SegmentDenied(nbytes, self.object_bytes, self.budget.capacity_bytes, retry)
+
+    def grant_node(self, nbytes: int) -> SegmentGrant | None:
+        """A segment for the node's own use (pulled copies)."""
+        granted = self.budget.grant(NODE, nbytes)
+        if isinstance(granted, StoreFull):
+            self._ask_back(granted, -1)
+            granted = self.budget.grant(NODE, nbytes)
+        if isinstance(granted, StoreFull):
+            return None
+        self.node_segments[granted.segment_id] = None
+        self.budget.mark_empty(granted.segment_id)
+        return granted
+
+    def returned(self, client: ClientRecord, segment: int) -> None:
+        """Its owner gives an empty segment back."""
+        if self._live.get(segment):
+            return  # cannot be: the owner frees ranges only when told
+        self.close(segment)
+
+    def open(self, client: ClientRecord, segment: int) -> None:
+        self._readers.setdefault(segment, set()).add(client.number)
+        self._outbox.actions.append(OpenSegment(client.number, segment))
+
+    def client_gone(self, number: int) -> None:
+        """Its segments with objects live on under the node; the others go."""
+        self._released.pop(number, None)
+        for readers in self._readers.values():
+            readers.discard(number)
+        # What it allocated and never announced is lost with it: only announced objects count.
+        disowned = self.budget.disown(number)
+        for segment in disowned.released:
+            for client in sorted(self._readers.pop(segment, ())):
+                if client in self._machine.clients:
+                    self._outbox.clients[client].append(SegmentClosed(segment))
+            self._outbox.actions.append(CloseSegment(segment))
+        self._waiting = deque(entry for entry in self._waiting if entry[0] != number)
+        self._retry_waiting()
+
+    # --- time -------------------------------------------------------------------------------------------
+
+    def _retry_waiting(self) -> None:
+        still: deque[tuple[int, int, float]] = deque()
+        while self._waiting:
+            client, nbytes, deadline_s = self._waiting.popleft()
+            granted = self.budget.grant(client, nbytes)
+            if isinstance(granted, SegmentGrant):
+                self.budget.mark_empty(granted.segment_id)
+                self._outbox.actions.append(
+                    GrantSegment(client, granted.segment_id, granted.nbytes))
+            else:
+                still.append((client, nbytes, deadline_s))
+        self._waiting = still
+
+    def end_turn(self) -> None:
+        if not self._released:
+            return
+        for number in list(self._released):
+            self._flush_released(number)
+        # A waiting client may find room in what came back to itself.
+        for entry in [e for e in self._waiting if self._room_came(e)]:
+            self._waiting.remove(entry)
+            self._machine.clients[entry[0]].released_bytes = 0
+            self._outbox.clients[entry[0]].append(self._denied(entry[1], retry=True))
+
+    def _room_came(self, entry: tuple[int, int, float]) -> bool:
+        client = self._machine.clients.get(entry[0])
+        return client is not None and client.released_bytes >= entry[1]
+
+    def _flush_released(self, number: int) -> None:
+        for segment, offsets in self._released.pop(number, {}).items():
+            for start in range(0, len(offsets), 4000):
+                self._outbox.clients[number].append(
+                    Released(segment, tuple(offsets[start : start + 4000])))
+
+    def tick(self, now_s: float) -> None:
+        while self._waiting and self._waiting[0][2] <= now_s:
+            client, nbytes, _ = self._waiting.popleft()
+            self._grant(client, nbytes, final=True)
+
+    @property
+    def waiting(self) -> bool:
+        return bool(self._waiting)

@@ -1,0 +1,91 @@
+"""What the machines tell the loop to do: messages per destination, and actions. Pure data.
+
+The machines append; the loop carries out and clears once per turn. Messages to one destination
+leave in the order they were appended.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import msgspec
+
+from hpcray.protocol.messages import Located
+
+
+class StartWorker(msgspec.Struct, frozen=True):
+    number: int
+
+
+class KillWorker(msgspec.Struct, frozen=True):
+    number: int
+
+
+class TakeBack(msgspec.Struct, frozen=True):
+    """Read the worker's unread datagrams back; answer with `Dispatcher.taken_back`."""
+
+    number: int
+
+
+class GrantSegment(msgspec.Struct, frozen=True):
+    """Create the segment and send it to the client."""
+
+    client: int
+    segment: int
+    nbytes: int
+
+
+class OpenSegment(msgspec.Struct, frozen=True):
+    client: int
+    segment: int
+
+
+class CloseSegment(msgspec.Struct, frozen=True):
+    segment: int
+
+
+class StartPull(msgspec.Struct, frozen=True):
+    """Make room, post the receives, then ask `rank`."""
+
+    object_id: bytes
+    rank: int
+    nbytes: int
+
+
+class ServePull(msgspec.Struct, frozen=True):
+    """Send from shared memory; the record is pinned until DataSent."""
+
+    object_id: bytes
+    rank: int
+    transfer: int
+    location: Located
+
+
+class FreeNodeRange(msgspec.Struct, frozen=True):
+    """A range of the node's own segments (pulled copies) is free."""
+
+    segment: int
+    offset: int
+
+
+class StopJob(msgspec.Struct, frozen=True):
+    park: bool
+    status: int = 0
+
+
+Action = (
+    StartWorker | KillWorker | TakeBack | GrantSegment | OpenSegment | CloseSegment | StartPull
+    | ServePull | FreeNodeRange | StopJob
+)
+
+
+class Outbox:
+    def __init__(self) -> None:
+        self.clients: defaultdict[int, list[Any]] = defaultdict(list)
+        self.peers: defaultdict[int, list[Any]] = defaultdict(list)
+        # Datagrams for workers' task channels: (worker, messages of one datagram).
+        self.tasks: list[tuple[int, list[Any]]] = []
+        self.actions: list[Action] = []
+        # Warnings for the driver's terminal.
+        self.notices: list[str] = []

@@ -1,0 +1,151 @@
+"""The mutable records of a node: one per object it knows, one per task it is responsible for.
+
+Hot: there may be millions. They are structs outside garbage collection (`gc=False`): they hold
+bytes, ints, and lists of other records, never a cycle. What few records need lives in an
+`ObjectExtra` that exists only then.
+
+    task, at its home        WAITING --deps ready--> QUEUED --bound--> ASSIGNED (to a rank or an actor)
+                                                       |                  |
+                                                       +--> FETCHING <----+ (at the executor)
+                                                       |       |
+                                                       +--> RUNNING --> gone
+    a crash, a return or a retry leads back to QUEUED with the next attempt.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from hpcray.protocol.messages import Located, Template
+
+# --- objects ----------------------------------------------------------------------------------
+
+PENDING = 0  # nobody has made it yet
+READY = 1  # value, location or remote copies are known
+FREED = 2  # no ref is left; the record stays while a view of the memory lives
+
+# How a client waits, in the low bits of a waiter code (client number * 4 + how).
+WAIT_VALUE = 0
+WAIT_READY = 1
+WAIT_LOCAL = 2
+
+
+class ObjectExtra(msgspec.Struct, gc=False):
+    """What only few objects need."""
+
+    # Home only: ranks that hold refs, and ranks that have a copy in shared memory.
+    holders: list[int] | None = None
+    copies: list[int] | None = None
+    # Joined ids of the refs inside the value; their counts include this object (home only).
+    contained: bytes = b""
+    # Tasks of this node that wait for it.
+    dependents: list[Any] | None = None
+    # Ranks that asked to be told when it is ready (home only).
+    wanters: list[int] | None = None
+    # Not home: the home counts us as a holder; we asked the home for it.
+    added: bool = False
+    wanted: bool = False
+    # A copy is on its way here.
+    pulling: bool = False
+    # Not home: where copies are.
+    sources: tuple[int, ...] = ()
+
+
+class ObjectRecord(msgspec.Struct, gc=False):
+    object_id: bytes
+    # Local uses: processes that hold refs, tasks that take it, objects that contain it.
+    count: int = 0
+    state: int = PENDING
+    value: bytes | None = None  # inline
+    nbytes: int = 0
+    location: Located | None = None  # in this host's shared memory
+    pins: int = 0  # views and transfers of `location`
+    waiters: Any = None  # None, a waiter code, or a list of them
+    extra: ObjectExtra | None = None
+
+    def more(self) -> ObjectExtra:
+        extra = self.extra
+        if extra is None:
+            extra = self.extra = ObjectExtra()
+        return extra
+
+
+# --- tasks ------------------------------------------------------------------------------------
+
+WAITING = 0  # some dependency is not ready
+QUEUED = 1  # unbound, in a queue of its home (or of the executor)
+FETCHING = 2  # bound to this node; dependencies are on their way
+ASSIGNED = 3  # bound to another rank, or to an actor
+RUNNING = 4  # sent to a worker of this node
+
+
+class TaskRecord(msgspec.Struct, gc=False):
+    task_id: bytes
+    template: Template
+    args: bytes
+    refs: bytes
+    dep_count: int
+    home: int  # the rank that owns the record; others execute for it
+    client: int  # who submitted it there
+    state: int = WAITING
+    attempt: int = 0
+    missing: int = 0  # dependencies not ready (home), or not here yet (executor)
+    retries_left: int = 0
+    rank: int = -1  # ASSIGNED: where
+    worker: int = -1  # RUNNING: who
+    actor_id: bytes = b""
+    # Executor, foreign task: inline values of dependencies, in order (None: in shared memory).
+    values: tuple[bytes | None, ...] | None = None
+    cancelled: bool = False
+    incarnation: int = 0
+
+
+class TemplateStatistics:
+    """How long the tasks of a template take; drives batching and placement."""
+
+    __slots__ = ("count", "mean_us", "singly", "slow_us")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean_us = 0.0
+        self.slow_us = 0  # the slowest recent run
+        # A worker died under one: batches would blur which, so go one by one from now on.
+        self.singly = False
+
+    def add(self, run_us: int) -> None:
+        self.count += 1
+        if self.count == 1:
+            self.mean_us = run_us
+            self.slow_us = run_us
+            return
+        self.mean_us += (run_us - self.mean_us) * 0.1
+        if run_us >= self.slow_us:
+            self.slow_us = run_us
+        else:
+            self.slow_us -= (self.slow_us - run_us + 15) >> 4
+
+    def batch(self, limit: int) -> int:
+        """How many fit into 1 ms, by the slowest: one slow task must not hold others for longer."""
+        if self.count == 0 or self.singly:
+            return 1
+        return max(1, min(limit, 1000 // (self.slow_us + 1)))
+
+
+class ClientRecord:
+    """A process connected to this node: the driver (number 0) or a worker."""
+
+    __slots__ = ("add_barrier", "held", "number", "pid", "pins", "released_bytes", "welcomed")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.pid = 0
+        self.held: set[bytes] = set()
+        # Views of shared memory that live in it: object id -> how many.
+        self.pins: dict[bytes, int] = {}
+        # Bytes of its own segments given back since it last asked for memory.
+        self.released_bytes = 0
+        # The last HolderAdd that its refs caused (see node/holders.py); 0: none.
+        self.add_barrier = 0
+        self.welcomed = False

@@ -1,0 +1,861 @@
+"""The node's loop: what happens becomes events for the machine, what it wants is carried out.
+
+    drain sockets --> drain MPI --> machine.end_turn --> carry out --> wait
+      clients           frames                            messages, datagrams, forks,
+      zygote            data                              segments, transfers
+      worker output
+
+One thread; no call in it blocks. Waiting: in `epoll` until something happens on this host; with
+other ranks at most 1 ms (5 ms when all has been quiet for a second), because MPI has no
+descriptor to wait for; not at all while data is moving.
+
+The job's life at a node:
+
+    JOINING --Joined to node 0--> (node 0: all joined and driver's Hello --Begin-->) RUNNING
+    RUNNING --driver ends or is gone: Ending--> workers ended --> Ended --> PARKED or LEAVING
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import select
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from hpcray.client.channel import split_batch
+from hpcray.node import outbox as out
+from hpcray.node.journal import Journal
+from hpcray.node.machine import DRIVER, Machine
+from hpcray.node.pool import WorkerPool, ZygoteLost
+from hpcray.node.transfers import Segments, Transfers
+from hpcray.observe.logs import LogFolder, LogSource
+from hpcray.protocol import ids, messages, values
+from hpcray.transport.base import (
+    DataCancelled, DataReceived, DataSent, PeerLost, Received, Transport,
+)
+from hpcray.worker.zygote import Exited, ForkRefused, Ready
+
+_RECEIVE_BYTES = 512 * 1024
+# Datagrams read from one client per turn: bounds a turn, keeps clients equal.
+_DATAGRAMS_PER_TURN = 64
+_OUTPUT_BYTES = 64 * 1024
+_TICK_S = 0.01
+_SLOW_TICK_S = 1.0
+_JOURNAL_S = 0.005
+_MPI_POLL_MS = 1
+_MPI_QUIET_POLL_MS = 5
+_QUIET_S = 1.0
+# A peer that has not ended its workers by then is left behind.
+_END_TIMEOUT_S = 3.0
+_SPIN_S = 0.0002
+
+JOINING, RUNNING, ENDING, PARKED, LEFT = range(5)
+
+
+class _Connection:
+    """A client's channel at the node's side: what could not be sent yet waits here."""
+
+    __slots__ = ("backlog", "number", "socket", "waiting")
+
+    def __init__(self, number: int, sock: socket.socket) -> None:
+        self.number = number
+        self.socket = sock
+        self.backlog: deque[tuple[bytes, tuple[int, ...]]] = deque()
+        self.waiting = False
+
+
+class NodeServer:
+    def __init__(
+        self, *, transport: Transport | None, pool: WorkerPool, driver: socket.socket | None,
+        joined: messages.Joined, memory_bytes: int, journal: Journal, job_key: bytes,
+        spin: bool = False, notices: list[str] | None = None,
+    ) -> None:
+        self.rank = 0 if transport is None else transport.rank
+        self.size = 1 if transport is None else transport.size
+        self._transport = transport
+        self._pool = pool
+        self._journal = journal
+        self._me = joined
+        self._memory_bytes = memory_bytes
+        self._job_key = job_key
+        self._spin = spin
+        # Warnings from before there was anybody to show them to; the journal goes on adding.
+        self._notices = notices if notices is not None else []
+        self._state = JOINING
+        self._job_count = 0
+        self._epoch = 0
+        self._epoll = select.epoll()
+        self._handlers: dict[int, Callable[[int], None]] = {}
+        self._connections: dict[int, _Connection] = {}
+        self._task_backlog: dict[int, deque[bytes]] = {}
+        self._dead: list[tuple[int, values.Failure]] = []
+        self._machine: Machine | None = None
+        self._segments = Segments()
+        self._transfers: Transfers | None = None
+        self._joined: dict[int, messages.Joined] = {}
+        self._ended: set[int] = set()
+        self._config: dict[str, Any] | None = None
+        self._early: list[tuple[int, list[Any]]] = []
+        self._folder = LogFolder(time.monotonic())
+        self._buffer = bytearray(_RECEIVE_BYTES)
+        self._view = memoryview(self._buffer)
+        self._settings: dict[str, Any] = {}
+        self._last_event_s = time.monotonic()
+        self._next_tick_s = 0.0
+        self._next_journal_s = 0.0
+        self._end_deadline_s: float | None = None
+        self._ending_park = False
+        self._stop_reason: str | None = None
+        self._to_peers: dict[int, list[Any]] = {}
+        self.exit_status = 0
+        self._watch(pool.fileno(), self._on_zygote)
+        self._zygote_fd = pool.fileno()
+        self._driver = driver
+        if driver is not None:
+            driver.setblocking(False)
+            for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                driver.setsockopt(socket.SOL_SOCKET, option, 4 * 1024 * 1024)
+            self._connections[DRIVER] = _Connection(DRIVER, driver)
+            self._watch(driver.fileno(), self._on_driver)
+        for fd, handler in journal.descriptors():
+            self._watch(fd, handler)
+
+    # --- the loop -----------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Serve until the job is over; the exit status of this process."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver's affair
+        wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, lambda *_: self._terminate("SIGTERM"))
+        self._watch(wake_read, lambda fd: self._drain(fd))
+        self._join()
+        epoll = self._epoll
+        transport = self._transport
+        while self._state != LEFT:
+            now_s = time.monotonic()
+            events = epoll.poll(self._wait_s(now_s))
+            for fd, _ in events:
+                handler = self._handlers.get(fd)
+                if handler is not None:
+                    handler(fd)
+            now_s = time.monotonic()
+            if events:
+                self._last_event_s = now_s
+            if transport is not None:
+                for event in transport.poll():
+                    self._on_transport(event)
+                    self._last_event_s = now_s
+            self._bury()
+            self._turn(now_s)
+        signal.set_wakeup_fd(-1)
+        os.close(wake_read)
+        os.close(wake_write)
+        return self.exit_status
+
+    def _wait_s(self, now_s: float) -> float:
+        """How long to sleep for want of events. Every wait ends by itself."""
+        transport = self._transport
+        machine = self._machine
+        tick_s = max(self._next_tick_s - now_s, 0.0)
+        if machine is not None and machine.wants_ticks:
+            tick_s = min(tick_s, _TICK_S)
+        if machine is not None and self._journal_pending():
+            tick_s = min(tick_s, _JOURNAL_S)
+        deadline_s = self._folder.next_deadline_s()
+        if deadline_s is not None:
+            tick_s = min(tick_s, max(deadline_s - now_s, 0.001))
+        if self._end_deadline_s is not None:
+            tick_s = min(tick_s, max(self._end_deadline_s - now_s, 0.0))
+        if transport is None:
+            return tick_s
+        if transport.busy():
+            return 0.0
+        quiet_s = now_s - self._last_event_s
+        if self._spin and quiet_s < _SPIN_S:
+            os.sched_yield()
+            return 0.0
+        return min(tick_s, (_MPI_POLL_MS if quiet_s < _QUIET_S else _MPI_QUIET_POLL_MS) / 1000)
+
+    def _turn(self, now_s: float) -> None:
+        machine = self._machine
+        if self._notices and self._state == RUNNING:
+            for text in self._notices:
+                self._notice(text)
+            self._notices.clear()
+        if machine is not None:
+            if now_s >= self._next_tick_s:
+                fast = machine.wants_ticks
+                machine.tick(now_s)
+                self._next_tick_s = now_s + (_TICK_S if fast else _SLOW_TICK_S)
+                self._print(self._folder.tick(now_s))
+            elif machine.wants_ticks and self._next_tick_s > now_s + _TICK_S:
+                self._next_tick_s = now_s + _TICK_S
+            # Carrying out may lead to new decisions (a take-back, a pull); it settles at once.
+            for _ in range(8):
+                machine.end_turn(now_s)
+                if not self._carry_out(machine):
+                    break
+            if now_s >= self._next_journal_s:
+                self._next_journal_s = now_s + _JOURNAL_S
+                self._journal.record(machine)
+        if self._folder.next_deadline_s() is not None:
+            self._print(self._folder.tick(now_s))
+        self._flush_peers()
+        if self._state == ENDING:
+            self._continue_ending(now_s)
+
+    def _journal_pending(self) -> bool:
+        machine = self._machine
+        return machine is not None and bool(
+            machine.tasks.lineage or machine.new_functions or machine.actors.changes
+            or machine.requests.name_changes)
+
+    # --- carrying out -------------------------------------------------------------------------------------
+
+    def _carry_out(self, machine: Machine) -> bool:
+        """Send and do what the machine left in its outbox; whether it should decide again."""
+        box = machine.outbox
+        if box.clients:
+            clients = box.clients
+            for number, batch in clients.items():
+                if batch:
+                    connection = self._connections.get(number)
+                    if connection is not None:
+                        self._send_client(connection, batch)
+            clients.clear()
+        if box.tasks:
+            tasks, box.tasks = box.tasks, []
+            for number, batch in tasks:
+                self._send_tasks(number, batch)
+        again = False
+        while box.actions:
+            actions, box.actions = box.actions, []
+            for action in actions:
+                again = True
+                _ACTIONS[type(action)](self, machine, action)
+        if box.notices:
+            notices, box.notices = box.notices, []
+            if self.rank == 0:
+                self._print(notices)
+            else:
+                self._to_peer(0, [messages.Notice(text) for text in notices])
+        if box.peers:
+            for rank, batch in box.peers.items():
+                if batch:
+                    self._to_peer(rank, batch)
+            box.peers.clear()
+        return again
+
+    def _send_client(
+        self, connection: _Connection, batch: list[Any], descriptors: tuple[int, ...] = ()
+    ) -> None:
+        encoded = messages.encode(batch)
+        if len(encoded) <= messages.DATAGRAM_MAX_BYTES:
+            self._send_datagram(connection, encoded, descriptors)
+        else:
+            for datagram in split_batch(batch, encoded):
+                self._send_datagram(connection, datagram, ())
+
+    def _send_datagram(
+        self, connection: _Connection, datagram: bytes, descriptors: tuple[int, ...]
+    ) -> None:
+        if not connection.backlog:
+            try:
+                if descriptors:
+                    socket.send_fds(connection.socket, [datagram], descriptors)
+                else:
+                    connection.socket.send(datagram, socket.MSG_NOSIGNAL)
+                return
+            except BlockingIOError:
+                pass
+            except OSError:
+                return  # it is dying; its end is reported by the zygote, or read as EOF
+        # Descriptors are kept open on their own: the segment may be closed meanwhile.
+        kept = tuple(os.dup(fd) for fd in descriptors)
+        connection.backlog.append((datagram, kept))
+        if not connection.waiting:
+            connection.waiting = True
+            self._epoll.modify(connection.socket, select.EPOLLIN | select.EPOLLOUT)
+
+    def _drain_backlog(self, connection: _Connection) -> None:
+        backlog = connection.backlog
+        while backlog:
+            datagram, descriptors = backlog[0]
+            try:
+                if descriptors:
+                    socket.send_fds(connection.socket, [datagram], descriptors)
+                else:
+                    connection.socket.send(datagram, socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                return
+            except OSError:
+                pass
+            backlog.popleft()
+            for fd in descriptors:
+                os.close(fd)
+        connection.waiting = False
+        self._epoll.modify(connection.socket, select.EPOLLIN)
+
+    def _send_tasks(self, number: int, batch: list[Any]) -> None:
+        encoded = messages.encode(batch)
+        backlog = self._task_backlog.get(number)
+        if backlog is None:
+            if number not in self._connections or self._pool.send_task(number, encoded):
+                return
+            backlog = self._task_backlog[number] = deque()
+            self._watch(
+                self._pool.handle(number).task_socket.fileno(),
+                lambda fd, number=number: self._drain_tasks(number), select.EPOLLOUT)
+        backlog.append(encoded)
+
+    def _drain_tasks(self, number: int) -> None:
+        backlog = self._task_backlog[number]
+        while backlog and self._pool.send_task(number, backlog[0]):
+            backlog.popleft()
+        if not backlog:
+            del self._task_backlog[number]
+            self._unwatch(self._pool.handle(number).task_socket.fileno())
+
+    def _start_worker(self, machine: Machine, action: out.StartWorker) -> None:
+        number = action.number
+        machine.connect(number)
+        handle = self._pool.start(number, self._settings)
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            handle.client_socket.setsockopt(socket.SOL_SOCKET, option, 4 * 1024 * 1024)
+            handle.task_socket.setsockopt(socket.SOL_SOCKET, option, 4 * 1024 * 1024)
+        self._connections[number] = _Connection(number, handle.client_socket)
+        self._watch(handle.client_socket.fileno(), lambda fd: self._on_client(number))
+        for stream, fd in (("stdout", handle.stdout_fd), ("stderr", handle.stderr_fd)):
+            self._watch(fd, lambda fd, stream=stream: self._on_output(number, fd, stream))
+        if self._pool.wants_write:
+            self._watch_zygote()
+
+    def _kill_worker(self, machine: Machine, action: out.KillWorker) -> None:
+        if action.number in self._connections:
+            self._pool.kill(action.number)
+
+    def _take_back(self, machine: Machine, action: out.TakeBack) -> None:
+        number = action.number
+        if number not in self._connections:
+            return
+        datagrams = self._pool.take_back(number)
+        backlog = self._task_backlog.pop(number, None)
+        if backlog is not None:
+            self._unwatch(self._pool.handle(number).task_socket.fileno())
+            datagrams.extend(backlog)
+        task_ids = []
+        for datagram in datagrams:
+            for message in messages.decode_to_worker(datagram):
+                if type(message) is messages.Run:
+                    task_ids.append(message.task_id)
+                else:
+                    self._send_tasks(number, [message])
+        machine.dispatcher.taken_back(number, task_ids)
+
+    def _grant_segment(self, machine: Machine, action: out.GrantSegment) -> None:
+        connection = self._connections.get(action.client)
+        if connection is None:
+            machine.memory.close(action.segment)
+            return
+        fd = self._segments.create(action.segment, action.nbytes)
+        self._send_client(
+            connection, [messages.SegmentGrant(action.segment, action.nbytes)], (fd,))
+
+    def _open_segment(self, machine: Machine, action: out.OpenSegment) -> None:
+        connection = self._connections.get(action.client)
+        if connection is not None:
+            fd, nbytes = self._segments.descriptor(action.segment)
+            self._send_client(connection, [messages.SegmentOpened(action.segment, nbytes)], (fd,))
+
+    def _close_segment(self, machine: Machine, action: out.CloseSegment) -> None:
+        self._segments.close(action.segment)
+
+    def _free_node_range(self, machine: Machine, action: out.FreeNodeRange) -> None:
+        if self._segments.arena.has(action.segment):
+            self._segments.arena.release(action.segment, action.offset)
+
+    def _start_pull(self, machine: Machine, action: out.StartPull) -> None:
+        assert self._transfers is not None
+        self._transfers.start(action)
+
+    def _serve_pull(self, machine: Machine, action: out.ServePull) -> None:
+        assert self._transfers is not None
+        self._transfers.serve(action)
+
+    def _stop_job(self, machine: Machine, action: out.StopJob) -> None:
+        self._end_job(park=action.park)
+
+    # --- what happens on this host ------------------------------------------------------------------------
+
+    def _watch(self, fd: int, handler: Callable[[int], None], mask: int = select.EPOLLIN) -> None:
+        self._handlers[fd] = handler
+        self._epoll.register(fd, mask)
+
+    def _unwatch(self, fd: int) -> None:
+        if self._handlers.pop(fd, None) is not None:
+            with contextlib.suppress(OSError):
+                self._epoll.unregister(fd)
+
+    @staticmethod
+    def _drain(fd: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(fd, 4096)
+
+    def _on_client(self, number: int) -> None:
+        connection = self._connections.get(number)
+        if connection is not None and not self._read_client(connection):
+            # A worker that hung up is dying: its exit follows.
+            self._unwatch(connection.socket.fileno())
+
+    def _read_client(self, connection: _Connection) -> bool:
+        """Feed what the client sent to the machine; False at its end."""
+        machine = self._machine
+        sock = connection.socket
+        view = self._view
+        for _ in range(_DATAGRAMS_PER_TURN):
+            try:
+                nbytes = sock.recv_into(self._buffer)
+            except BlockingIOError:
+                break
+            except OSError:
+                return False
+            if nbytes == 0:
+                return False
+            batch = messages.decode_to_node(view[:nbytes])
+            if machine is not None:
+                machine.client_messages(connection.number, batch)
+        if connection.backlog:
+            self._drain_backlog(connection)
+        return True
+
+    def _on_driver(self, _fd: int) -> None:
+        connection = self._connections[DRIVER]
+        if self._machine is None:
+            self._driver_says_hello(connection)
+        elif not self._read_client(connection):
+            self._driver_gone()
+
+    def _driver_says_hello(self, connection: _Connection) -> None:
+        try:
+            nbytes = connection.socket.recv_into(self._buffer)
+        except BlockingIOError:
+            return
+        except OSError:
+            nbytes = 0
+        if nbytes == 0:
+            self._driver_gone()
+            return
+        for message in messages.decode_to_node(self._view[:nbytes]):
+            if type(message) is messages.Hello:
+                self._config = message.config or {}
+                self._config["driver_pid"] = message.pid
+                self._begin_if_complete()
+            elif type(message) is messages.EndJob:
+                self._end_job(park=message.park)
+
+    def _driver_gone(self) -> None:
+        connection = self._connections.pop(DRIVER)
+        self._unwatch(connection.socket.fileno())
+        connection.socket.close()
+        self._driver = None
+        self._end_job(park=False)
+
+    def _on_zygote(self, _fd: int) -> None:
+        for event in self._pool.read_zygote():
+            if isinstance(event, Exited):
+                self._dead.append((event.number, self._exit_failure(event)))
+            elif isinstance(event, ForkRefused):
+                self._dead.append((event.number, values.Failure(
+                    "WorkerCrashedError", f"no worker could be forked: {event.reason}")))
+            elif isinstance(event, Ready):
+                for problem in event.problems:
+                    self._notice(f"Warning: {problem}")
+            elif isinstance(event, ZygoteLost):
+                failure = values.Failure(
+                    "WorkerCrashedError", "the process that starts workers on this node died "
+                    f"(exit code {event.exit_code}) and took its workers with it")
+                self._dead.extend((number, failure) for number in event.numbers)
+                self._notice(f"Warning: {failure.message}; starting a new one")
+                self._unwatch(self._zygote_fd)
+                if self._state in (RUNNING, JOINING, PARKED):
+                    self._pool.restart_zygote()
+                    self._watch_zygote()
+        if self._zygote_fd == self._pool.fileno():
+            self._watch_zygote()
+
+    def _watch_zygote(self) -> None:
+        fd = self._pool.fileno()
+        if fd < 0:
+            return
+        mask = select.EPOLLIN | (select.EPOLLOUT if self._pool.wants_write else 0)
+        if fd in self._handlers:
+            self._epoll.modify(fd, mask)
+        else:
+            self._zygote_fd = fd
+            self._watch(fd, self._on_zygote, mask)
+
+    def _exit_failure(self, event: Exited) -> values.Failure:
+        code = event.exit_code
+        if code < 0:
+            try:
+                name = signal.Signals(-code).name
+            except ValueError:
+                name = str(-code)
+            how = f"was killed by signal {-code} ({name})"
+            if -code == signal.SIGKILL:
+                how += "; the kernel's out-of-memory killer, a batch limit or a person may have done it"
+        else:
+            how = f"exited with status {code}"
+        return values.Failure(
+            "WorkerCrashedError",
+            f"the worker pid={event.pid} on {self._me.host} (rank {self.rank}) {how}")
+
+    def _bury(self) -> None:
+        """Workers that have ended: what they still said is heard first."""
+        if not self._dead:
+            return
+        dead, self._dead = self._dead, []
+        for number, failure in dead:
+            connection = self._connections.pop(number, None)
+            if connection is None:
+                continue
+            handle = self._pool.handle(number)
+            while self._machine is not None:
+                before = self._machine.tasks.finished
+                alive = self._read_client(connection)
+                if not alive or not self._readable(connection.socket):
+                    break
+                del before
+            for stream, fd in (("stdout", handle.stdout_fd), ("stderr", handle.stderr_fd)):
+                while self._on_output(number, fd, stream):
+                    pass
+                self._unwatch(fd)
+            self._unwatch(connection.socket.fileno())
+            if self._task_backlog.pop(number, None) is not None:
+                self._unwatch(handle.task_socket.fileno())
+            for _, descriptors in connection.backlog:
+                for fd in descriptors:
+                    os.close(fd)
+            self._pool.forget(number)
+            if self._machine is not None:
+                self._machine.worker_exited(number, failure)
+
+    @staticmethod
+    def _readable(sock: socket.socket) -> bool:
+        try:
+            return bool(sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        except OSError:
+            return False
+
+    def _on_output(self, number: int, fd: int, stream: str) -> bool:
+        """Pass worker output on towards the driver; False when there is no more."""
+        try:
+            chunk = os.read(fd, _OUTPUT_BYTES)
+        except BlockingIOError:
+            return False
+        except OSError:
+            chunk = b""
+        if not chunk:
+            self._unwatch(fd)
+            return False
+        name, pid = self._describe(number)
+        if self.rank == 0:
+            source = LogSource(name, pid, 0, stream)
+            self._print(self._folder.feed(source, chunk, time.monotonic()))
+        else:
+            self._to_peer(0, [messages.PeerOutput(name, pid, int(stream == "stderr"), chunk)])
+        return True
+
+    def _describe(self, number: int) -> tuple[str, int]:
+        machine = self._machine
+        worker = machine.dispatcher.workers.get(number) if machine is not None else None
+        if machine is None or worker is None:
+            return "worker", 0
+        hosted = machine.actors.hosted.get(worker.actor_id) if worker.actor_id else None
+        if hosted is not None:
+            return hosted.template.name.split(".")[-1], worker.pid
+        if worker.datagrams and worker.datagrams[0]:
+            return worker.datagrams[0][0].template.name.split(".")[-1], worker.pid
+        return "worker", worker.pid
+
+    def _print(self, lines: list[str]) -> None:
+        if not lines:
+            return
+        connection = self._connections.get(DRIVER)
+        if connection is not None:
+            for start in range(0, len(lines), 64):
+                self._send_client(connection, [messages.Output(tuple(lines[start : start + 64]))])
+        else:
+            for line in lines:
+                print(line, file=sys.stderr, flush=True)
+
+    def _notice(self, text: str) -> None:
+        if self.rank == 0:
+            self._print([text])
+        else:
+            self._to_peer(0, [messages.Notice(text)])
+
+    # --- other ranks --------------------------------------------------------------------------------------
+
+    def _to_peer(self, rank: int, batch: list[Any]) -> None:
+        self._to_peers.setdefault(rank, []).extend(batch)
+
+    def _flush_peers(self) -> None:
+        transport = self._transport
+        if transport is None:
+            self._to_peers.clear()
+            return
+        if self._to_peers:
+            # The epoch keeps what was sent in one job from being heard in the next.
+            prefix = self._epoch.to_bytes(4, "little")
+            for rank, batch in self._to_peers.items():
+                transport.send(rank, prefix + messages.encode(batch))
+            self._to_peers.clear()
+        transport.flush()
+
+    def _on_transport(self, event: Any) -> None:
+        if type(event) is Received:
+            epoch = int.from_bytes(event.payload[:4], "little")
+            batch = messages.decode_to_peer(memoryview(event.payload)[4:])
+            self._on_peer(event.rank, epoch, batch)
+        elif type(event) is PeerLost:
+            self._peer_lost(event)
+        elif self._transfers is not None:
+            if type(event) is DataReceived:
+                self._transfers.received(event.transfer)
+            elif type(event) is DataSent:
+                self._transfers.sent(event.rank, event.transfer)
+            elif type(event) is DataCancelled:
+                self._transfers.cancelled(event.transfer)
+
+    def _on_peer(self, rank: int, epoch: int, batch: list[Any]) -> None:
+        rest = []
+        for message in batch:
+            kind = type(message)
+            if kind is messages.Joined:
+                self._joined[message.rank] = message
+                self._begin_if_complete()
+            elif kind is messages.Begin:
+                self._epoch = epoch
+                self._begin(message.job_id, message.session)
+                early, self._early = self._early, []
+                for early_rank, early_batch in early:
+                    self._on_peer(early_rank, epoch, early_batch)
+            elif kind is messages.Ending:
+                self._end_job(park=message.park)
+            elif kind is messages.Ended:
+                self._ended.add(message.rank)
+            elif kind is messages.PeerOutput:
+                source = LogSource(
+                    message.name, message.pid, rank, "stderr" if message.stream else "stdout")
+                self._print(self._folder.feed(source, message.chunk, time.monotonic()))
+            elif kind is messages.PullRefused:
+                if self._transfers is not None:
+                    self._transfers.refused(message.transfer)
+            else:
+                rest.append(message)
+        if not rest:
+            return
+        if self._machine is not None and epoch == self._epoch:
+            self._machine.peer_messages(rank, rest)
+        elif epoch > self._epoch:
+            self._early.append((rank, rest))  # a peer was told to begin before us
+
+    def _peer_lost(self, event: PeerLost) -> None:
+        text = f"rank {event.rank} is gone: {event.reason}"
+        self._notice(f"Error: {text}; the job ends (a job survives the loss of a rank not yet)")
+        self._ended.add(event.rank)
+        self.exit_status = 1
+        self._end_job(park=False)
+
+    # --- the job's life -----------------------------------------------------------------------------------
+
+    def _join(self) -> None:
+        if self.rank == 0:
+            self._joined[0] = self._me
+            self._begin_if_complete()
+        else:
+            self._to_peer(0, [self._me])
+
+    def _begin_if_complete(self) -> None:
+        """Node 0: everybody is here and the driver has said what it wants."""
+        if self.rank != 0 or self._config is None or len(self._joined) < self.size:
+            return
+        if self._state not in (JOINING, PARKED):
+            return
+        self._job_count += 1
+        job_id = ids.job_id(self._job_count)
+        self._epoch = self._job_count
+        nodes = [
+            messages.Joined(
+                n.rank, n.host, n.address, n.pid,
+                tuple(sorted(_resources(dict(n.resources), self._config).items())),
+                tuple(sorted({**dict(n.labels), **(self._config.get("labels") or {})}.items())))
+            for _, n in sorted(self._joined.items())
+        ]
+        session = {
+            "job_key": self._job_key.hex(),
+            "node_ids": [ids.node_id_hex(rank, self._job_key) for rank in range(self.size)],
+            "nodes": [messages.encode(node) for node in nodes],
+            "config": self._config,
+            "control": self._journal.address_bytes(),
+            "secret": secrets.token_bytes(32),
+        }
+        for rank in range(1, self.size):
+            self._to_peer(rank, [messages.Begin(job_id, session)])
+        self._begin(job_id, session)
+        assert self._machine is not None
+        self._machine.connect(DRIVER)
+        self._machine.clients[DRIVER].pid = self._config["driver_pid"]
+        self._machine.welcome(DRIVER)
+
+    def _begin(self, job_id: bytes, session: dict[str, Any]) -> None:
+        config = session["config"]
+        nodes = [_decode_joined(data) for data in session["nodes"]]
+        mine = dict(nodes[self.rank].resources)
+        capacity_bytes = config.get("object_store_memory_bytes") or int(self._memory_bytes * 0.3)
+        # The secret and the control store's password are the nodes' own: clients do not get them.
+        public = {k: v for k, v in session.items() if k not in ("secret", "control", "nodes")}
+        machine = Machine(self.rank, self.size, mine, capacity_bytes, job_id, public)
+        for node in nodes:
+            machine.cluster.nodes[node.rank] = node
+            if machine.cluster.scheduler is not None:
+                machine.cluster.scheduler.joined(node)
+        self._machine = machine
+        self._segments = Segments()
+        if self._transport is not None:
+            self._transfers = Transfers(machine, self._segments, self._transport)
+        environ = {**self._journal.worker_environ, **config.get("environ", {})}
+        self._settings = {
+            "environ": environ, "cwd": config.get("cwd") or os.getcwd(),
+            "sys_path": config.get("sys_path"), "blas_threads": 1, "rank": self.rank,
+            "host": self._me.host, "address": self._me.address,
+            "namespace": config.get("namespace", ""),
+        }
+        self._settings = {k: v for k, v in self._settings.items() if v is not None}
+        self._journal.begin(
+            job_id, session["secret"], session["control"], machine, config, self._me)
+        self._state = RUNNING
+        self._next_tick_s = 0.0
+        machine.dispatcher.start_workers(
+            min(max(mine.get("CPU", 0) // messages.UNIT, 1), 16))
+
+    def _terminate(self, reason: str) -> None:
+        self.exit_status = 143
+        self._stop_reason = reason
+        self._end_job(park=False)
+
+    def _end_job(self, *, park: bool) -> None:
+        """Start ending: tell everybody, end the workers."""
+        if self._state in (ENDING, LEFT):
+            if not park:
+                self._ending_park = False
+            return
+        was_running = self._state
+        self._state = ENDING
+        self._ending_park = park
+        self._end_deadline_s = time.monotonic() + _END_TIMEOUT_S
+        self._ended = {r for r in self._ended if r != self.rank}
+        if self.rank == 0:
+            for rank in range(1, self.size):
+                self._to_peer(rank, [messages.Ending(park)])
+        self._flush_peers()
+        if was_running == RUNNING:
+            self._end_workers(park=park)
+
+    def _end_workers(self, *, park: bool) -> None:
+        machine = self._machine
+        assert machine is not None
+        for number in list(self._connections):
+            if number == DRIVER:
+                continue
+            connection = self._connections.pop(number)
+            handle = self._pool.handle(number)
+            for stream, fd in (("stdout", handle.stdout_fd), ("stderr", handle.stderr_fd)):
+                while self._on_output(number, fd, stream):
+                    pass
+                self._unwatch(fd)
+            self._unwatch(connection.socket.fileno())
+            self._unwatch(handle.task_socket.fileno())
+            for _, descriptors in connection.backlog:
+                for fd in descriptors:
+                    os.close(fd)
+        self._task_backlog.clear()
+        self._unwatch(self._zygote_fd)
+        self._pool.close(2.0)
+        if park:
+            self._pool = self._pool.again()
+            self._watch_zygote()
+        self._journal.record(machine)
+        self._journal.end(machine)
+        self._print(self._folder.flush())
+        self._machine = None
+        self._transfers = None
+        self._segments.close_all()
+
+    def close(self) -> None:
+        """After `run`: end what is left, whatever the state."""
+        self._pool.close(2.0)
+        self._segments.close_all()
+        if self._driver is not None:
+            self._driver.close()
+        self._epoll.close()
+
+    def _continue_ending(self, now_s: float) -> None:
+        """Until every peer has ended, or its time is up."""
+        assert self._end_deadline_s is not None
+        if self.rank != 0:
+            self._to_peer(0, [messages.Ended(self.rank)])
+            self._flush_peers()
+            self._finish_ending()
+        elif len(self._ended - {0}) >= self.size - 1 or now_s >= self._end_deadline_s:
+            self._finish_ending()
+
+    def _finish_ending(self) -> None:
+        self._end_deadline_s = None
+        self._ended.clear()
+        self._early.clear()
+        self._config = None
+        connection = self._connections.get(DRIVER)
+        if connection is not None:
+            self._send_client(connection, [messages.JobEnded()])
+        self._state = PARKED if self._ending_park else LEFT
+
+
+def _decode_joined(data: bytes) -> messages.Joined:
+    import msgspec
+
+    return msgspec.msgpack.decode(data, type=messages.Joined)
+
+
+def _resources(detected: dict[str, int], config: dict[str, Any]) -> dict[str, int]:
+    """What a node offers: what was found there, or what `init` says every node has."""
+    result = dict(detected)
+    for key, name in (("num_cpus", "CPU"), ("num_gpus", "GPU"), ("memory_bytes", "memory")):
+        if config.get(key) is not None:
+            result[name] = round(config[key] * messages.UNIT)
+    for name, amount in (config.get("resources") or {}).items():
+        result[name] = round(amount * messages.UNIT)
+    return {name: amount for name, amount in result.items() if amount > 0}
+
+
+_ACTIONS: dict[type, Callable[[NodeServer, Machine, Any], None]] = {
+    out.StartWorker: NodeServer._start_worker,
+    out.KillWorker: NodeServer._kill_worker,
+    out.TakeBack: NodeServer._take_back,
+    out.GrantSegment: NodeServer._grant_segment,
+    out.OpenSegment: NodeServer._open_segment,
+    out.CloseSegment: NodeServer._close_segment,
+    out.FreeNodeRange: NodeServer._free_node_range,
+    out.StartPull: NodeServer._start_pull,
+    out.ServePull: NodeServer._serve_pull,
+    out.StopJob: NodeServer._stop_job,
+}

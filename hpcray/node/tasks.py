@@ -1,0 +1,560 @@
+"""Tasks at their home: from submission to result, and what runs here for other homes. Pure.
+
+The home keeps a task's record until its result, and only the home assigns it. It is bound as
+late as possible: to this node by the dispatcher, to another by a grant of the global scheduler
+(`node/cluster.py`), to an actor by its route (`node/actors.py`). Every assignment has its own
+attempt number; outcomes of another attempt are dropped.
+
+    submit --> WAITING --deps ready--> dispatcher queue | route of the actor | rank it asks for
+    outcome: complete / fail / crash / returned     (by a local worker, or told by the executor)
+
+Invariants, checked by `validate`:
+
+TK-1  a task is in `records` exactly until its outcome is delivered (home) or reported (executor).
+TK-2  its record's count on every ref it names is one, for as long as it is in `records`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hpcray.node.outbox import Outbox
+from hpcray.node.records import (
+    ASSIGNED, FETCHING, PENDING, QUEUED, RUNNING, WAITING, ClientRecord, ObjectRecord, TaskRecord,
+    TemplateStatistics,
+)
+from hpcray.protocol import ids, values
+from hpcray.protocol.messages import (
+    ACTOR_CREATION, METHOD, Assign, Done, DoneMany, Failed, Located, PeerReturn, RecallTask,
+    Remote, Return, Run, SubmitTask, TaskCrashed, TaskDone, TaskDoneMany, TaskFailed,
+    TaskReturned, Template, TemplateDef,
+)
+
+if TYPE_CHECKING:
+    from hpcray.node.machine import Machine
+
+# A datagram carries this much inline data for a task; what exceeds it the worker fetches.
+_RUN_INLINE_BYTES = 100 * 1024
+# Lineage kept per flush: at more than this the control store gets a sample.
+_LINEAGE_PER_FLUSH = 256
+
+
+class Tasks:
+    def __init__(self, machine: Machine, outbox: Outbox) -> None:
+        self._machine = machine
+        self._outbox = outbox
+        self._rank = machine.rank
+        self.records: dict[bytes, TaskRecord] = {}
+        self.templates: dict[bytes, Template] = {}
+        self.statistics: dict[bytes, TemplateStatistics] = {}
+        # Templates each peer knows already.
+        self._told: dict[int, set[bytes]] = {}
+        # (task, template, refs) of new tasks, for the control store.
+        self.lineage: list[tuple[bytes, bytes, bytes]] = []
+        self.submitted = 0
+        self.finished = 0
+
+    # --- submission -----------------------------------------------------------------------------------
+
+    def define(self, template: Template) -> None:
+        if template.template_id not in self.templates:
+            self.templates[template.template_id] = template
+            self.statistics[template.template_id] = TemplateStatistics()
+
+    def submit(self, client: ClientRecord, message: SubmitTask) -> None:
+        template = self.templates[message.template_id]
+        task = TaskRecord(
+            message.task_id, template, message.args, message.refs, message.dep_count,
+            self._rank, client.number,
+        )
+        task.retries_left = template.max_retries
+        self._register(client, task)
+        if task.missing == 0:
+            self.ready(task)
+
+    def register_call(
+        self, client: ClientRecord, message: Any, template: Template
+    ) -> TaskRecord:
+        """An actor call: a task whose route, not the scheduler, binds it."""
+        task = TaskRecord(
+            message.task_id, template, message.args, message.refs, message.dep_count,
+            self._rank, client.number,
+        )
+        task.retries_left = template.max_retries
+        task.actor_id = message.actor_id
+        self._register(client, task)
+        return task
+
+    def _register(self, client: ClientRecord, task: TaskRecord) -> None:
+        task_id = task.task_id
+        self.records[task_id] = task
+        self.submitted += 1
+        count = task.template.return_count
+        directory = self._machine.directory
+        if count == 1:
+            object_id = task_id + ids.FIRST_RETURN
+            directory.created(object_id)
+            client.held.add(object_id)
+        else:
+            for index in range(count):
+                object_id = ids.return_id(task_id, index)
+                directory.created(object_id)
+                client.held.add(object_id)
+        if task.refs:
+            self.hold_arguments(task)
+        lineage = self.lineage
+        if len(lineage) < _LINEAGE_PER_FLUSH:
+            lineage.append((task_id, task.template.template_id, task.refs))
+
+    def hold_arguments(self, task: TaskRecord) -> None:
+        directory = self._machine.directory
+        dep_count = task.dep_count
+        for index, object_id in enumerate(ids.split_ids(task.refs)):
+            record = directory.hold(object_id)
+            if index < dep_count and record.state == PENDING:
+                task.missing += 1
+                self._depend(task, record)
+                directory.want(record)
+
+    @staticmethod
+    def _depend(task: TaskRecord, record: ObjectRecord) -> None:
+        extra = record.more()
+        if extra.dependents is None:
+            extra.dependents = []
+        extra.dependents.append(task)
+
+    def dependency_ready(self, task: TaskRecord, record: ObjectRecord) -> None:
+        """An object the task waits for is ready (somewhere), or has arrived here."""
+        if task.cancelled:
+            return
+        if task.state == FETCHING:
+            if not self._machine.directory.is_local(record):
+                self._depend(task, record)
+                self._machine.directory.pull(record)
+                return
+            task.missing -= 1
+            if task.missing == 0:
+                if task.actor_id and task.template.kind == METHOD:
+                    self._machine.actors.call_fetched(task)
+                else:
+                    self._machine.dispatcher.fetched(task)
+            return
+        task.missing -= 1
+        if task.missing == 0 and task.state == WAITING:
+            if task.actor_id and task.template.kind == METHOD:
+                self._machine.actors.call_ready(task)
+            else:
+                self.ready(task)
+
+    def ready(self, task: TaskRecord) -> None:
+        """Every dependency exists somewhere: bind the task, or queue it for that."""
+        task.state = QUEUED
+        rank = task.template.rank
+        if self._machine.size > 1:
+            if rank >= 0 and rank != self._rank:
+                if rank < self._machine.size:
+                    self.assign(task, rank)
+                    return
+                if not task.template.soft:
+                    self.fail(task, values.pack_failure(values.Failure(
+                        "TaskUnschedulableError",
+                        f"there is no rank {rank}; this job has {self._machine.size}")))
+                    return
+            elif rank < 0 and self._machine.cluster.place_elsewhere(task):
+                return
+        self._machine.dispatcher.enqueue(task)
+
+    # --- binding to another rank ------------------------------------------------------------------------
+
+    def tell_template(self, rank: int, template: Template) -> None:
+        told = self._told.setdefault(rank, set())
+        if template.template_id not in told:
+            told.add(template.template_id)
+            self._outbox.peers[rank].append(TemplateDef(template))
+
+    def assign(self, task: TaskRecord, rank: int) -> None:
+        """Bind to another rank."""
+        self.tell_template(rank, task.template)
+        task.state = ASSIGNED
+        task.rank = rank
+        self._outbox.peers[rank].append(Assign(
+            task.task_id, task.template.template_id, task.attempt, task.args,
+            self.remote_deps(task), task.refs[: task.dep_count * 28],
+        ))
+
+    def remote_deps(self, task: TaskRecord) -> tuple[bytes | Remote, ...]:
+        """The dependencies as another node needs them: inline, or where to pull them from."""
+        if not task.dep_count:
+            return ()
+        records = self._machine.directory.records
+        deps: list[bytes | Remote] = []
+        for object_id in ids.split_ids(task.refs[: task.dep_count * 28]):
+            record = records[object_id]
+            if record.value is not None:
+                deps.append(record.value)
+            else:
+                extra = record.more()
+                copies = extra.copies or extra.sources
+                if record.location is not None and self._rank not in copies:
+                    copies = (self._rank, *copies)
+                deps.append(Remote(record.nbytes, tuple(copies)))
+        return tuple(deps)
+
+    # --- running for another home ---------------------------------------------------------------------
+
+    def assigned(self, home: int, message: Assign) -> None:
+        template = self.templates[message.template_id]
+        task = self.foreign(home, message, template)
+        task.state = QUEUED
+        self._machine.dispatcher.enqueue(task)
+
+    def foreign(self, home: int, message: Any, template: Template) -> TaskRecord:
+        """The record of a task (or call) that another home bound to this node."""
+        task = TaskRecord(
+            message.task_id, template, message.args, message.dep_ids, len(message.deps), home, -1,
+        )
+        task.attempt = message.attempt
+        if message.deps:
+            directory = self._machine.directory
+            inline: list[bytes | None] = []
+            for object_id, dep in zip(ids.split_ids(message.dep_ids), message.deps, strict=True):
+                if type(dep) is Remote:
+                    record = directory.hold(object_id)
+                    if record.state == PENDING:
+                        record.more().sources = dep.ranks
+                        record.nbytes = dep.nbytes
+                        directory.object_ready(object_id, dep)
+                    inline.append(None)
+                else:
+                    inline.append(dep)
+            task.values = tuple(inline)
+        self.records[task.task_id] = task
+        return task
+
+    def fetch(self, task: TaskRecord) -> bool:
+        """Bring its dependencies here; True if all are."""
+        directory = self._machine.directory
+        for index, object_id in enumerate(ids.split_ids(task.refs[: task.dep_count * 28])):
+            if task.values is not None and task.values[index] is not None:
+                continue
+            record = directory.records[object_id]
+            if not directory.is_local(record):
+                task.state = FETCHING
+                task.missing += 1
+                self._depend(task, record)
+                directory.pull(record)
+        return task.missing == 0
+
+    def run_message(self, task: TaskRecord, worker: int, devices: tuple[int, ...]) -> Run:
+        """What the worker needs to run it. Located dependencies are pinned for the worker."""
+        task.state = RUNNING
+        task.worker = worker
+        if not task.dep_count:
+            return Run(task.task_id, task.template.template_id, task.attempt, task.args, (),
+                       task.actor_id, devices)
+        directory = self._machine.directory
+        deps: list[bytes | Located] = []
+        inline_bytes = len(task.args)
+        dep_ids = task.refs[: task.dep_count * 28]
+        for index, object_id in enumerate(ids.split_ids(dep_ids)):
+            value = task.values[index] if task.values is not None else None
+            if value is None:
+                record = directory.records[object_id]
+                value = record.value
+                if value is None:
+                    assert record.location is not None
+                    directory.pin(record, worker)
+                    deps.append(record.location)
+                    continue
+            inline_bytes += len(value)
+            # An empty value tells the worker to get it by id: the datagram has its limit.
+            deps.append(value if inline_bytes <= _RUN_INLINE_BYTES else b"")
+        return Run(task.task_id, task.template.template_id, task.attempt, task.args, tuple(deps),
+                   task.actor_id, devices, dep_ids)
+
+    def unrun(self, task: TaskRecord) -> None:
+        """The Run came back unread: undo its pins."""
+        if task.dep_count:
+            client = self._machine.clients.get(task.worker)
+            if client is not None:
+                directory = self._machine.directory
+                for index, object_id in enumerate(ids.split_ids(task.refs[: task.dep_count * 28])):
+                    if task.values is not None and task.values[index] is not None:
+                        continue
+                    record = directory.records[object_id]
+                    if record.value is None:
+                        directory.client_unpinned(client, object_id)
+        task.state = QUEUED
+        task.worker = -1
+
+    # --- outcomes, from workers of this node ------------------------------------------------------------
+
+    def done(self, client: ClientRecord, message: Done) -> None:
+        task = self.records.get(message.task_id)
+        if task is None or task.worker != client.number:
+            return
+        self._ran(task, message.run_us)
+        if task.home == self._rank:
+            self.complete(task, message.value)
+        else:
+            self._report(task, client, TaskDone(
+                task.task_id, task.attempt, message.run_us, message.value))
+
+    def done_many(self, client: ClientRecord, message: DoneMany) -> None:
+        task = self.records.get(message.task_id)
+        if task is None or task.worker != client.number:
+            for returned in message.returns:
+                if type(returned.value) is Located:
+                    self._machine.memory.used(returned.value)
+                    self._machine.memory.free(returned.value)
+            return
+        self._ran(task, message.run_us)
+        if task.home == self._rank:
+            self.complete_many(task, message.returns)
+            return
+        directory = self._machine.directory
+        returns = []
+        handed = b""
+        for index, returned in enumerate(message.returns):
+            if type(returned.value) is Located:
+                directory.keep_foreign(ids.return_id(task.task_id, index), returned.value)
+                returns.append(PeerReturn(b"", returned.value.nbytes, returned.contained))
+            else:
+                assert isinstance(returned.value, bytes)
+                returns.append(PeerReturn(returned.value, 0, returned.contained))
+            handed += returned.contained
+        handover = directory.hand_over(handed, task.home) if handed else 0
+        self._report(task, client, TaskDoneMany(
+            task.task_id, task.attempt, message.run_us, tuple(returns), handover))
+
+    def failed(self, client: ClientRecord, message: Failed) -> None:
+        task = self.records.get(message.task_id)
+        if task is None or task.worker != client.number:
+            return
+        self._ran(task, message.run_us)
+        if task.template.kind == ACTOR_CREATION:
+            self._machine.actors.creation_failed(task, message.error)
+            return
+        if task.home == self._rank:
+            self.raised(task, message.error, message.retry)
+        else:
+            self._report(task, client, TaskFailed(
+                task.task_id, task.attempt, message.run_us, message.error, message.retry))
+
+    def _ran(self, task: TaskRecord, run_us: int) -> None:
+        self.statistics[task.template.template_id].add(run_us)
+        if task.actor_id:
+            self._machine.actors.call_finished(task)
+        else:
+            self._machine.dispatcher.finished(task)
+
+    def _report(self, task: TaskRecord, client: ClientRecord, message: Any) -> None:
+        """Tell the home, once the homes of refs that the worker kept know of this node."""
+        self._machine.directory.holders.release(client.add_barrier, task.home, message)
+        self.forget_foreign(task)
+
+    def forget_foreign(self, task: TaskRecord) -> None:
+        self.records.pop(task.task_id, None)
+        if task.values is not None:
+            for index, object_id in enumerate(ids.split_ids(task.refs)):
+                if task.values[index] is None:
+                    self._machine.directory.release(object_id)
+
+    def worker_died(self, task: TaskRecord, failure: values.Failure, *, started: bool) -> None:
+        """Its worker is gone; `started`: it may have been running."""
+        if task.dep_count:
+            task.state = QUEUED  # pins went with the client
+        task.worker = -1
+        if started:
+            self.statistics[task.template.template_id].singly = True
+        if task.home == self._rank:
+            self.crashed(task, failure, started=started)
+        else:
+            self._outbox.peers[task.home].append(
+                TaskCrashed(task.task_id, task.attempt, failure, started))
+            self.forget_foreign(task)
+
+    def give_back(self, task: TaskRecord) -> None:
+        """Executor: cannot be started soon; the home binds it again."""
+        self._outbox.peers[task.home].append(TaskReturned(task.task_id, task.attempt))
+        self.forget_foreign(task)
+
+    # --- outcomes, at the home ----------------------------------------------------------------------
+
+    def complete(self, task: TaskRecord, value: bytes) -> None:
+        self._machine.directory.resolve_inline(task.task_id + ids.FIRST_RETURN, value)
+        self._finish(task)
+
+    def complete_many(self, task: TaskRecord, returns: tuple[Return, ...]) -> None:
+        for index, returned in enumerate(returns):
+            self._machine.directory.resolve_return(
+                ids.return_id(task.task_id, index), returned)
+        self._finish(task)
+
+    def peer_done(self, rank: int, message: TaskDone) -> None:
+        task = self._current(rank, message)
+        if task is not None:
+            self.statistics[task.template.template_id].add(message.run_us)
+            self.complete(task, message.value)
+            self._machine.cluster.finished(rank, task)
+
+    def peer_done_many(self, rank: int, message: TaskDoneMany) -> None:
+        directory = self._machine.directory
+        task = self._current(rank, message)
+        barrier = 0
+        for index, returned in enumerate(message.returns):
+            object_id = ids.return_id(message.task_id, index)
+            if task is None and returned.nbytes == 0:
+                continue
+            barrier = max(barrier, directory.resolve_peer_return(object_id, returned, rank))
+        if message.handover:
+            from hpcray.protocol.messages import HandedOver
+
+            directory.holders.release(barrier, rank, HandedOver(message.handover))
+        if task is not None:
+            self.statistics[task.template.template_id].add(message.run_us)
+            self._finish(task)
+            self._machine.cluster.finished(rank, task)
+
+    def peer_failed(self, rank: int, message: TaskFailed) -> None:
+        task = self._current(rank, message)
+        if task is not None:
+            self._machine.cluster.finished(rank, task)
+            if task.template.kind == ACTOR_CREATION:
+                self._machine.actors.creation_failed_at_home(task, message.error)
+            else:
+                self.raised(task, message.error, message.retry)
+
+    def peer_crashed(self, rank: int, message: TaskCrashed) -> None:
+        task = self._current(rank, message)
+        if task is not None:
+            self._machine.cluster.finished(rank, task)
+            self.crashed(task, message.failure, started=message.started)
+
+    def peer_returned(self, rank: int, message: TaskReturned) -> None:
+        task = self._current(rank, message)
+        if task is None:
+            return
+        task.attempt += 1
+        if task.template.kind == METHOD:
+            self._machine.actors.call_returned(task)
+            return
+        self._machine.cluster.returned(rank, task)
+        self._requeue(task)
+
+    def _current(self, rank: int, message: Any) -> TaskRecord | None:
+        """The task an executor speaks of, if that is its current assignment."""
+        task = self.records.get(message.task_id)
+        if task is None or task.rank != rank or task.attempt != message.attempt:
+            return None
+        return task
+
+    def raised(self, task: TaskRecord, error: bytes, retry: bool) -> None:
+        """The task raised; retried only if it asks for that."""
+        if retry and task.retries_left != 0 and not task.cancelled:
+            self._try_again(task)
+        else:
+            self.fail(task, error)
+
+    def crashed(self, task: TaskRecord, failure: values.Failure, *, started: bool) -> None:
+        """A system failure took the task down."""
+        if task.template.kind == ACTOR_CREATION:
+            self._machine.actors.creation_crashed(task, failure, started=started)
+            return
+        if task.cancelled:
+            self.fail(task, values.pack_failure(cancelled_failure(task)))
+        elif not started:
+            task.attempt += 1
+            self._requeue(task)
+        elif task.retries_left != 0:
+            self._try_again(task)
+        else:
+            self.fail(task, values.pack_failure(failure))
+
+    def _try_again(self, task: TaskRecord) -> None:
+        if task.retries_left > 0:
+            task.retries_left -= 1
+        task.attempt += 1
+        self._requeue(task)
+
+    def _requeue(self, task: TaskRecord) -> None:
+        task.rank = -1
+        task.state = QUEUED
+        if task.template.kind == METHOD:
+            self._machine.actors.resend(task)
+        elif task.template.rank >= 0:
+            self.ready(task)
+        else:
+            self._machine.dispatcher.enqueue(task, front=True)
+
+    def fail(self, task: TaskRecord, error: bytes) -> None:
+        """Deliver an error as the value of every return."""
+        for index in range(task.template.return_count):
+            self._machine.directory.resolve_inline(ids.return_id(task.task_id, index), error)
+        self._finish(task)
+
+    def _finish(self, task: TaskRecord) -> None:
+        if self.records.pop(task.task_id, None) is None:
+            return
+        self.finished += 1
+        if task.actor_id:
+            self._machine.actors.home_call_finished(task)
+        if task.refs:
+            self._machine.directory.release_all(task.refs)
+
+    # --- cancellation -----------------------------------------------------------------------------------
+
+    def cancel(self, object_id: bytes, *, force: bool) -> str:
+        """Cancel the task that makes the object; what was done, for the log.
+
+        A queued task ends at once. A running one is interrupted; with `force` its worker is killed.
+        """
+        task = self.records.get(ids.task_of_object(object_id))
+        if task is None or task.home != self._rank:
+            return "finished"
+        if task.template.kind == ACTOR_CREATION:
+            return "actor"
+        task.cancelled = True
+        if task.state in (WAITING, QUEUED, FETCHING):
+            self.fail(task, values.pack_failure(cancelled_failure(task)))
+            return "queued"
+        if task.state == ASSIGNED and task.rank not in (-1, self._rank):
+            self._outbox.peers[task.rank].append(RecallTask(task.task_id, force))
+            return "elsewhere"
+        return self.cancel_here(task, force=force)
+
+    def cancel_here(self, task: TaskRecord, *, force: bool) -> str:
+        from hpcray.node.outbox import KillWorker
+        from hpcray.protocol.messages import CancelTask
+
+        task.cancelled = True
+        if task.state != RUNNING:
+            failure = cancelled_failure(task)
+            if task.home == self._rank:
+                self.fail(task, values.pack_failure(failure))
+            else:
+                self._outbox.peers[task.home].append(TaskFailed(
+                    task.task_id, task.attempt, 0, values.pack_failure(failure), False))
+                self.forget_foreign(task)
+            return "queued"
+        if force and not task.actor_id:
+            self._outbox.actions.append(KillWorker(task.worker))
+            return "killed"
+        self._outbox.clients[task.worker].append(CancelTask(task.task_id))
+        return "interrupted"
+
+    def recalled(self, message: RecallTask) -> None:
+        task = self.records.get(message.task_id)
+        if task is not None and task.home != self._rank:
+            self.cancel_here(task, force=message.force)
+
+    def validate(self) -> None:
+        for task_id, task in self.records.items():
+            assert task.task_id == task_id
+            assert task.missing >= 0
+
+
+def cancelled_failure(task: TaskRecord) -> values.Failure:
+    return values.Failure(
+        "TaskCancelledError", f"({task.template.name}, cancelled by cancel())", task.task_id.hex()
+    )

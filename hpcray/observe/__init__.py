@@ -1,0 +1,1 @@
+"""What a person sees of a running job: its logs, its state, its timeline."""

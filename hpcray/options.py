@@ -1,0 +1,396 @@
+"""The options of tasks, actors and methods: one table, and what they mean as templates.
+
+    @remote(num_cpus=2)  -->  check_options  -->  {"num_cpus": 2}  -->  task_template  -->  Template
+
+Pure: options in, `Template` out. An option that cannot work fails here, where it is written.
+Whatever Ray has and hpcray does not (yet) is in the table too, with a sentence saying so: a
+program must never run with an option silently without effect.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import msgspec
+
+from hpcray.config import check_namespace, check_runtime_env
+from hpcray.protocol import messages
+from hpcray.protocol.messages import ACTOR_CREATION, METHOD, TASK, UNIT, Template
+
+# Ray's defaults.
+TASK_MAX_RETRIES = 3
+ASYNC_MAX_CONCURRENCY = 1000
+
+Options = dict[str, Any]
+Resources = tuple[tuple[str, int], ...]
+
+
+# --- validators: what the value must be, or an error that says so --------------------------------
+
+
+def _whole(low: int) -> Callable[[str, Any], None]:
+    def check(name: str, value: Any) -> None:
+        if value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an integer, not {value!r}")
+        if value < low:
+            without_limit = " (-1: without limit)" if low == -1 else ""
+            raise ValueError(f"{name} must be at least {low}{without_limit}, not {value}")
+
+    return check
+
+
+def _instance(kind: type, none: bool = True) -> Callable[[str, Any], None]:
+    def check(name: str, value: Any) -> None:
+        if not (isinstance(value, kind) or (none and value is None)):
+            raise TypeError(f"{name} must be of type {kind.__name__}, not {value!r}")
+
+    return check
+
+
+def _any(_name: str, _value: Any) -> None:
+    pass
+
+
+def amount(name: str, value: Any) -> int:
+    """A quantity of a resource in ten-thousandths.
+
+    Raises:
+      ValueError: negative, not finite, or finer than 1/10000.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name} must be a finite number >= 0, not {value!r}")
+    scaled = value * UNIT
+    units = round(scaled)
+    # A float product is off by an ulp or two; anything more is a finer fraction.
+    if abs(scaled - units) > 1e-9 * max(1.0, abs(scaled)):
+        raise ValueError(f"{name}={value!r} is finer than 1/{UNIT}, the smallest fraction there is")
+    return units
+
+
+def _resource(name: str, value: Any) -> None:
+    if value is not None:
+        amount(name, value)
+
+
+def _gpus(name: str, value: Any) -> None:
+    if value is not None and amount(name, value) > UNIT and float(value) != int(value):
+        raise ValueError(f"{name} above 1 must be a whole number, not {value!r}: "
+                         "only one device can be shared")
+
+
+def _memory(name: str, value: Any) -> None:
+    if value is not None and amount(name, value) % UNIT:
+        raise ValueError(f"{name} must be a whole number of bytes, not {value!r}")
+
+
+_OWN_OPTION = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
+
+
+def _resources(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a dict, not {value!r}")
+    for resource, quantity in value.items():
+        if not isinstance(resource, str) or not resource:
+            raise TypeError(f"a resource is named by a non-empty string, not {resource!r}")
+        if resource in _OWN_OPTION:
+            raise ValueError(f"use {_OWN_OPTION[resource]}= instead of {resource!r} in {name}")
+        amount(f"{name}[{resource!r}]", quantity)
+
+
+def _num_returns(name: str, value: Any) -> None:
+    if value in ("streaming", "dynamic"):
+        raise NotImplementedError(
+            f"{name}={value!r} is not supported yet; return a list, or refs from put()")
+    _whole(0)(name, value)
+
+
+def _retry_exceptions(name: str, value: Any) -> None:
+    if isinstance(value, bool) or value is None:
+        return
+    if not isinstance(value, (list, tuple)) or not all(
+        isinstance(item, type) and issubclass(item, Exception) for item in value
+    ):
+        raise TypeError(f"{name} must be True, False or a list of exception classes, not {value!r}")
+    raise NotImplementedError(
+        f"{name} with a list of classes is not supported yet; use {name}=True and raise "
+        "nothing else that should not be retried")
+
+
+def _lifetime(name: str, value: Any) -> None:
+    if value not in (None, "detached", "non_detached"):
+        raise ValueError(f"{name} must be 'detached', 'non_detached' or None, not {value!r}")
+
+
+def _name(name: str, value: Any) -> None:
+    _instance(str)(name, value)
+    if value == "":
+        raise ValueError(f"{name} may not be empty")
+
+
+def _namespace(_name: str, value: Any) -> None:
+    if value is not None:
+        check_namespace(value)
+
+
+def _runtime_env(_name: str, value: Any) -> None:
+    env = check_runtime_env(value)
+    if env and not _TEMPLATES_CARRY_ENVIRONMENT:
+        raise NotImplementedError(
+            "runtime_env of a single task or actor is not supported yet; "
+            "set it for the job: init(runtime_env=...)")
+
+
+_TEMPLATES_CARRY_ENVIRONMENT = "env_vars" in Template.__struct_fields__
+
+
+def _strategy(_name: str, value: Any) -> None:
+    placement(value)
+
+
+# --- the table -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """`unsupported`: why any value but the default is refused; empty if hpcray has it."""
+
+    applies_to: str  # of "t"asks, "a"ctors, "m"ethods
+    default: Any
+    check: Callable[[str, Any], None]
+    unsupported: str = ""
+
+
+_PLACEMENT_GROUPS = "placement groups are not supported yet"
+
+TABLE: dict[str, Option] = {
+    "num_cpus": Option("ta", None, _resource),
+    "num_gpus": Option("ta", None, _gpus),
+    "memory": Option("ta", None, _memory),
+    "resources": Option("ta", None, _resources),
+    "scheduling_strategy": Option("ta", None, _strategy),
+    "runtime_env": Option("ta", None, _runtime_env),
+    "name": Option("tam", None, _name),
+    "num_returns": Option("tm", None, _num_returns),
+    "max_retries": Option("t", TASK_MAX_RETRIES, _whole(-1)),
+    "retry_exceptions": Option("tm", False, _retry_exceptions),
+    "max_calls": Option("t", 0, _whole(0)),
+    "namespace": Option("a", None, _namespace),
+    "lifetime": Option("a", None, _lifetime),
+    "get_if_exists": Option("a", False, _instance(bool, none=False)),
+    "max_restarts": Option("a", 0, _whole(-1)),
+    "max_task_retries": Option("am", 0, _whole(-1)),
+    "max_concurrency": Option("a", None, _whole(1)),
+    "allow_out_of_order_execution": Option("a", None, _instance(bool)),
+    # A hint about what is recorded; it changes no result.
+    "enable_task_events": Option("tam", True, _instance(bool)),
+    # Ray's, refused unless they say what happens anyway.
+    "max_pending_calls": Option("a", -1, _whole(-1), "max_pending_calls is not supported yet"),
+    "concurrency_groups": Option("a", None, _any, "concurrency groups are not supported yet"),
+    "concurrency_group": Option("m", None, _any, "concurrency groups are not supported yet"),
+    "accelerator_type": Option(
+        "ta", None, _any, "accelerator_type is not supported; name a custom resource instead"),
+    "label_selector": Option(
+        "ta", None, _any, "label_selector is not supported; use NodeAffinitySchedulingStrategy"),
+    "fallback_strategy": Option("ta", None, _any, "fallback_strategy is not supported"),
+    "object_store_memory": Option(
+        "ta", None, _any, "object_store_memory can be set for the job only: init(...)"),
+    "placement_group": Option("ta", "default", _any, _PLACEMENT_GROUPS),
+    "placement_group_bundle_index": Option("ta", -1, _any, _PLACEMENT_GROUPS),
+    "placement_group_capture_child_tasks": Option("ta", None, _any, _PLACEMENT_GROUPS),
+    "tensor_transport": Option("m", None, _any, "tensor_transport is not supported"),
+    "_generator_backpressure_num_objects": Option(
+        "tm", None, _any, "streaming generators are not supported yet"),
+}
+
+_WHOM = {"t": "tasks", "a": "actors", "m": "actor methods"}
+
+
+def valid_names(whom: str) -> list[str]:
+    """The options a task ("t"), actor ("a") or method ("m") can have with effect."""
+    return sorted(n for n, o in TABLE.items() if whom in o.applies_to and not o.unsupported)
+
+
+def check_options(options: Mapping[str, Any], whom: str, *, later: bool = False) -> Options:
+    """The options that say something, checked. `later`: given to `.options`, not at declaration.
+
+    Raises:
+      ValueError: unknown, or a value that cannot be.
+      TypeError: a value of the wrong type.
+      NotImplementedError: Ray has it, hpcray does not (yet).
+    """
+    checked: Options = {}
+    for name, value in options.items():
+        option = TABLE.get(name)
+        if option is None or whom not in option.applies_to:
+            raise ValueError(
+                f"{name!r} is not an option of {_WHOM[whom]}; "
+                f"there are {', '.join(valid_names(whom))}")
+        if option.unsupported:
+            if value is not None and value != option.default:
+                raise NotImplementedError(f"{name}={value!r}: {option.unsupported}")
+            continue
+        option.check(name, value)
+        checked[name] = value
+    if later and whom == "t" and options.get("max_calls") is not None:
+        raise ValueError("max_calls belongs to the function: give it to @remote, not to .options()")
+    if whom == "a" and options.get("get_if_exists") and not options.get("name") and not later:
+        raise ValueError("get_if_exists needs a name")
+    return checked
+
+
+def value_of(options: Mapping[str, Any], name: str) -> Any:
+    """The option's value; unset and None mean its default."""
+    value = options.get(name)
+    return TABLE[name].default if value is None else value
+
+
+# --- what they mean ------------------------------------------------------------------------------
+
+
+def placement(strategy: Any) -> tuple[int, bool, bool]:
+    """(rank or -1, soft, spread) of a scheduling strategy."""
+    if strategy is None or strategy == "DEFAULT":
+        return -1, False, False
+    if strategy == "SPREAD":
+        return -1, False, True
+    # Only now: most programs never load it.
+    from hpcray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, rank_of
+
+    if isinstance(strategy, NodeAffinitySchedulingStrategy):
+        return rank_of(strategy.node_id), strategy.soft, False
+    if isinstance(strategy, str):
+        raise ValueError(f"scheduling_strategy must be 'DEFAULT', 'SPREAD' or a strategy object, "
+                         f"not {strategy!r}")
+    raise TypeError("scheduling_strategy must be 'DEFAULT', 'SPREAD' or a "
+                    f"NodeAffinitySchedulingStrategy, not {strategy!r}")
+
+
+def _explicit(options: Mapping[str, Any]) -> dict[str, int]:
+    """What the options name, zero amounts included."""
+    found = {str(name): amount(f"resources[{name!r}]", quantity)
+             for name, quantity in (options.get("resources") or {}).items()}
+    for option, resource in (("num_cpus", "CPU"), ("num_gpus", "GPU"), ("memory", "memory")):
+        value = options.get(option)
+        if value is not None:
+            found[resource] = amount(option, value)
+    return found
+
+
+def _pairs(found: Mapping[str, int]) -> Resources:
+    return tuple(sorted((name, units) for name, units in found.items() if units))
+
+
+def task_resources(options: Mapping[str, Any]) -> Resources:
+    """One CPU unless `num_cpus` says otherwise."""
+    return _pairs({"CPU": UNIT, **_explicit(options)})
+
+
+def actor_resources(options: Mapping[str, Any]) -> tuple[Resources, Resources]:
+    """(to place it, held while it lives), as Ray has it.
+
+    An actor that asks for nothing needs a CPU to be placed and holds none; one that asks for
+    anything but memory holds all of it, and a CPU unless `num_cpus` says otherwise.
+    """
+    found = _explicit(options)
+    if set(found) <= {"memory"}:
+        return _pairs({**found, "CPU": UNIT}), _pairs(found)
+    pairs = _pairs({"CPU": UNIT, **found})
+    return pairs, pairs
+
+
+def _with_id(template: Template) -> Template:
+    """Named by content: equal options of one function are one template, wherever they are given."""
+    digest = blake2b(messages.encode(template), digest_size=16).digest()
+    return msgspec.structs.replace(template, template_id=digest)
+
+
+def _with_environment(template: Template, options: Mapping[str, Any]) -> Template:
+    env_vars = check_runtime_env(options.get("runtime_env")).get("env_vars")
+    if not env_vars:
+        return template
+    changes: dict[str, Any] = {"env_vars": tuple(sorted(env_vars.items()))}
+    return msgspec.structs.replace(template, **changes)
+
+
+def task_template(function_id: bytes, name: str, options: Mapping[str, Any]) -> Template:
+    rank, soft, spread = placement(options.get("scheduling_strategy"))
+    count = options.get("num_returns")
+    template = Template(
+        template_id=b"",
+        function_id=function_id,
+        kind=TASK,
+        name=options.get("name") or name,
+        return_count=1 if count is None else count,
+        resources=task_resources(options),
+        max_retries=value_of(options, "max_retries"),
+        retry_exceptions=bool(value_of(options, "retry_exceptions")),
+        rank=rank,
+        soft=soft,
+        spread=spread,
+        max_calls=value_of(options, "max_calls"),
+    )
+    return _with_id(_with_environment(template, options))
+
+
+def actor_concurrency(class_name: str, options: Mapping[str, Any], is_async: bool) -> int:
+    """How many calls run at once.
+
+    Raises:
+      ValueError: in order was asked for, but more than one may run at a time.
+    """
+    given = options.get("max_concurrency")
+    concurrency: int = given or (ASYNC_MAX_CONCURRENCY if is_async else 1)
+    if options.get("allow_out_of_order_execution") is False and (is_async or concurrency > 1):
+        raise ValueError(
+            f"{class_name}: calls that overlap cannot run in order; drop "
+            "allow_out_of_order_execution=False, or the async methods and max_concurrency")
+    return concurrency
+
+
+def actor_template(
+    function_id: bytes, class_name: str, options: Mapping[str, Any], is_async: bool
+) -> Template:
+    rank, soft, spread = placement(options.get("scheduling_strategy"))
+    place, held = actor_resources(options)
+    template = Template(
+        template_id=b"",
+        function_id=function_id,
+        kind=ACTOR_CREATION,
+        name=f"{class_name}.__init__",
+        resources=place,
+        held_resources=None if held == place else held,
+        rank=rank,
+        soft=soft,
+        spread=spread,
+        max_restarts=value_of(options, "max_restarts"),
+        max_concurrency=actor_concurrency(class_name, options, is_async),
+        is_async=is_async,
+    )
+    return _with_id(_with_environment(template, options))
+
+
+def method_template(
+    function_id: bytes, class_name: str, method: str, options: Mapping[str, Any]
+) -> Template:
+    """`options` are the method's, its class's `max_task_retries` among them."""
+    count = options.get("num_returns")
+    return _with_id(Template(
+        template_id=b"",
+        function_id=function_id,
+        kind=METHOD,
+        name=options.get("name") or f"{class_name}.{method}",
+        method=method,
+        return_count=1 if count is None else count,
+        max_retries=value_of(options, "max_task_retries"),
+        retry_exceptions=bool(value_of(options, "retry_exceptions")),
+    ))

@@ -1,0 +1,1 @@
+"""What travels between processes: ids, values, messages. Pure: no sockets, no clocks, no MPI."""

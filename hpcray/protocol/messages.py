@@ -1,0 +1,682 @@
+"""Every message between processes: three tagged unions, grouped by conversation.
+
+    client -> node     ToNode        a driver or worker asks, puts, submits, reports
+    node   -> client   ToClient      only what the client asked for, and notices
+    node   -> worker   ToWorker      the task channel: work, one way, can be taken back unread
+    node  <-> node     ToPeer        over the transport, in order per peer
+
+A datagram (or transport payload) is a msgpack array of messages. Structs are arrays on the wire
+(no field names) and take no part in garbage collection: they hold bytes, ints and tuples only.
+
+Conventions
+  refs        joined 28-byte object ids: first the `dep_count` top-level arguments, then the refs
+              nested in arguments.
+  args        the packed value (args, kwargs) with top-level refs replaced by placeholders;
+              NO_ARGS if there are none; ARGS_IN_DEP if it was too large: the first dep holds it.
+  *_us        microseconds of wall time; *_bytes bytes; resources in ten-thousandths of a unit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+NO_ARGS = b""
+ARGS_IN_DEP = b"*"
+
+# Resource amounts are integers, so that the ledger is exact: 0.1 + 0.2 == 0.3.
+UNIT = 10_000
+
+# A datagram stays below what a default socket buffer takes (212,992 B), with room to spare.
+DATAGRAM_MAX_BYTES = 160 * 1024
+
+
+class _Message(msgspec.Struct, array_like=True, gc=False):
+    pass
+
+
+# --- what tasks are made of ---------------------------------------------------------------------
+
+TASK = 0
+ACTOR_CREATION = 1
+METHOD = 2
+
+
+class Template(_Message, frozen=True):
+    """What the calls of one remote function with the same options have in common.
+
+    Sent once per channel before its first use; afterwards tasks name it by `template_id`.
+    """
+
+    template_id: bytes
+    function_id: bytes  # of the function, or of the actor's class
+    kind: int  # TASK, ACTOR_CREATION, METHOD
+    name: str  # for people: "module.function" or "Class.method"
+    method: str = ""  # METHOD: attribute to call
+    return_count: int = 1
+    # Sorted (resource, amount) pairs: needed to place it; held while it runs.
+    resources: tuple[tuple[str, int], ...] = ()
+    held_resources: tuple[tuple[str, int], ...] | None = None  # None: the same as `resources`
+    max_retries: int = 0  # system failures; -1 without limit
+    retry_exceptions: bool = False
+    # Placement: -1 anywhere, else a rank (hard unless soft).
+    rank: int = -1
+    soft: bool = False
+    spread: bool = False
+    priority: int = 0
+    # Actor creation only.
+    max_restarts: int = 0
+    max_concurrency: int = 1
+    is_async: bool = False
+    concurrency_groups: tuple[tuple[str, int], ...] = ()
+    # METHOD only.
+    concurrency_group: str = ""
+    max_calls: int = 0  # TASK: the worker exits after this many; 0 without limit
+
+
+class Located(_Message, frozen=True):
+    """A value in this host's shared memory."""
+
+    segment: int
+    offset: int
+    nbytes: int
+
+
+class Remote(_Message, frozen=True):
+    """A value that lies on other nodes."""
+
+    nbytes: int
+    ranks: tuple[int, ...]
+
+
+class Return(_Message, frozen=True):
+    """One return value (or yield) of a task, as its worker reports it."""
+
+    value: bytes | Located
+    contained: bytes = b""  # joined ids of the refs inside
+
+
+# --- client -> node -----------------------------------------------------------------------------
+
+
+class Hello(_Message, tag=1):
+    pid: int
+    # A driver says how it wants the job (config.InitConfig as plain data); a worker says nothing.
+    config: dict[str, Any] | None = None
+
+
+class DefineFunction(_Message, tag=2):
+    """The pickled function or class. A large one is an object: then `blob` is empty."""
+
+    function_id: bytes
+    name: str
+    blob: bytes
+    object_id: bytes = b""
+
+
+class DefineTemplate(_Message, tag=3):
+    template: Template
+
+
+class SubmitTask(_Message, tag=4):
+    task_id: bytes
+    template_id: bytes
+    args: bytes
+    refs: bytes = b""
+    dep_count: int = 0
+
+
+class SubmitCall(_Message, tag=5):
+    """An actor method call. Calls of one process on one actor run in the order submitted."""
+
+    task_id: bytes
+    template_id: bytes
+    actor_id: bytes
+    args: bytes
+    refs: bytes = b""
+    dep_count: int = 0
+
+
+class CreateActor(_Message, tag=6):
+    actor_id: bytes
+    template_id: bytes
+    args: bytes
+    refs: bytes
+    dep_count: int
+    name: str = ""
+    namespace: str = ""
+    detached: bool = False
+    handle: bytes = b""  # what get_actor needs to build a handle (opaque to nodes)
+
+
+class PutInline(_Message, tag=7):
+    object_id: bytes
+    value: bytes
+    contained: bytes = b""
+
+
+class PutLocated(_Message, tag=8):
+    object_id: bytes
+    location: Located
+    contained: bytes = b""
+
+
+class Hold(_Message, tag=9):
+    """This process has its first local ref to each of these objects."""
+
+    ids: bytes
+
+
+class Drop(_Message, tag=10):
+    """The last local ref to each is gone."""
+
+    ids: bytes
+
+
+class Pin(_Message, tag=11):
+    """A view of this object's shared memory now lives in this process (it holds a ref as it says so)."""
+
+    object_id: bytes
+
+
+class Unpin(_Message, tag=12):
+    object_id: bytes
+    count: int = 1
+
+
+class PinForJob(_Message, tag=13):
+    """A ref left our sight (pickled by the user, or inside a function): keep until the job ends."""
+
+    ids: bytes
+
+
+class Get(_Message, tag=14):
+    """Send the values as they become available."""
+
+    ids: bytes
+
+
+class Watch(_Message, tag=15):
+    """Say when each becomes ready; with `fetch`, when it is on this node too."""
+
+    ids: bytes
+    fetch: bool
+
+
+class Done(_Message, tag=16):
+    """A task finished with one small value that contains no refs: the common case."""
+
+    task_id: bytes
+    attempt: int
+    run_us: int
+    value: bytes
+
+
+class DoneMany(_Message, tag=17):
+    task_id: bytes
+    attempt: int
+    run_us: int
+    returns: tuple[Return, ...]
+
+
+class Failed(_Message, tag=18):
+    """The task raised. `error` is an ERROR (or, passed on, FAILURE) value for all its returns."""
+
+    task_id: bytes
+    attempt: int
+    run_us: int
+    error: bytes
+    retry: bool = False  # its retry_exceptions cover this error
+
+
+class Blocked(_Message, tag=19):
+    """The worker waits in get/wait: it gives back its CPU and what it had read but not started."""
+
+    unstarted: tuple[bytes, ...] = ()
+
+
+class Unblocked(_Message, tag=20):
+    pass
+
+
+class SegmentRequest(_Message, tag=21):
+    nbytes: int
+
+
+class SegmentReturn(_Message, tag=22):
+    segment: int
+
+
+class SegmentOpen(_Message, tag=23):
+    segment: int
+
+
+class FetchTemplate(_Message, tag=24):
+    """The worker meets a template for the first time; `home` knows it if this node does not."""
+
+    template_id: bytes
+    home: int
+
+
+class Request(_Message, tag=25):
+    """The slow path: everything that is asked rarely. See node/requests.py for the names."""
+
+    request: int
+    name: str
+    arguments: Any = None
+
+
+class EndJob(_Message, tag=26):
+    """The driver is done; `status` is its exit status."""
+
+    status: int
+    park: bool = False
+
+
+class ActorExit(_Message, tag=27):
+    """The actor's worker is about to exit because its user said so (exit_actor)."""
+
+    actor_id: bytes
+
+
+ToNode = (
+    Hello | DefineFunction | DefineTemplate | SubmitTask | SubmitCall | CreateActor | PutInline
+    | PutLocated | Hold | Drop | Pin | Unpin | PinForJob | Get | Watch | Done | DoneMany | Failed
+    | Blocked | Unblocked | SegmentRequest | SegmentReturn | SegmentOpen | FetchTemplate | Request
+    | EndJob | ActorExit
+)
+
+# --- node -> client -----------------------------------------------------------------------------
+
+
+class Welcome(_Message, tag=1):
+    job_id: bytes
+    rank: int
+    size: int
+    client: int  # this client's number on its node
+    session: dict[str, Any]  # facts for people and for children: see node/server.py
+
+
+class Value(_Message, tag=2):
+    object_id: bytes
+    value: bytes
+
+
+class ValueAt(_Message, tag=3):
+    """Pinned for this client until it says Unpin."""
+
+    object_id: bytes
+    location: Located
+
+
+class Ready(_Message, tag=4):
+    ids: bytes
+
+
+class Released(_Message, tag=5):
+    """Ranges of the client's own segments are free again."""
+
+    segment: int
+    offsets: tuple[int, ...]
+
+
+class SegmentGrant(_Message, tag=6):
+    """One descriptor comes with the datagram."""
+
+    segment: int
+    nbytes: int
+
+
+class SegmentDenied(_Message, tag=7):
+    need_bytes: int
+    used_bytes: int
+    capacity_bytes: int
+    retry: bool = False  # something was freed meanwhile: look again before giving up
+
+
+class SegmentOpened(_Message, tag=8):
+    """One descriptor comes with the datagram."""
+
+    segment: int
+    nbytes: int
+
+
+class SegmentClosed(_Message, tag=9):
+    segment: int
+
+
+class SegmentReclaim(_Message, tag=10):
+    """Give back segments that are empty: others need the memory."""
+
+
+class TemplateIs(_Message, tag=11):
+    template: Template | None
+    function: bytes  # the pickled function; empty: get `object_id`
+    object_id: bytes = b""
+
+
+class Reply(_Message, tag=12):
+    request: int
+    result: Any = None
+    error: Failure | None = None
+
+
+class Output(_Message, tag=13):
+    """Lines for the driver's terminal, ready to print."""
+
+    lines: tuple[str, ...]
+
+
+class CancelTask(_Message, tag=14):
+    task_id: bytes
+
+
+class JobEnded(_Message, tag=15):
+    """Everything of the job is gone; nodes are parked (or leave)."""
+
+
+from hpcray.protocol.values import Failure  # noqa: E402  (after _Message, before the unions)
+
+ToClient = (
+    Welcome | Value | ValueAt | Ready | Released | SegmentGrant | SegmentDenied | SegmentOpened
+    | SegmentClosed | SegmentReclaim | TemplateIs | Reply | Output | CancelTask | JobEnded
+)
+
+# --- node -> worker, the task channel -----------------------------------------------------------
+
+
+class Run(_Message, tag=1):
+    """Run a task, create the actor, or call a method: the template's kind says which."""
+
+    task_id: bytes
+    template_id: bytes
+    attempt: int
+    args: bytes
+    deps: tuple[bytes | Located, ...] = ()  # one per top-level ref argument, in order
+    actor_id: bytes = b""
+    devices: tuple[int, ...] = ()  # indices of the GPUs this lease holds
+    ids: bytes = b""  # joined ids of those deps that are Located: pinned until done
+
+
+class Stop(_Message, tag=2):
+    """Finish what is queued and exit in good order."""
+
+
+ToWorker = Run | Stop
+
+# --- node <-> node ------------------------------------------------------------------------------
+
+
+class Joined(_Message, tag=1):
+    """A node introduces itself to node 0; node 0 repeats all of them to everybody."""
+
+    rank: int
+    host: str
+    address: str
+    pid: int
+    resources: tuple[tuple[str, int], ...]
+    labels: tuple[tuple[str, str], ...] = ()
+
+
+class Begin(_Message, tag=2):
+    """Node 0: the job starts. `session` carries what every node must know (control store, paths)."""
+
+    job_id: bytes
+    session: dict[str, Any]
+
+
+class Ending(_Message, tag=3):
+    """Node 0: the job is over; end its processes and forget it."""
+
+    park: bool
+
+
+class Ended(_Message, tag=4):
+    rank: int
+
+
+class TemplateDef(_Message, tag=5):
+    """Precedes the first task that names it on this channel."""
+
+    template: Template
+
+
+class FetchFunction(_Message, tag=6):
+    function_id: bytes
+
+
+class FunctionDef(_Message, tag=7):
+    function_id: bytes
+    name: str
+    blob: bytes
+    object_id: bytes = b""
+
+
+class Assign(_Message, tag=8):
+    """The home binds a task to a node. Every assignment of a task has its own attempt number."""
+
+    task_id: bytes
+    template_id: bytes
+    attempt: int
+    args: bytes
+    deps: tuple[bytes | Remote, ...] = ()
+    dep_ids: bytes = b""
+    nested: bytes = b""
+
+
+class AssignCall(_Message, tag=9):
+    """An actor call, from the caller's node to the actor's."""
+
+    task_id: bytes
+    template_id: bytes
+    attempt: int
+    actor_id: bytes
+    incarnation: int
+    caller: int  # client number at the sending node: order is kept per (rank, caller)
+    args: bytes
+    deps: tuple[bytes | Remote, ...] = ()
+    dep_ids: bytes = b""
+
+
+class TaskDone(_Message, tag=10):
+    task_id: bytes
+    attempt: int
+    run_us: int
+    value: bytes
+
+
+class PeerReturn(_Message, frozen=True):
+    value: bytes  # empty: the executor keeps `nbytes` in its shared memory
+    nbytes: int = 0
+    contained: bytes = b""
+
+
+class TaskDoneMany(_Message, tag=11):
+    task_id: bytes
+    attempt: int
+    run_us: int
+    returns: tuple[PeerReturn, ...]
+    handover: int = 0  # answer HandedOver when the homes of `contained` know of you; 0: none needed
+
+
+class TaskFailed(_Message, tag=12):
+    task_id: bytes
+    attempt: int
+    run_us: int
+    error: bytes
+    retry: bool
+
+
+class TaskCrashed(_Message, tag=13):
+    """The worker died under it, or the actor died before or while it ran."""
+
+    task_id: bytes
+    attempt: int
+    failure: Failure
+    started: bool = True
+
+
+class TaskReturned(_Message, tag=14):
+    """Not started and given back: bind it again. `gone`: the actor is not here (any more)."""
+
+    task_id: bytes
+    attempt: int
+
+
+class HolderAdd(_Message, tag=15):
+    ids: bytes
+
+
+class HolderAdded(_Message, tag=16):
+    """Answers one HolderAdd; they are answered in order."""
+
+
+class HolderDrop(_Message, tag=17):
+    ids: bytes
+
+
+class HandedOver(_Message, tag=18):
+    handover: int
+
+
+class Want(_Message, tag=19):
+    """Tell me when these are ready: ObjectReady, once each."""
+
+    ids: bytes
+
+
+class ObjectReady(_Message, tag=20):
+    object_id: bytes
+    value: bytes | Remote
+
+
+class PullRequest(_Message, tag=21):
+    """The receives are posted; send."""
+
+    object_id: bytes
+    transfer: int
+
+
+class PullRefused(_Message, tag=22):
+    object_id: bytes
+    transfer: int
+
+
+class CopyAdded(_Message, tag=23):
+    object_id: bytes
+
+
+class FreeCopies(_Message, tag=24):
+    ids: bytes
+
+
+class Load(_Message, tag=25):
+    """To the global scheduler: what this node could start now, and how busy it is."""
+
+    free: tuple[tuple[str, int], ...]
+    queued: int
+    actors: int
+    mean_task_us: int
+
+
+class Demand(_Message, tag=26):
+    """To the global scheduler: tasks of this shape wait here for room."""
+
+    shape: tuple[tuple[str, int], ...]
+    count: int
+    actor: bool = False
+    spread: bool = False
+
+
+class Grant(_Message, tag=27):
+    """From the global scheduler to a home: bind up to `slots` such tasks to `rank`."""
+
+    rank: int
+    shape: tuple[tuple[str, int], ...]
+    slots: int
+    actor: bool = False
+    spread: bool = False
+
+
+class ActorWhere(_Message, tag=28):
+    """To the actor's home: tell me where it is, now and whenever that changes."""
+
+    actor_id: bytes
+
+
+class ActorIs(_Message, tag=29):
+    actor_id: bytes
+    state: int
+    rank: int
+    incarnation: int
+    failure: Failure | None = None
+
+
+class ActorStop(_Message, tag=30):
+    """Home to host. `kill`: at once, without running what is queued."""
+
+    actor_id: bytes
+    incarnation: int
+    kill: bool
+
+
+class ActorDown(_Message, tag=31):
+    """Host to home: the actor's worker is gone."""
+
+    actor_id: bytes
+    incarnation: int
+    failure: Failure
+    intended: bool
+
+
+class PeerRequest(_Message, tag=32):
+    """The slow path between nodes; mirrors Request."""
+
+    request: int
+    name: str
+    arguments: Any = None
+
+
+class PeerReply(_Message, tag=33):
+    request: int
+    result: Any = None
+    error: Failure | None = None
+
+
+class PeerOutput(_Message, tag=34):
+    """Worker output on its way to the driver's node."""
+
+    name: str
+    pid: int
+    stream: int
+    chunk: bytes
+
+
+class Notice(_Message, tag=35):
+    """A warning for the driver's terminal."""
+
+    text: str
+
+
+class RecallTask(_Message, tag=36):
+    """Home to executor: the task was cancelled; drop it if unstarted (`force`: even if running)."""
+
+    task_id: bytes
+    force: bool = False
+
+
+ToPeer = (
+    Joined | Begin | Ending | Ended | TemplateDef | FetchFunction | FunctionDef | Assign | AssignCall
+    | TaskDone | TaskDoneMany | TaskFailed | TaskCrashed | TaskReturned | HolderAdd | HolderAdded
+    | HolderDrop | HandedOver | Want | ObjectReady | PullRequest | PullRefused | CopyAdded | FreeCopies
+    | Load | Demand | Grant | ActorWhere | ActorIs | ActorStop | ActorDown | PeerRequest | PeerReply
+    | PeerOutput | Notice | RecallTask
+)
+
+encode = msgspec.msgpack.Encoder().encode
+encode_into = msgspec.msgpack.Encoder().encode_into
+decode_to_node = msgspec.msgpack.Decoder(list[ToNode]).decode
+decode_to_client = msgspec.msgpack.Decoder(list[ToClient]).decode
+decode_to_worker = msgspec.msgpack.Decoder(list[ToWorker]).decode
+decode_to_peer = msgspec.msgpack.Decoder(list[ToPeer]).decode

@@ -1,0 +1,159 @@
+"""Where am I: ids, node, resources and name of what runs in this thread or coroutine.
+
+Only reads: `client.context` (what runs) and the client (where). Asks the node for what is not
+known here (an actor's name, a handle to oneself), so those are slower.
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any
+
+from hpcray.client import context, references
+from hpcray.protocol import ids
+from hpcray.protocol.messages import UNIT
+
+if TYPE_CHECKING:
+    from hpcray.actor import ActorHandle
+
+
+class RuntimeContext:
+    """See `get_runtime_context`. Holds nothing: every answer is of the moment it is asked."""
+
+    __slots__ = ()
+
+    def get_job_id(self) -> str:
+        return references.current_client().job_id.hex()
+
+    def get_node_id(self) -> str:
+        client = references.current_client()
+        known = client.session.get("node_ids")
+        if known:
+            return str(known[client.rank])
+        return ids.node_id_hex(client.rank, client.session["job_key"])
+
+    def get_rank(self) -> int:
+        """The MPI rank of this process's node (hpcray's own; Ray has no ranks)."""
+        return references.current_client().rank
+
+    def get_worker_id(self) -> str:
+        """Of this process: the driver has one too."""
+        client = references.current_client()
+        text = f"{client.job_id.hex()}/{client.rank}/{client.number}"
+        return blake2b(text.encode(), digest_size=28).hexdigest()
+
+    def get_task_id(self) -> str | None:
+        """Of the task running here; None in the driver."""
+        client = references.current_client()
+        return None if client.is_driver else context.current().task_id.hex() or None
+
+    def get_task_name(self) -> str | None:
+        client = references.current_client()
+        return None if client.is_driver else context.current().name or None
+
+    def get_task_function_name(self) -> str | None:
+        return self.get_task_name()
+
+    def get_actor_id(self) -> str | None:
+        """Of the actor this process is; None elsewhere."""
+        references.current_client()
+        return context.current().actor_id.hex() or None
+
+    def get_actor_name(self) -> str | None:
+        """The name the actor was given ("" if none); None outside actors."""
+        actor = context.current().actor_id
+        if not actor:
+            return None
+        found = references.current_client().request("actor_handle", {"actor_id": actor})
+        return str(found.get("name") or "")
+
+    @property
+    def current_actor(self) -> ActorHandle[Any]:
+        """A handle to the actor this process is.
+
+        Raises:
+          RuntimeError: it is none.
+        """
+        from hpcray.actor import current_actor
+
+        return current_actor()
+
+    @property
+    def was_current_actor_reconstructed(self) -> bool:
+        """Whether this actor has been restarted.
+
+        Raises:
+          RuntimeError: outside actors.
+        """
+        here = context.current()
+        if not here.actor_id:
+            raise RuntimeError("was_current_actor_reconstructed is known inside actors only")
+        return here.incarnation > 0
+
+    @property
+    def namespace(self) -> str:
+        references.current_client()
+        return context.current().namespace
+
+    def get_assigned_resources(self) -> dict[str, float]:
+        """What the task or actor holds; nothing in the driver."""
+        return {name: units / UNIT for name, units in context.current().resources}
+
+    def get_accelerator_ids(self) -> dict[str, list[str]]:
+        """The devices the task or actor holds, by kind."""
+        return {"GPU": [str(device) for device in context.current().devices]}
+
+    def get_node_labels(self) -> dict[str, str]:
+        return dict(context.current().labels)
+
+    @property
+    def runtime_env(self) -> dict[str, Any]:
+        return dict(references.current_client().session.get("runtime_env") or {})
+
+    def get_placement_group_id(self) -> str | None:
+        return None  # there are no placement groups yet
+
+    def get(self) -> dict[str, Any]:
+        """The ids above in one dictionary; those that do not apply here are left out."""
+        found: dict[str, Any] = {
+            "job_id": self.get_job_id(), "node_id": self.get_node_id(),
+            "namespace": self.namespace, "task_id": self.get_task_id(),
+            "actor_id": self.get_actor_id(),
+        }
+        return {name: value for name, value in found.items() if value is not None}
+
+    # Ray's older spellings.
+    @property
+    def job_id(self) -> str:
+        return self.get_job_id()
+
+    @property
+    def node_id(self) -> str:
+        return self.get_node_id()
+
+    @property
+    def task_id(self) -> str | None:
+        return self.get_task_id()
+
+    @property
+    def actor_id(self) -> str | None:
+        return self.get_actor_id()
+
+    @property
+    def gcs_address(self) -> str:
+        raise NotImplementedError(
+            "there is no GCS: hpcray nodes talk over MPI and keep their records in Redis")
+
+
+_runtime_context = RuntimeContext()
+
+
+def get_runtime_context() -> RuntimeContext:
+    """What runs here and where. Valid in the driver, in tasks and in actors."""
+    return _runtime_context
+
+
+def get_gpu_ids() -> list[int]:
+    """The indices of the GPUs this task or actor holds; empty in the driver."""
+    references.current_client()
+    return list(context.current().devices)

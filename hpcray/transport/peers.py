@@ -1,0 +1,344 @@
+"""Control frames per peer: numbered, windowed, acknowledged. Pure; no network, no clock.
+
+    send() -> queue --next_frame()--> at most WINDOW frames unacknowledged --> network
+                                                  ^                              |
+    poll() <- in order <-- held until the gap <---+------ acknowledged ----------+
+                           before it is closed
+
+MPI keeps the order in which messages are matched, not the one in which they complete: a small
+frame overtakes a large one on some networks. So frames carry numbers and are handled in that
+order. The window bounds send buffers, what the receiver must hold, and the work of a turn;
+what it keeps back coalesces, which makes frames larger exactly when a peer is slow.
+
+Acknowledgements ride on frames. A bare one leaves only when nothing went the other way: at
+once when the peer may be waiting for it (WINDOW frames owed), else one poll later. It is not
+subject to the window, so two full windows never wait for each other.
+
+Invariants, checked by `Peer.validate`:
+
+PC-1  sent - acknowledged_by_peer is between 0 and WINDOW.
+PC-2  every held frame lies after `handled` and within WINDOW of it; `handled + 1` is never held.
+PC-3  queued_bytes == the sum of the lengths in the queue.
+
+`Peers` is the same for all peers of a rank, and decides which frames leave when. It keeps
+sets of rank numbers, whose iteration order does not depend on hash seeds.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from hpcray.transport.base import PeerLost, Received, TransportEvent
+from hpcray.transport.frames import (
+    FLAG_LAST,
+    MAX_PAYLOAD_BYTES,
+    Frame,
+    FrameError,
+    decode,
+    encode,
+)
+
+# Two: one frame travels while the next one fills; a third would only hide a slow peer.
+WINDOW = 2
+
+# Coalescing stops here, so that no frame occupies the loop or the network for long. Somewhat
+# arbitrary: about 100 us at memory speed, and thousands of typical messages.
+COALESCE_BYTES = 1 << 20
+
+Outgoing = tuple[int, bytes]  # rank, frame
+
+
+@dataclass(frozen=True, slots=True)
+class PeerStatistics:
+    queued_payloads: int
+    queued_bytes: int
+    unacknowledged_frames: int
+    held_frames: int
+
+
+class Peer:
+    """Both directions of the conversation with one other rank."""
+
+    __slots__ = (
+        "acknowledged_by_peer", "closed_by_peer", "handled", "held", "last_sent", "owed",
+        "queue", "queued_bytes", "sent", "wants_last",
+    )
+
+    def __init__(self) -> None:
+        self.queue: deque[bytes] = deque()
+        self.queued_bytes = 0
+        self.sent = 0  # number of the last frame sent
+        self.acknowledged_by_peer = 0
+        self.handled = 0  # number of the last frame whose payloads were given out
+        self.held: dict[int, Frame] = {}
+        self.owed = 0  # frames handled since the peer was last told
+        self.wants_last = False
+        self.last_sent = False
+        self.closed_by_peer = False
+
+    def push(self, payload: bytes) -> None:
+        self.queue.append(payload)
+        self.queued_bytes += len(payload)
+
+    def close(self) -> None:
+        """Send what is queued, then the mark that nothing follows."""
+        self.wants_last = True
+
+    @property
+    def has_frame(self) -> bool:
+        """Whether a numbered frame waits, be it for the window or for a flush."""
+        return bool(self.queue) or (self.wants_last and not self.last_sent)
+
+    @property
+    def drained(self) -> bool:
+        """Closed both ways: the peer has everything, and nothing more comes from it."""
+        return (
+            self.last_sent
+            and self.closed_by_peer
+            and self.sent == self.acknowledged_by_peer
+            and not self.owed
+        )
+
+    def next_frame(self) -> bytes | None:
+        """The next numbered frame, or None if there is nothing or the window is full."""
+        queue = self.queue
+        if not queue and not self.has_frame:
+            return None
+        if self.sent - self.acknowledged_by_peer >= WINDOW:
+            return None
+        if self.queued_bytes <= COALESCE_BYTES:
+            payloads = list(queue)
+            queue.clear()
+            self.queued_bytes = 0
+        else:
+            payloads = self._take()
+        self.sent += 1
+        flags = 0
+        if self.wants_last and not queue:
+            self.last_sent = True
+            flags = FLAG_LAST
+        self.owed = 0
+        return encode(self.sent, self.handled, payloads, flags)
+
+    def bare_acknowledgement(self) -> bytes:
+        self.owed = 0
+        return encode(0, self.handled, ())
+
+    def handle(self, data: bytes | bytearray | memoryview) -> list[bytes]:
+        """Take one frame in whatever order it completed; return the payloads now in order.
+
+        Raises FrameError for a frame that no correct peer sends: outside the window, twice,
+        after its last, or acknowledging what was never sent.
+        """
+        frame = decode(data)
+        if frame.acknowledged > self.sent:
+            raise FrameError(f"acknowledges frame {frame.acknowledged}, sent were {self.sent}")
+        # An old acknowledgement may complete after a newer one; only the newest counts.
+        if frame.acknowledged > self.acknowledged_by_peer:
+            self.acknowledged_by_peer = frame.acknowledged
+        number = frame.number
+        if number == 0:
+            return []
+        if not self.handled < number <= self.handled + WINDOW or number in self.held:
+            raise FrameError(f"frame {number} came while {self.handled + 1} was expected")
+        if self.closed_by_peer:
+            raise FrameError(f"frame {number} came after the last one, {self.handled}")
+        if number != self.handled + 1:
+            self.held[number] = frame
+            return []
+        payloads = self._accept(frame)
+        if not self.held:
+            return payloads
+        while (follower := self.held.pop(self.handled + 1, None)) is not None:
+            payloads += self._accept(follower)
+        return payloads
+
+    def statistics(self) -> PeerStatistics:
+        return PeerStatistics(
+            queued_payloads=len(self.queue),
+            queued_bytes=self.queued_bytes,
+            unacknowledged_frames=self.sent - self.acknowledged_by_peer,
+            held_frames=len(self.held),
+        )
+
+    def validate(self) -> None:
+        """Check PC-1 to PC-3. Slow: for tests."""
+        assert 0 <= self.sent - self.acknowledged_by_peer <= WINDOW, "PC-1"
+        assert all(self.handled + 1 < n <= self.handled + WINDOW for n in self.held), "PC-2"
+        assert self.queued_bytes == sum(map(len, self.queue)), "PC-3"
+
+    def _accept(self, frame: Frame) -> list[bytes]:
+        self.handled = frame.number
+        self.owed += 1
+        if frame.flags & FLAG_LAST:
+            self.closed_by_peer = True
+        return frame.payloads
+
+    def _take(self) -> list[bytes]:
+        """The head of the queue up to COALESCE_BYTES, at least one payload."""
+        payloads: list[bytes] = []
+        nbytes = 0
+        while self.queue and (
+            not payloads or nbytes + len(self.queue[0]) <= COALESCE_BYTES
+        ):
+            payload = self.queue.popleft()
+            payloads.append(payload)
+            nbytes += len(payload)
+        self.queued_bytes -= nbytes
+        return payloads
+
+
+class Peers:
+    """Every peer of one rank. A peer exists from the first word to or from it.
+
+    `flush` and `end_poll` return frames for the caller to send, in order per peer.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank = rank
+        self.size = size
+        self.lost: dict[int, str] = {}
+        self._peers: dict[int, Peer] = {}
+        self._unflushed: set[int] = set()  # something was pushed since the last flush
+        self._stalled: set[int] = set()  # flushed, but the window was full
+        self._owing: set[int] = set()  # handled frames the peer has not been told of
+        self._owing_since_last_poll: set[int] = set()
+        self._to_self: list[bytes] = []
+        self._to_self_flushed: list[bytes] = []
+
+    def send(self, rank: int, payload: bytes) -> None:
+        if len(payload) > MAX_PAYLOAD_BYTES:
+            raise ValueError(
+                f"a control payload of {len(payload)} B exceeds {MAX_PAYLOAD_BYTES} B; "
+                "values of this size travel through the object store"
+            )
+        if rank == self.rank:
+            self._to_self.append(payload)
+        elif rank not in self.lost:
+            peer = self._peers.get(rank) or self._peer(rank)
+            peer.push(payload)
+            self._unflushed.add(rank)
+
+    def flush(self) -> list[Outgoing]:
+        """What leaves now: queued payloads, and acknowledgements a peer may be waiting for."""
+        if self._to_self:
+            self._to_self_flushed += self._to_self
+            self._to_self.clear()
+        frames: list[Outgoing] = []
+        if self._unflushed:
+            ready, self._unflushed = self._unflushed, set()
+            for rank in ready:
+                self._send_window(rank, frames)
+        if self._owing:
+            urgent = [r for r in self._owing if self._peers[r].owed >= WINDOW]
+            self._acknowledge(urgent, frames)
+        return frames
+
+    def arrived(
+        self, rank: int, data: bytes | bytearray | memoryview, events: list[TransportEvent]
+    ) -> None:
+        """Take a frame from the network and append what it makes deliverable."""
+        if rank in self.lost:
+            return
+        peer = self._peers.get(rank) or self._peer(rank)
+        try:
+            payloads = peer.handle(data)
+        except FrameError as error:
+            raise FrameError(f"from rank {rank}: {error}") from None
+        if peer.owed:
+            self._owing.add(rank)
+            events += [Received(rank, payload) for payload in payloads]
+
+    def end_poll(self, events: list[TransportEvent]) -> list[Outgoing]:
+        """Close a poll: own payloads, frames a window held back, debts older than one poll."""
+        if self._to_self_flushed:
+            own = self._to_self_flushed
+            self._to_self_flushed = []
+            events += [Received(self.rank, payload) for payload in own]
+        if not self._stalled and not self._owing:
+            if self._owing_since_last_poll:
+                self._owing_since_last_poll = set()
+            return []
+        frames: list[Outgoing] = []
+        if self._stalled:
+            for rank in list(self._stalled):
+                self._send_window(rank, frames)
+        if self._owing:
+            overdue = [r for r in self._owing if r in self._owing_since_last_poll]
+            self._acknowledge(overdue, frames)
+        self._owing_since_last_poll = self._owing.copy()
+        return frames
+
+    def lose(self, rank: int, reason: str) -> PeerLost | None:
+        """Forget everything about a peer; None if it was lost before."""
+        if rank in self.lost or rank == self.rank:
+            return None
+        self.lost[rank] = reason
+        self._peers.pop(rank, None)
+        for ranks in (
+            self._unflushed, self._stalled, self._owing, self._owing_since_last_poll
+        ):
+            ranks.discard(rank)
+        return PeerLost(rank, reason)
+
+    def close(self) -> list[Outgoing]:
+        """Tell every living peer that nothing follows what is queued for it."""
+        for rank in range(self.size):
+            if rank != self.rank and rank not in self.lost:
+                self._peer(rank).close()
+                self._unflushed.add(rank)
+        return self.flush()
+
+    def undrained(self) -> list[int]:
+        """After `close`: the living peers that still owe us something, or we them."""
+        return [r for r in range(self.size)
+                if r != self.rank and r not in self.lost and not self._peer(r).drained]
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is queued, unacknowledged or owed, with anyone."""
+        return (
+            not self._to_self
+            and not self._to_self_flushed
+            and not self._owing
+            and all(not p.has_frame and p.sent == p.acknowledged_by_peer and not p.held
+                    for p in self._peers.values())
+        )
+
+    def statistics(self) -> dict[int, PeerStatistics]:
+        return {rank: peer.statistics() for rank, peer in self._peers.items()}
+
+    def validate(self) -> None:
+        """Check every peer's invariants. Slow: for tests."""
+        for rank, peer in self._peers.items():
+            peer.validate()
+            assert (peer.owed > 0) == (rank in self._owing), "a debt is on the list"
+            assert not peer.has_frame or rank in self._unflushed | self._stalled
+        assert not self.lost.keys() & self._peers.keys()
+
+    def _peer(self, rank: int) -> Peer:
+        peer = self._peers.get(rank)
+        if peer is None:
+            if not 0 <= rank < self.size:
+                raise ValueError(f"no rank {rank} in a job of {self.size} ranks")
+            peer = self._peers[rank] = Peer()
+        return peer
+
+    def _send_window(self, rank: int, frames: list[Outgoing]) -> None:
+        """Take what the window of `rank` permits, and remember whether something is left."""
+        peer = self._peers[rank]
+        while (frame := peer.next_frame()) is not None:
+            frames.append((rank, frame))
+            self._owing.discard(rank)
+            if not peer.queue:
+                break
+        if peer.has_frame:
+            self._stalled.add(rank)
+        else:
+            self._stalled.discard(rank)
+
+    def _acknowledge(self, ranks: list[int], frames: list[Outgoing]) -> None:
+        for rank in ranks:
+            frames.append((rank, self._peers[rank].bare_acknowledgement()))
+            self._owing.discard(rank)

@@ -1,0 +1,34 @@
+"""Ray-compatible helpers beside the core, each imported on first use."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hpcray.actor import list_named_actors
+    from hpcray.client.serialization import deregister_serializer, register_serializer
+
+# Names that live in modules of another name; everything else is a submodule of this package.
+_NAMES = {
+    "list_named_actors": "hpcray.actor",
+    "register_serializer": "hpcray.client.serialization",
+    "deregister_serializer": "hpcray.client.serialization",
+}
+
+
+def __getattr__(name: str) -> Any:
+    module = _NAMES.get(name)
+    if module is not None:
+        return getattr(importlib.import_module(module), name)
+    if not name.startswith("_"):
+        full_name = f"{__name__}.{name}"
+        try:
+            return importlib.import_module(full_name)
+        except ModuleNotFoundError as error:
+            if error.name != full_name:
+                raise  # the module is there; something it needs is not
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = ["deregister_serializer", "list_named_actors", "register_serializer"]

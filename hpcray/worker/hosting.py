@@ -1,0 +1,293 @@
+"""Hosting an actor in a worker: sequential, threaded or asyncio. 
+
+    sequential  one call after the other, in the order given (per caller: the order submitted)
+    threaded    max_concurrency > 1: a pool of threads; started in order, finished in any
+    asyncio     some method is a coroutine: one event loop in the main thread, calls interleave
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import inspect
+import os
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from hpcray import exceptions
+from hpcray.client import context
+from hpcray.client.channel import ChannelClosed
+from hpcray.client.context import TaskContext
+from hpcray.protocol.messages import ActorExit, Failed, Run, Stop, Template
+
+if TYPE_CHECKING:
+    from hpcray.worker.main import Worker
+
+
+def host(worker: Worker, template: Template, instance: Any, actor_id: bytes) -> HostedActor:
+    if template.is_async:
+        return AsyncActor(worker, template, instance, actor_id)
+    if template.max_concurrency > 1:
+        return ThreadedActor(worker, template, instance, actor_id)
+    return HostedActor(worker, template, instance, actor_id)
+
+
+class HostedActor:
+    """A sequential actor; the others override how calls are run, not what a call is."""
+
+    def __init__(self, worker: Worker, template: Template, instance: Any, actor_id: bytes) -> None:
+        self.worker = worker
+        self.template = template
+        self.instance = instance
+        self.actor_id = actor_id
+        self._methods: dict[str, Any] = {}
+
+    def serve(self, queue: deque[Run | Stop]) -> int:
+        """Run calls until told to stop; the worker's exit status."""
+        worker = self.worker
+        client = worker.client
+        flushed_s = 0.0
+        while True:
+            if not queue:
+                client.flush()
+                worker.read_tasks(wait=True)
+                flushed_s = time.monotonic()
+                continue
+            item = queue.popleft()
+            if type(item) is Stop:
+                return self.finish()
+            assert isinstance(item, Run)
+            self._call(item)
+            if queue and time.monotonic() - flushed_s > 0.001:
+                client.flush()
+                flushed_s = time.monotonic()
+
+    def _call(self, run: Run) -> None:
+        from hpcray.worker.main import FailedDependency
+
+        worker = self.worker
+        began_s = time.monotonic()
+        template = None
+        try:
+            template = worker.load(run).template
+            args, kwargs = worker.arguments(run)
+            method = self.method(template.method)
+            self.enter(run, template)
+            result = method(*args, **kwargs)
+            del args, kwargs
+            message = worker.outcome(run, template, result, began_s)
+            del result
+        except FailedDependency as failed:
+            message = Failed(run.task_id, run.attempt, _us(began_s), failed.error)
+        except BaseException as error:
+            if self.is_exit(error):
+                self.exit_by_itself()
+            name = template.name if template is not None else "method"
+            message = worker.failure(run, name, began_s, error, template)
+        worker.client.report(message)
+
+    def method(self, name: str) -> Any:
+        found = self._methods.get(name)
+        if found is None:
+            if name == "__ray_call__":
+                found = self._ray_call
+            elif name == "__ray_ready__":
+                found = _ready
+            elif name == "__ray_terminate__":
+                found = self._terminate
+            else:
+                found = getattr(self.instance, name)
+            self._methods[name] = found
+        return found
+
+    def _ray_call(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(self.instance, *args, **kwargs)
+
+    def _terminate(self) -> None:
+        raise _exit_request()
+
+    def enter(self, run: Run, template: Template) -> None:
+        current = self.worker.context
+        current.task_id = run.task_id
+        current.name = template.name
+        current.attempt = run.attempt
+        self.worker.client.begin_task(run.task_id, run.attempt)
+
+    @staticmethod
+    def is_exit(error: BaseException) -> bool:
+        from hpcray.actor import ActorExitRequest
+
+        return isinstance(error, (ActorExitRequest, SystemExit))
+
+    def exit_by_itself(self) -> None:
+        """exit_actor() or sys.exit(): what was finished is delivered, this call is not."""
+        self.worker.client.notify(ActorExit(self.actor_id))
+        self.finish()
+        os._exit(0)
+
+    def finish(self) -> int:
+        """A graceful end: atexit handlers run (by the zygote's exit), and `__del__`."""
+        import atexit
+
+        self.worker.client.flush()
+        self._methods.clear()
+        self.instance = None
+        gc.collect()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.worker.client.flush()
+        return 0
+
+
+class ThreadedActor(HostedActor):
+    def __init__(self, worker: Worker, template: Template, instance: Any, actor_id: bytes) -> None:
+        super().__init__(worker, template, instance, actor_id)
+        self._threads = ThreadPoolExecutor(
+            template.max_concurrency, thread_name_prefix="hpcray-actor")
+
+    def serve(self, queue: deque[Run | Stop]) -> int:
+        worker = self.worker
+        while True:
+            if not queue:
+                worker.client.flush()
+                worker.read_tasks(wait=True)
+                continue
+            item = queue.popleft()
+            if type(item) is Stop:
+                self._threads.shutdown(wait=True)
+                return self.finish()
+            assert isinstance(item, Run)
+            self._threads.submit(self._call_and_flush, item)
+
+    def _call_and_flush(self, run: Run) -> None:
+        try:
+            self._call(run)
+            self.worker.client.flush()
+        except (ChannelClosed, exceptions.RaySystemError):
+            os._exit(1)  # the node is gone
+
+    def enter(self, run: Run, template: Template) -> None:
+        shared = self.worker.context
+        context.set_context(TaskContext(
+            run.task_id, template.name, run.attempt, self.actor_id, shared.incarnation,
+            shared.resources, shared.devices, shared.namespace))
+
+
+class AsyncActor(HostedActor):
+    """Calls are tasks of one event loop; outcomes leave once per round of the loop."""
+
+    def __init__(self, worker: Worker, template: Template, instance: Any, actor_id: bytes) -> None:
+        super().__init__(worker, template, instance, actor_id)
+        self._flush_due = False
+        self._running: set[asyncio.Task[None]] = set()
+        self._stopping: asyncio.Future[None] | None = None
+
+    def serve(self, queue: deque[Run | Stop]) -> int:
+        return asyncio.run(self._serve(queue))
+
+    async def _serve(self, queue: deque[Run | Stop]) -> int:
+        loop = asyncio.get_running_loop()
+        worker = self.worker
+        self._loop = loop
+        self._limit = asyncio.Semaphore(self.template.max_concurrency)
+        self._stopping = loop.create_future()
+        channel: socket.socket = worker.client._channel.socket
+        loop.add_reader(worker._tasks, self._readable, queue)
+        loop.add_reader(channel, self._client_readable, channel)
+        worker.client.flush()
+        self._start_calls(queue)
+        await self._stopping
+        loop.remove_reader(worker._tasks)
+        loop.remove_reader(channel)
+        if self._running:
+            await asyncio.wait(self._running)
+        return self.finish()
+
+    def _client_readable(self, channel: socket.socket) -> None:
+        if not self.worker.client.read_idle() and self.worker.client.lost is not None:
+            os._exit(1)
+        self.worker.client.complete_futures()
+
+    def _readable(self, queue: deque[Run | Stop]) -> None:
+        try:
+            for _ in range(16):
+                if not self.worker.read_tasks(wait=False):
+                    break
+        except ChannelClosed:
+            os._exit(1)
+        self._start_calls(queue)
+
+    def _start_calls(self, queue: deque[Run | Stop]) -> None:
+        while queue:
+            item = queue.popleft()
+            if type(item) is Stop:
+                assert self._stopping is not None
+                if not self._stopping.done():
+                    self._stopping.set_result(None)
+                continue
+            assert isinstance(item, Run)
+            task = self._loop.create_task(self._call_async(item))
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
+
+    async def _call_async(self, run: Run) -> None:
+        from hpcray.worker.main import FailedDependency
+
+        async with self._limit:
+            worker = self.worker
+            began_s = time.monotonic()
+            template = None
+            message: Any
+            try:
+                template = worker.load(run).template
+                args, kwargs = worker.arguments(run)
+                method = self.method(template.method)
+                self.enter(run, template)
+                result = method(*args, **kwargs)
+                if inspect.isawaitable(result):
+                    result = await result
+                message = worker.outcome(run, template, result, began_s)
+            except FailedDependency as failed:
+                message = Failed(run.task_id, run.attempt, _us(began_s), failed.error)
+            except BaseException as error:
+                if self.is_exit(error):
+                    self.exit_by_itself()
+                name = template.name if template is not None else "method"
+                message = worker.failure(run, name, began_s, error, template)
+            worker.client.report(message)
+            if not self._flush_due:
+                self._flush_due = True
+                self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_due = False
+        self.worker.client.flush()
+
+    def enter(self, run: Run, template: Template) -> None:
+        shared = self.worker.context
+        context.set_context(TaskContext(
+            run.task_id, template.name, run.attempt, self.actor_id, shared.incarnation,
+            shared.resources, shared.devices, shared.namespace))
+
+
+def _ready() -> bool:
+    return True
+
+
+def _exit_request() -> BaseException:
+    from hpcray.actor import ActorExitRequest
+
+    return ActorExitRequest()
+
+
+def _us(began_s: float) -> int:
+    return int((time.monotonic() - began_s) * 1_000_000)
+
+
+__all__ = ["AsyncActor", "HostedActor", "ThreadedActor", "host", "threading"]

@@ -1,0 +1,387 @@
+"""A worker: runs tasks one at a time, or hosts one actor. Entered by a fork of the zygote.
+
+    task channel --Run--> load function and arguments --> run user code --> Done | DoneMany | Failed
+    client channel  gets, puts, nested submissions, and the outcomes (one flush per datagram)
+
+While the running task waits in `get`, the worker gives back its CPU and every Run it has read but
+not started (`Blocked`); the node takes back those it has not read. So nested tasks cannot deadlock.
+
+What an actor adds is in `worker/hosting.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from types import GeneratorType
+from typing import Any
+
+from hpcray import exceptions
+from hpcray.client import context, references, serialization
+from hpcray.client.channel import ChannelClosed
+from hpcray.client.client import Client, Placeholder
+from hpcray.client.context import TaskContext
+from hpcray.protocol import ids, messages, values
+from hpcray.protocol.messages import (
+    ACTOR_CREATION, ARGS_IN_DEP, METHOD, NO_ARGS, Blocked, Done, DoneMany, Failed, Located, Return,
+    Run, Stop, Template, Unblocked,
+)
+
+_RECEIVE_BYTES = 512 * 1024
+_WELCOME_S = 60.0
+# Outcomes do not wait longer than this for the rest of their datagram.
+_FLUSH_S = 0.001
+
+# PLAIN pickle of None: what most actor methods return.
+_NONE = values.pack_plain(serialization.serialize(None).pickled)
+
+
+class FailedDependency(Exception):
+    """An argument is an error: the task fails with that error's own bytes."""
+
+    def __init__(self, error: bytes) -> None:
+        super().__init__("a dependency failed")
+        self.error = error
+
+
+class Loaded:
+    """A template and what it stands for in this process."""
+
+    __slots__ = ("function", "template")
+
+    def __init__(self, template: Template, function: Any) -> None:
+        self.template = template
+        self.function = function
+
+
+def run_worker(number: int, task_fd: int, client_fd: int, settings: dict[str, Any]) -> int:
+    """The worker's life; its exit status."""
+    # Ctrl-C at the terminal is for the driver; cancellation comes as a message.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    client = Client(socket.socket(fileno=client_fd), is_driver=False)
+    references.set_client(client)
+    worker = Worker(client, socket.socket(fileno=task_fd), settings)
+    try:
+        client.start(_WELCOME_S)
+        return worker.serve()
+    except (ChannelClosed, exceptions.RaySystemError, exceptions.LaunchError):
+        return 1  # the node is gone; so are we
+
+
+class Worker:
+    def __init__(self, client: Client, tasks: socket.socket, settings: dict[str, Any]) -> None:
+        self.client = client
+        self._tasks = tasks
+        self._settings = settings
+        self._loaded: dict[bytes, Loaded] = {}
+        self._queue: deque[Run | Stop] = deque()
+        self._buffer = bytearray(_RECEIVE_BYTES)
+        self._view = memoryview(self._buffer)
+        self._poller = select.poll()
+        self._poller.register(tasks, select.POLLIN)
+        self._poller.register(client._channel.socket, select.POLLIN)
+        self._main = threading.get_ident()
+        self.context = TaskContext(namespace=settings.get("namespace", ""))
+        context.set_process_context(self.context)
+        self.host = settings.get("host", "")
+        self.address = settings.get("address", "")
+        self.rank = settings.get("rank", 0)
+        self._devices: tuple[int, ...] | None = None
+        client.before_wait = self._before_wait
+        client.after_wait = self._after_wait
+        self.actor: Any = None  # worker.hosting.HostedActor, once created
+
+    # --- the loop -----------------------------------------------------------------------------------------
+
+    def serve(self) -> int:
+        queue = self._queue
+        client = self.client
+        flushed_s = 0.0
+        while True:
+            if not queue:
+                client.flush()
+                self.read_tasks(wait=True)
+                flushed_s = time.monotonic()
+                continue
+            item = queue.popleft()
+            if type(item) is Stop:
+                client.flush()
+                return 0
+            assert isinstance(item, Run)
+            self._run_task(item)
+            if self.actor is not None:
+                return int(self.actor.serve(queue))
+            if self.failed_creation:
+                client.flush()
+                return 0
+            if queue and time.monotonic() - flushed_s > _FLUSH_S:
+                client.flush()
+                flushed_s = time.monotonic()
+
+    failed_creation = False
+
+    def read_tasks(self, *, wait: bool) -> bool:
+        """One datagram of the task channel into the queue; False if there is none.
+
+        While it waits it reads what the client channel brings (freed ranges, requests to give
+        memory back): nobody else does in an idle worker.
+        """
+        try:
+            nbytes = self._tasks.recv_into(self._buffer, 0, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            if not wait:
+                return False
+            client = self.client
+            while True:
+                ready = {fd for fd, _ in self._poller.poll()}
+                if self._tasks.fileno() in ready:
+                    break
+                if not client.read_idle() and client.lost is not None:
+                    raise ChannelClosed(client.lost) from None
+                client.flush()
+            return self.read_tasks(wait=False)
+        if nbytes == 0:
+            raise ChannelClosed("the node closed the task channel")
+        self._queue.extend(messages.decode_to_worker(self._view[:nbytes]))
+        return True
+
+    # --- one task -----------------------------------------------------------------------------------------
+
+    def _run_task(self, run: Run) -> None:
+        began_s = time.monotonic()
+        try:
+            loaded = self.load(run)
+            template = loaded.template
+            args, kwargs = self.arguments(run)
+        except FailedDependency as failed:
+            self.client.report(Failed(run.task_id, run.attempt, _us(began_s), failed.error))
+            self._creation_over(run, failed.error)
+            return
+        except BaseException as error:
+            self._report_failure(run, self._name(run), began_s, error)
+            return
+        self.enter(run, template)
+        if template.kind == ACTOR_CREATION:
+            self._create_actor(run, loaded, args, kwargs, began_s)
+            return
+        try:
+            result = loaded.function(*args, **kwargs)
+            del args, kwargs
+            message = self.outcome(run, template, result, began_s)
+            del result
+        except SystemExit as request:
+            self._exit(request)
+        except BaseException as error:
+            self._report_failure(run, template.name, began_s, error, template)
+            return
+        self.client.report(message)
+
+    def enter(self, run: Run, template: Template) -> None:
+        """This is what the process runs from now on."""
+        current = self.context
+        current.task_id = run.task_id
+        current.name = template.name
+        current.attempt = run.attempt
+        current.resources = template.resources
+        if run.devices != self._devices:
+            self._set_devices(run.devices)
+        self.client.begin_task(run.task_id, run.attempt)
+
+    def _set_devices(self, devices: tuple[int, ...]) -> None:
+        self._devices = devices
+        self.context.devices = devices
+        # Read by CUDA when a process first uses it: a worker keeps to its first GPU lease.
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        known = visible.split(",") if visible else []
+        chosen = [known[i] if i < len(known) else str(i) for i in devices]
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
+
+    def load(self, run: Run) -> Loaded:
+        """The function (class) behind the template; fetched the first time."""
+        loaded = self._loaded.get(run.template_id)
+        if loaded is not None:
+            return loaded
+        answer = self.client.fetch_template(run.template_id, ids.home_of_task(run.task_id))
+        template = answer.template
+        assert template is not None
+        function: Any = None
+        if template.kind != METHOD:
+            packed: Any = answer.function
+            if answer.object_id:
+                ref = self.client.intern(answer.object_id)
+                packed = self.client.get_packed([ref], None)[0]
+            if len(packed) == 0:
+                raise exceptions.RaySystemError(
+                    f"the definition of {template.name} is not known to its home (rank "
+                    f"{ids.home_of_task(run.task_id)})")
+            function = serialization.deserialize(packed)
+        loaded = self._loaded[run.template_id] = Loaded(template, function)
+        return loaded
+
+    def arguments(self, run: Run) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if run.args == NO_ARGS:
+            return (), {}
+        if not run.deps:
+            args, kwargs = serialization.deserialize(run.args)
+            return args, kwargs
+        data = [self._dependency(run, index, dep) for index, dep in enumerate(run.deps)]
+        for item in data:
+            if item[0] >= values.ERROR:
+                raise FailedDependency(bytes(item))
+        if run.args == ARGS_IN_DEP:
+            packed, data = data[0], data[1:]
+        else:
+            packed = run.args
+        args, kwargs = serialization.deserialize(packed)
+        found = [serialization.deserialize(item) for item in data]
+        args = tuple(found[a.index] if type(a) is Placeholder else a for a in args)
+        for key, value in kwargs.items():
+            if type(value) is Placeholder:
+                kwargs[key] = found[value.index]
+        return args, kwargs
+
+    def _dependency(self, run: Run, index: int, dep: bytes | Located) -> Any:
+        object_id = run.ids[index * 28 : index * 28 + 28]
+        if type(dep) is Located:
+            return self.client.memory.pinned(object_id, dep)
+        if dep == b"":  # too large for the datagram beside the others
+            return self.client.get_packed([self.client.intern(object_id)], None)[0]
+        return dep
+
+    # --- outcomes -----------------------------------------------------------------------------------------
+
+    def outcome(self, run: Run, template: Template, result: Any, began_s: float) -> Any:
+        """The message that delivers a result. Large values are in shared memory when it returns."""
+        count = template.return_count
+        if count == 1:
+            if result is None:
+                return Done(run.task_id, run.attempt, _us(began_s), _NONE)
+            serialized = serialization.serialize(result)
+            if not serialized.contained and serialized.nbytes <= values.INLINE_MAX_BYTES:
+                packed = values.pack(serialized.pickled, serialized.buffers)
+                return Done(run.task_id, run.attempt, _us(began_s), packed)
+            parts = (self._return(serialized),)
+        elif count == 0:
+            parts = ()
+        else:
+            if isinstance(result, GeneratorType):
+                result = tuple(result)
+            if not isinstance(result, (tuple, list)) or len(result) != count:
+                got = (f"{len(result)} values" if isinstance(result, (tuple, list))
+                       else f"an object of type {type(result).__name__}")
+                raise ValueError(
+                    f"Task {template.name} has num_returns={count}, but returned {got}.")
+            parts = tuple(self._return(serialization.serialize(item)) for item in result)
+        return DoneMany(run.task_id, run.attempt, _us(began_s), parts)
+
+    def _return(self, serialized: serialization.Serialized) -> Return:
+        contained = b"".join(serialized.contained)
+        if serialized.nbytes <= values.INLINE_MAX_BYTES:
+            return Return(values.pack(serialized.pickled, serialized.buffers), contained)
+        return Return(self.client.memory.write(serialized), contained)
+
+    def failure(self, run: Run, name: str, began_s: float, error: BaseException,
+                template: Template | None = None) -> Failed:
+        task_error = exceptions.TaskError(
+            name, self.describe(name, error), error, os.getpid(), self.address, self.rank,
+            run.actor_id.hex() or None)
+        packed = serialization.dump_error(task_error)
+        retry = (template is not None and template.retry_exceptions
+                 and not isinstance(error, exceptions.TaskCancelledError))
+        return Failed(run.task_id, run.attempt, _us(began_s), packed, retry)
+
+    def describe(self, name: str, error: BaseException) -> str:
+        """The remote traceback, headed by where it comes from; our own frames left out."""
+        frames = error.__traceback__
+        own = os.path.dirname(os.path.abspath(__file__))
+        while frames is not None and frames.tb_frame.f_code.co_filename.startswith(own):
+            frames = frames.tb_next
+        text = "".join(traceback.format_exception(type(error), error, frames)).rstrip()
+        return (f"\x1b[36mhpcray::{name}()\x1b[39m (host={self.host}, rank={self.rank}, "
+                f"pid={os.getpid()}, ip={self.address})\n{text}")
+
+    def _report_failure(self, run: Run, name: str, began_s: float, error: BaseException,
+                        template: Template | None = None) -> None:
+        if run.actor_id:
+            self._creation_over(run, self.creation_failure(run, name, error))
+            self.client.report(Failed(
+                run.task_id, run.attempt, _us(began_s), self.creation_failure(run, name, error)))
+        else:
+            self.client.report(self.failure(run, name, began_s, error, template))
+
+    def _name(self, run: Run) -> str:
+        loaded = self._loaded.get(run.template_id)
+        return "task" if loaded is None else loaded.template.name
+
+    def _exit(self, request: SystemExit) -> None:
+        """`sys.exit()` in a task ends the worker: to the node it is a crash, retried as such."""
+        self.client.flush()
+        code = request.code
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else (0 if code is None else 1))
+
+    # --- actors -------------------------------------------------------------------------------------------
+
+    def _create_actor(
+        self, run: Run, loaded: Loaded, args: tuple[Any, ...], kwargs: dict[str, Any],
+        began_s: float,
+    ) -> None:
+        from hpcray.worker.hosting import host
+
+        template = loaded.template
+        self.context.actor_id = run.actor_id
+        self.context.incarnation = run.attempt
+        held = template.held_resources
+        self.context.resources = template.resources if held is None else held
+        self.client.before_wait = None  # an actor keeps what it holds while it waits
+        try:
+            instance = loaded.function(*args, **kwargs)
+        except SystemExit as request:
+            self._exit(request)
+        except BaseException as error:
+            packed = self.creation_failure(run, template.name, error)
+            self.client.report(Failed(run.task_id, run.attempt, _us(began_s), packed))
+            self._creation_over(run, packed)
+            return
+        self.actor = host(self, template, instance, run.actor_id)
+        self.client.report(Done(run.task_id, run.attempt, _us(began_s), _NONE))
+
+    def creation_failure(self, run: Run, name: str, error: BaseException) -> bytes:
+        text = self.describe(f"{name}.__init__", error)
+        return values.pack_failure(values.Failure(
+            "ActorDiedError",
+            "The actor died because of an error raised in its creation task (its constructor), "
+            + text[:32_768], run.actor_id.hex()))
+
+    def _creation_over(self, run: Run, _error: bytes) -> None:
+        if run.actor_id:
+            self.failed_creation = True  # this process was meant for the actor: it ends
+
+    # --- waiting ------------------------------------------------------------------------------------------
+
+    def _before_wait(self) -> bool:
+        """By the client, with its lock held, before the running task really waits."""
+        if threading.get_ident() != self._main:
+            return False
+        unstarted = tuple(item.task_id for item in self._queue if type(item) is Run)
+        stops = [item for item in self._queue if type(item) is Stop]
+        self._queue.clear()
+        self._queue.extend(stops)
+        self.client._channel.outbox.append(Blocked(unstarted))
+        return True
+
+    def _after_wait(self) -> None:
+        self.client._channel.outbox.append(Unblocked())
+        self.client._flush()
+
+
+def _us(began_s: float) -> int:
+    return int((time.monotonic() - began_s) * 1_000_000)

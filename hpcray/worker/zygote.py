@@ -1,0 +1,623 @@
+"""The zygote: a small process that has imported everything and forks workers on request.
+
+Why it exists: importing numpy and friends takes a tenth of a second on a laptop and minutes when
+a thousand processes ask a parallel file system for it at once. The zygote pays once per node; a
+fork takes a millisecond and shares the imported pages copy-on-write. And a process that has
+called MPI_Init must not fork, so the node starts the zygote *before* that.
+
+    node                                   zygote                        worker (a fork)
+     |  python -m hpcray.worker.zygote       |
+     |-------------- spawn ----------------->|  import, gc.freeze()
+     |<------------- Ready ------------------|
+     |-- ForkRequest(number) + 4 fds ------->|--- fork ------------------->| setsid, PDEATHSIG
+     |<------------- Forked(number, pid) ----|                             | target(number, ...)
+     |<------------- Exited(number, status) -|<-- SIGCHLD ------ exit -----|
+     |-- ReapRequest(number) --------------->|  end its session, waitpid: the pid is free again
+     |-- EOF (node gone) ------------------->|  end all sessions, unlink, exit
+
+One datagram of a SOCK_SEQPACKET pair per message, msgpack inside, descriptors beside it.
+
+A dead worker stays a zombie until its node says `ReapRequest`: so its pid and process group
+cannot be reused while the node may still send signals to them.
+
+What must not go in here: threads (a fork copies only the calling one, and whatever lock another
+held stays locked for ever), user tasks, MPI, and any import at module level that the node, which
+imports this module for its messages, does not need.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import time
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, TypedDict
+
+import msgspec
+
+DEFAULT_TARGET = "hpcray.worker.main:run_worker"
+
+# What a worker runs: (number, task_fd, client_fd, settings) -> exit code, None is 0.
+Target = Callable[[int, int, int, dict[str, Any]], int | None]
+
+# Read by BLAS and OpenMP libraries when they are loaded, and never again.
+BLAS_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "BLIS_NUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+)
+
+# What every worker needs; missing ones (numpy in a minimal installation) are not an error.
+_ALWAYS_PRELOADED = ("msgspec", "cloudpickle", "numpy", "random", "threadpoolctl")
+
+# Settings larger than this travel in a memfd: a datagram has to fit into a socket buffer
+# (208 KiB by default), and an environment with module systems in it may not.
+INLINE_SETTINGS_BYTES = 64 * 1024
+_RECEIVE_BYTES = INLINE_SETTINGS_BYTES + 4096
+
+# How long workers have between SIGTERM and SIGKILL when their node is gone without a word.
+DEFAULT_GRACE_S = 1.0
+# A process in uninterruptible sleep does not die of SIGKILL; do not wait for it for ever.
+_REAP_LIMIT_S = 5.0
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
+
+
+class WorkerSettings(TypedDict, total=False):
+    """What the zygote itself reads from a request's settings. The target gets all of them and
+    may define more. Missing means: as the zygote has it."""
+
+    cwd: str
+    sys_path: list[str]
+    environ: dict[str, str]  # the whole environment, not additions
+    blas_threads: int
+
+
+# --- node -> zygote -----------------------------------------------------------------------------
+
+
+class ForkRequest(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=1):
+    """Four descriptors come along: task, client, stdout, stderr; a fifth (a memfd) holds the
+    settings if they are not inline."""
+
+    number: int
+    settings: bytes = b""  # msgpack, decoded by the worker
+
+
+class ReapRequest(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=2):
+    """The node is done with this dead worker's pid. Kills what is left of its session."""
+
+    number: int
+
+
+class CleanupRequest(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=3):
+    """Unlink these files if the node vanishes. Replaces the former list."""
+
+    paths: tuple[str, ...]
+
+
+class StopRequest(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=4):
+    """An orderly end: terminate the workers and exit. Nothing is unlinked: the node lives."""
+
+    grace_s: float
+
+
+Request = ForkRequest | ReapRequest | CleanupRequest | StopRequest
+
+# --- zygote -> node -----------------------------------------------------------------------------
+
+
+class Ready(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=1):
+    """Imports are done. `problems` has one line per preload that failed or started a thread."""
+
+    pid: int
+    import_s: float
+    problems: tuple[str, ...]
+
+
+class Forked(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=2):
+    number: int
+    pid: int
+
+
+class ForkRefused(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=3):
+    """There is no such worker; `reason` says what to do about it."""
+
+    number: int
+    reason: str
+
+
+class Exited(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=4):
+    """The worker is dead (a zombie until ReapRequest); `wait_status` as waitpid has it."""
+
+    number: int
+    pid: int
+    wait_status: int
+
+    @property
+    def exit_code(self) -> int:
+        """0 to 255, or the negative number of the signal that killed it."""
+        return os.waitstatus_to_exitcode(self.wait_status)
+
+
+Event = Ready | Forked | ForkRefused | Exited
+
+
+class _NodeGone(Exception):
+    """The other end of the socket is closed."""
+
+
+class Zygote:
+    """The serving half, after the imports. One thread; the loop is `serve`."""
+
+    def __init__(self, node: socket.socket, target: Target | str, suspects: Sequence[str]) -> None:
+        """`target` is a string, the reason, if it could not be imported. `suspects` are the
+        preloads during whose import threads appeared."""
+        self._node = node
+        self._target = target
+        self._suspects = suspects
+        self._pid = os.getpid()
+        self._decoder = msgspec.msgpack.Decoder(Request)
+        self._living: dict[int, int] = {}  # pid -> number
+        self._dead: dict[int, int] = {}  # number -> pid, zombies
+        self._burying: list[int] = []  # pids, zombies that the node is done with
+        self._cleanup_paths: tuple[str, ...] = ()
+        self._prctl = _load_prctl()
+        self._blas = _blas_controller()
+        self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def warm_up(self) -> None:
+        """Do once what workers do first: libraries import more at their first use.
+
+        numpy's first reseeding alone loads OpenSSL, 30 ms that every worker would pay.
+        """
+        reseed()
+        if self._blas is not None:
+            self._blas.limit(limits=1)
+        msgspec.msgpack.decode(msgspec.msgpack.encode({"": 0}), type=dict[str, Any])
+
+    def serve(self) -> None:
+        """Until the node says stop or is gone. Afterwards no worker is left."""
+        signal.signal(signal.SIGCHLD, _no_action)
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        self._prctl(_PR_SET_PDEATHSIG, 0)  # From here on, EOF on the socket does it.
+        poller = select.poll()
+        poller.register(self._node, select.POLLIN)
+        poller.register(self._wake_read, select.POLLIN)
+        try:
+            while True:
+                ready = [fd for fd, _ in poller.poll(0 if self._burying else None)]
+                if not ready:
+                    self._bury()
+                # Exits first and one request per turn: a death is told at once, also while a
+                # hundred fork requests are queued.
+                if self._wake_read in ready:
+                    self._report_exits()
+                if self._node.fileno() in ready:
+                    stop = self._serve_one_request()
+                    if stop is not None:
+                        self._end_workers(stop.grace_s)
+                        return
+        except _NodeGone:
+            self._node.close()
+            self._end_workers(DEFAULT_GRACE_S)
+            for path in self._cleanup_paths:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+
+    def _serve_one_request(self) -> StopRequest | None:
+        try:
+            datagram, descriptors, flags, _ = socket.recv_fds(
+                self._node, _RECEIVE_BYTES, 5, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+            )
+        except BlockingIOError:
+            return None
+        except ConnectionResetError as error:
+            raise _NodeGone from error
+        if not datagram:
+            raise _NodeGone
+        try:
+            request = self._decoder.decode(datagram)
+            match request:
+                case ForkRequest():
+                    if flags & socket.MSG_CTRUNC:
+                        reason = "the zygote is out of file descriptors; raise `ulimit -n`"
+                        self._send(ForkRefused(request.number, reason))
+                    else:
+                        self._fork(request, descriptors)
+                case ReapRequest():
+                    if request.number in self._dead:
+                        self._burying.append(self._dead.pop(request.number))
+                case CleanupRequest():
+                    self._cleanup_paths = request.paths
+                case StopRequest():
+                    return request
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+        return None
+
+    def _fork(self, request: ForkRequest, descriptors: list[int]) -> None:
+        obstacle = self._obstacle()
+        if obstacle:
+            self._send(ForkRefused(request.number, obstacle))
+            return
+        try:
+            pid = os.fork()
+        except OSError as error:
+            reason = f"fork failed ({error}); look at `ulimit -u` and at the memory of this host"
+            self._send(ForkRefused(request.number, reason))
+            return
+        if pid == 0:
+            self._become_worker(request, descriptors)
+        self._living[pid] = request.number
+        self._send(Forked(request.number, pid))
+
+    def _obstacle(self) -> str:
+        """Why no worker can be forked now; empty if one can."""
+        if isinstance(self._target, str):
+            return self._target
+        if thread_count() == 1:
+            return ""
+        suspects = ", ".join(self._suspects) or "an import that did so later"
+        return (
+            f"the zygote has {thread_count()} threads ({', '.join(_thread_names())}), and a fork "
+            f"would copy their locks but not them; started by preload: {suspects}. Take it out "
+            "of preload and import it in the tasks instead"
+        )
+
+    def _bury(self) -> None:
+        """Kill what dead workers left in their sessions, then let go of their pids.
+
+        When nothing else is to do, and for all at once: each look goes through all of /proc.
+        """
+        for _ in range(3):  # What is killed may be in the middle of a fork.
+            if not kill_sessions(set(self._burying), signal.SIGKILL):
+                break
+        for pid in self._burying:
+            os.waitpid(pid, 0)  # Returns at once: a zombie.
+        self._burying.clear()
+
+    def _report_exits(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while len(os.read(self._wake_read, 4096)) == 4096:
+                pass
+        # Signals coalesce, so look at every child. WNOWAIT leaves the zombie in place.
+        for pid, number in list(self._living.items()):
+            wait_status = _peek_exit(pid)
+            if wait_status is not None:
+                del self._living[pid]
+                self._dead[number] = pid
+                self._send(Exited(number, pid, wait_status))
+
+    def _send(self, event: Event) -> None:
+        # Blocking: a node that is slow to read slows down its own forks. It never blocks on
+        # us in turn, and its end wakes this with an error.
+        try:
+            self._node.send(msgspec.msgpack.encode(event))
+        except OSError as error:
+            raise _NodeGone from error
+
+    def _end_workers(self, grace_s: float) -> None:
+        """SIGTERM to every worker's session, SIGKILL after the grace, reap. Bounded."""
+        sessions = {*self._living, *self._dead.values(), *self._burying}
+        if not sessions:
+            return
+        kill_sessions(set(self._living), signal.SIGTERM)
+        waiting = select.poll()
+        waiting.register(self._wake_read, select.POLLIN)
+        deadline_s = time.monotonic() + grace_s
+        while True:
+            for pid in [pid for pid in self._living if _peek_exit(pid) is not None]:
+                self._dead[self._living.pop(pid)] = pid
+            remaining_s = deadline_s - time.monotonic()
+            if not self._living or remaining_s <= 0:
+                break
+            # The wake-up byte is written by the signal handler, so no exit can be missed.
+            waiting.poll(remaining_s * 1000)
+            with contextlib.suppress(BlockingIOError):
+                os.read(self._wake_read, 4096)
+        # The sessions of the dead too: what they started may have outlived them, and the
+        # zombies keep the session ids from being reused. The last look finds nobody.
+        deadline_s = time.monotonic() + _REAP_LIMIT_S
+        while kill_sessions(sessions, signal.SIGKILL) and time.monotonic() < deadline_s:
+            waiting.poll(2)  # They are not all our children: no signal tells of the last one.
+        for pid in sessions:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+
+    # --- in the worker --------------------------------------------------------------------------
+
+    def _become_worker(self, request: ForkRequest, descriptors: list[int]) -> NoReturn:
+        """The child's side of the fork. Nothing may return or raise into the zygote's loop."""
+        code = 1
+        try:
+            task_fd, client_fd = self._detach(request.number, descriptors[:4])
+            settings = _read_settings(request, descriptors)
+            self._take_settings(settings)
+            for descriptor in descriptors[2:]:
+                os.close(descriptor)
+            assert not isinstance(self._target, str)
+            code = self._target(request.number, task_fd, client_fd, settings) or 0
+        except SystemExit as stop:
+            code = _exit_code(stop)
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(BaseException):  # The reader may be gone.
+                    stream.flush()
+            os._exit(code & 0xFF)
+
+    def _detach(self, number: int, descriptors: list[int]) -> tuple[int, int]:
+        """Own session, own end, own signals, own descriptors."""
+        os.setsid()
+        self._prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != self._pid:  # It died before prctl: no signal will ever come.
+            os._exit(1)
+        self._prctl(_PR_SET_NAME, f"hpcray:w{number}".encode())
+        signal.set_wakeup_fd(-1)
+        for signal_number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(signal_number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        # The zygote's own descriptors. It was started with no others, and what a preload has
+        # opened belongs to that module: its objects would later close numbers that have been
+        # reused meanwhile.
+        self._node.close()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+        task_fd, client_fd, stdout_fd, stderr_fd = descriptors
+        os.dup2(stdout_fd, 1)  # stdin is /dev/null already.
+        os.dup2(stderr_fd, 2)
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        gc.enable()
+        return task_fd, client_fd
+
+    def _take_settings(self, settings: dict[str, Any]) -> None:
+        """Make the process look as if the job had started it, before any user code runs."""
+        reseed()
+        environ = settings.get("environ")
+        if environ is not None:
+            _replace_environment(environ)
+        threads = settings.get("blas_threads")
+        if threads:
+            # For libraries loaded later; those loaded already are asked one by one.
+            for name in BLAS_VARIABLES:
+                os.environ.setdefault(name, str(threads))
+            if self._blas is not None and threads != 1:  # One is what they have: 3 ms saved.
+                self._blas.limit(limits=threads)
+        sys_path = settings.get("sys_path")
+        if sys_path is not None:
+            sys.path[:] = sys_path
+        cwd = settings.get("cwd")
+        if cwd is not None:
+            try:
+                os.chdir(cwd)
+            except OSError as error:
+                # The driver's directory need not exist on every host.
+                print(f"hpcray: staying in {os.getcwd()}: {error}", file=sys.stderr)
+
+
+# --- small tools --------------------------------------------------------------------------------
+
+
+def thread_count() -> int:
+    """Threads of this process, those of C libraries included."""
+    # Its link count is 2 + the number of threads: one system call instead of a listing.
+    return os.stat("/proc/self/task").st_nlink - 2
+
+
+def reseed() -> None:
+    """Fresh random numbers: after a fork every worker would draw the same ones."""
+    import random
+
+    random.seed()
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed()
+
+
+def kill_sessions(sessions: set[int], signal_number: int) -> int:
+    """Signal every process of these sessions, whatever its process group; how many there were.
+
+    Zombies do not count. What has left its session (a daemon) is not found.
+    """
+    found = 0
+    for name in os.listdir("/proc"):
+        if not name.isdigit():
+            continue
+        try:
+            with open(f"/proc/{name}/stat", "rb") as file:
+                # "pid (command) state ppid pgrp session": the command may contain anything.
+                state, _, _, session = file.read().rpartition(b")")[2].split()[:4]
+            if int(session) in sessions and state not in b"ZX":
+                os.kill(int(name), signal_number)
+                found += 1
+        except (OSError, ValueError):
+            continue  # It has ended between two of these lines.
+    return found
+
+
+def _no_action(signal_number: int, frame: types.FrameType | None) -> None:
+    """A signal without a Python handler writes no wake-up byte."""
+
+
+def _peek_exit(pid: int) -> int | None:
+    """The wait status of a child that has ended, without reaping it."""
+    result = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    if result is None:
+        return None
+    if result.si_code == os.CLD_EXITED:
+        return result.si_status << 8
+    return result.si_status | (0x80 if result.si_code == os.CLD_DUMPED else 0)
+
+
+def _read_settings(request: ForkRequest, descriptors: list[int]) -> dict[str, Any]:
+    encoded = request.settings
+    if not encoded:
+        encoded = os.pread(descriptors[4], os.fstat(descriptors[4]).st_size, 0)
+    return msgspec.msgpack.decode(encoded, type=dict[str, Any])
+
+
+def _replace_environment(environ: Mapping[str, str]) -> None:
+    old_zone = os.environ.get("TZ")
+    for name in [name for name in os.environ if name not in environ]:
+        del os.environ[name]
+    for name, value in environ.items():
+        if os.environ.get(name) != value:
+            os.environ[name] = value
+    if environ.get("TZ") != old_zone:
+        time.tzset()
+
+
+def _exit_code(stop: SystemExit) -> int:
+    if stop.code is None or isinstance(stop.code, int):
+        return stop.code or 0
+    print(stop.code, file=sys.stderr)
+    return 1
+
+
+def _thread_names() -> list[str]:
+    names = []
+    for task in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError), open(f"/proc/self/task/{task}/comm") as comm:
+            names.append(comm.read().strip())
+    return names
+
+
+def _load_prctl() -> Callable[..., int]:
+    import ctypes  # Not at module level: the node imports this module too.
+
+    prctl: Callable[..., int] = ctypes.CDLL(None).prctl
+    return prctl
+
+
+def _blas_controller() -> Any:
+    """Finds the loaded BLAS libraries once, so that a worker need not; None if not installed."""
+    try:
+        from threadpoolctl import ThreadpoolController
+    except ImportError:
+        return None
+    return ThreadpoolController()
+
+
+# --- start --------------------------------------------------------------------------------------
+
+
+def import_preloads(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Import them in order; (problems for people, names of those that started threads)."""
+    problems: list[str] = []
+    suspects: list[str] = []
+    threads = thread_count()
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            if name not in _ALWAYS_PRELOADED:
+                problems.append(f"preload {name} cannot be imported: {error}")
+        except (Exception, SystemExit) as error:  # Whatever a user's module raises.
+            problems.append(f"preload {name} raised {type(error).__name__}: {error}")
+        if thread_count() > threads:
+            suspects.append(name)
+            problems.append(f"preload {name} started {thread_count() - threads} threads")
+        threads = thread_count()
+    return problems, suspects
+
+
+def load_target(name: str) -> Target | str:
+    """`module:function`, or why there is none."""
+    module_name, _, function_name = name.partition(":")
+    try:
+        target: Target = getattr(importlib.import_module(module_name), function_name)
+        return target
+    except (ImportError, AttributeError) as error:
+        return f"the worker's main function {name} cannot be imported: {error}"
+
+
+def restore_environment(original: Mapping[str, str | None]) -> None:
+    """Undo what was set for the time of the imports only."""
+    for name, value in original.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="hpcray.worker.zygote", description=__doc__)
+    parser.add_argument("--fd", type=int, required=True, help="socket of the node")
+    parser.add_argument("--target", default=DEFAULT_TARGET, help="module:function of a worker")
+    parser.add_argument("--preload", action="append", default=[], help="module to import")
+    parser.add_argument("--sys-path", type=json.loads, help="JSON list: sys.path for preloads")
+    parser.add_argument("--restore", type=json.loads, default={}, help="JSON object: variables")
+    parser.add_argument("--descriptor-limit", type=int, help="soft limit for workers")
+    options = parser.parse_args(arguments)
+
+    # The end comes with the node's. A batch system that sends SIGTERM to every process of
+    # the job would otherwise take the one process away that can clean up.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    # A node that dies during the imports is noticed this way; later by EOF.
+    prctl = _load_prctl()
+    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    prctl(_PR_SET_NAME, b"hpcray:zygote")
+    node = socket.socket(fileno=options.fd)
+    node.set_inheritable(False)
+    if options.descriptor_limit is not None:
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (options.descriptor_limit, hard))
+
+    started_s = time.monotonic()
+    gc.disable()  # No collection may leave holes in pages that are about to be shared.
+    for name in BLAS_VARIABLES:
+        os.environ[name] = "1"
+    if options.sys_path is not None:
+        sys.path[:] = options.sys_path
+    problems, suspects = import_preloads([*_ALWAYS_PRELOADED, *options.preload])
+    target = load_target(options.target)
+    if isinstance(target, str):
+        problems.append(target)
+    restore_environment(options.restore)
+    # User code must not find the zygote under the name of its own main module.
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    sys.argv[:] = [""]
+    zygote = Zygote(node, target, suspects)
+    zygote.warm_up()
+    sys.stdout.flush()  # What is buffered now would be printed once by every worker.
+    sys.stderr.flush()
+    gc.collect()
+    gc.freeze()
+    ready = Ready(os.getpid(), time.monotonic() - started_s, tuple(problems))
+    try:
+        node.send(msgspec.msgpack.encode(ready))
+    except OSError:
+        return  # The node is gone already.
+    zygote.serve()
+
+
+if __name__ == "__main__":
+    # Under its real name, so that its classes exist once and `__main__` stays empty.
+    from hpcray.worker.zygote import main as _main
+
+    _main()
+    # Not through interpreter shutdown: preloaded modules may hang there.
+    os._exit(0)

@@ -1,0 +1,509 @@
+"""Actors: a class whose instance lives in a worker of its own."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+
+import pytest
+
+
+@pytest.fixture
+def Counter(ray):  # noqa: N802 (a class, to its users)
+    @ray.remote
+    class Counter:
+        def __init__(self, start=0, *, step=1):
+            self.value = start
+            self.step = step
+
+        def add(self, n=1):
+            self.value += n * self.step
+            return self.value
+
+        def get(self):
+            return self.value
+
+        def pid(self):
+            return os.getpid()
+
+    return Counter
+
+
+def test_state_stays_between_calls(ray, Counter):
+    counter = Counter.remote()
+    assert ray.get([counter.add.remote() for _ in range(5)]) == [1, 2, 3, 4, 5]
+    assert ray.get(counter.get.remote()) == 5
+
+
+def test_constructor_arguments(ray, Counter):
+    assert ray.get(Counter.remote(10).get.remote()) == 10
+    assert ray.get(Counter.remote(start=3, step=2).add.remote(2)) == 7
+
+
+def test_constructor_arguments_that_are_refs(ray, Counter):
+    assert ray.get(Counter.remote(ray.put(10), step=ray.put(5)).add.remote()) == 15
+
+
+def test_wrong_constructor_arguments_fail_at_the_call(Counter):
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        Counter.remote(1, 2)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'z'"):
+        Counter.remote(z=1)
+
+
+def test_wrong_method_arguments_fail_at_the_call(Counter):
+    counter = Counter.remote()
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        counter.add.remote(1, 2)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'z'"):
+        counter.add.remote(z=1)
+
+
+def test_actors_are_separate_processes(ray, Counter):
+    one, two = Counter.remote(), Counter.remote()
+    pids = ray.get([one.pid.remote(), two.pid.remote(), one.pid.remote()])
+    assert pids[0] == pids[2] != pids[1]
+    assert os.getpid() not in pids
+
+
+def test_more_actors_than_cpus(ray, Counter):
+    actors = [Counter.remote(i) for i in range(5)]
+    assert ray.get([a.get.remote() for a in actors]) == list(range(5))
+
+
+def test_class_without_a_constructor(ray):
+    @ray.remote
+    class Plain:
+        greeting = "hello"
+
+        def greet(self):
+            return self.greeting
+
+    assert ray.get(Plain.remote().greet.remote()) == "hello"
+
+
+def test_decorator_with_options(ray):
+    @ray.remote(num_cpus=1, max_restarts=0)
+    class A:
+        def m(self):
+            return 1
+
+    a = A.remote()
+    assert ray.get(a.m.remote()) == 1
+
+
+def test_options_of_the_class(ray, Counter):
+    counter = Counter.options(num_cpus=1, max_concurrency=1).remote(4)
+    assert ray.get(counter.get.remote()) == 4
+
+
+def test_remote_as_a_function(ray):
+    class A:
+        def m(self):
+            return 1
+
+    assert ray.get(ray.remote(A).remote().m.remote()) == 1
+    assert ray.get(ray.remote(num_cpus=0)(A).remote().m.remote()) == 1
+    assert A().m() == 1
+
+
+def test_inheritance(ray):
+    class Base:
+        def __init__(self, x):
+            self.x = x
+
+        def base(self):
+            return "base", self.x
+
+        def both(self):
+            return ["base"]
+
+    class Mixin:
+        def mixed(self):
+            return "mixed"
+
+    @ray.remote
+    class Derived(Mixin, Base):
+        def __init__(self, x):
+            super().__init__(x + 1)
+
+        def both(self):
+            return [*super().both(), "derived"]
+
+    derived = Derived.remote(1)
+    assert ray.get(derived.base.remote()) == ("base", 2)
+    assert ray.get(derived.both.remote()) == ["base", "derived"]
+    assert ray.get(derived.mixed.remote()) == "mixed"
+
+
+def test_static_and_class_methods(ray):
+    @ray.remote
+    class A:
+        name = "A"
+
+        @staticmethod
+        def double(x):
+            return 2 * x
+
+        @classmethod
+        def which(cls):
+            return cls.name
+
+    a = A.remote()
+    assert ray.get([a.double.remote(2), a.which.remote()]) == [4, "A"]
+
+
+def test_varargs_and_keywords_of_a_method(ray):
+    @ray.remote
+    class A:
+        def m(self, a, b=2, *rest, c=3, **more):
+            return a, b, rest, c, more
+
+    a = A.remote()
+    assert ray.get(a.m.remote(1)) == (1, 2, (), 3, {})
+    assert ray.get(a.m.remote(1, 5, 6, c=7, z=8)) == (1, 5, (6,), 7, {"z": 8})
+
+
+def test_method_decorator(ray):
+    @ray.remote
+    class A:
+        @ray.method(num_returns=2)
+        def two(self):
+            return 1, 2
+
+        @ray.method(num_returns=0)
+        def none(self):
+            return 1
+
+    a = A.remote()
+    first, second = a.two.remote()
+    assert ray.get([second, first]) == [2, 1]
+    assert a.none.remote() is None
+
+
+def test_method_options(ray):
+    @ray.remote
+    class A:
+        def two(self):
+            return 1, 2
+
+    a = A.remote()
+    assert ray.get(a.two.options(num_returns=2).remote()) == [1, 2]
+    assert ray.get(a.two.remote()) == (1, 2)
+
+
+def test_method_with_the_wrong_number_of_returns(ray):
+    @ray.remote
+    class A:
+        @ray.method(num_returns=2)
+        def three(self):
+            return 1, 2, 3
+
+        def alive(self):
+            return True
+
+    a = A.remote()
+    for ref in a.three.remote():
+        with pytest.raises(ValueError, match="3.*num_returns=2"):
+            ray.get(ref)
+    assert ray.get(a.alive.remote())
+
+
+def test_no_such_method(Counter):
+    counter = Counter.remote()
+    with pytest.raises(AttributeError, match="no_such_method"):
+        counter.no_such_method.remote()
+
+
+def test_attributes_are_not_reachable(Counter):
+    with pytest.raises(AttributeError, match="value"):
+        Counter.remote().value  # noqa: B018
+
+
+def test_private_methods_can_be_called(ray):
+    @ray.remote
+    class A:
+        def _hidden(self):
+            return "hidden"
+
+    assert ray.get(A.remote()._hidden.remote()) == "hidden"
+
+
+def test_repr_of_a_handle(Counter):
+    counter = Counter.remote()
+    text = repr(counter)
+    assert text.startswith("Actor(Counter, ")
+    assert counter._actor_id.hex() in text
+
+
+def test_handles_are_equal_when_the_actor_is(ray, Counter):
+    one, two = Counter.remote(), Counter.remote()
+    (again,) = ray.get(ray.put([one]))
+    assert again == one != two
+    assert hash(again) == hash(one)
+    assert len({one, again, two}) == 2
+
+
+def test_handle_as_an_argument(ray, Counter):
+    @ray.remote
+    def add(counter, n):
+        return ray.get(counter.add.remote(n))
+
+    counter = Counter.remote()
+    assert sorted(ray.get([add.remote(counter, 1) for _ in range(4)])) == [1, 2, 3, 4]
+
+
+def test_handle_inside_containers_and_closures(ray, Counter):
+    counter = Counter.remote()
+    by_argument = ray.remote(lambda box: ray.get(box["c"][0].add.remote()))
+    by_closure = ray.remote(lambda: ray.get(counter.add.remote()))
+    assert ray.get(by_argument.remote({"c": [counter]})) == 1
+    assert ray.get(by_closure.remote()) == 2
+
+
+def test_handle_returned_from_a_task(ray, Counter):
+    make = ray.remote(lambda: Counter.remote(7))
+    counter = ray.get(make.remote())
+    assert ray.get(counter.add.remote()) == 8
+
+
+def test_actor_made_by_an_actor(ray, Counter):
+    @ray.remote
+    class Parent:
+        def __init__(self):
+            self.child = Counter.remote(1)
+
+        def add(self):
+            return ray.get(self.child.add.remote())
+
+        def give(self):
+            return self.child
+
+    parent = Parent.remote()
+    assert ray.get(parent.add.remote()) == 2
+    assert ray.get(ray.get(parent.give.remote()).add.remote()) == 3
+
+
+def test_tasks_from_an_actor(ray):
+    @ray.remote
+    class A:
+        def fan_out(self, n):
+            f = ray.remote(lambda i: i * i)
+            return ray.get([f.remote(i) for i in range(n)])
+
+    assert ray.get(A.remote().fan_out.remote(5)) == [0, 1, 4, 9, 16]
+
+
+def test_actor_gives_out_its_own_handle(ray):
+    @ray.remote
+    class A:
+        def me(self):
+            return ray.get_runtime_context().current_actor
+
+        def ping(self):
+            return "pong"
+
+    a = A.remote()
+    me = ray.get(a.me.remote())
+    assert me == a
+    assert ray.get(me.ping.remote()) == "pong"
+
+
+def test_two_actors_call_each_other(ray):
+    @ray.remote
+    class Player:
+        def play(self, other, n):
+            return 0 if n == 0 else 1 + ray.get(other.receive.remote(n - 1))
+
+        def receive(self, n):
+            return n
+
+    one, two = Player.remote(), Player.remote()
+    assert ray.get(one.play.remote(two, 5)) == 5
+
+
+def test_method_call_with_refs(ray, Counter):
+    counter = Counter.remote()
+    first = counter.add.remote(ray.put(2))
+    second = counter.add.remote(first)
+    assert ray.get([first, second]) == [2, 4]
+
+
+def test_result_of_an_actor_goes_to_a_task(ray, Counter):
+    counter = Counter.remote(1)
+    assert ray.get(ray.remote(lambda x: x * 10).remote(counter.add.remote())) == 20
+
+
+def test_calls_made_before_the_actor_is_up(ray, gate):
+    enter = gate.enter
+
+    @ray.remote
+    class Slow:
+        def __init__(self):
+            enter()
+
+        def m(self, x):
+            return x
+
+    slow = Slow.remote()
+    refs = [slow.m.remote(i) for i in range(10)]
+    gate.wait_for_arrivals()
+    assert ray.wait(refs, timeout=0.05)[0] == []
+    gate.open()
+    assert ray.get(refs) == list(range(10))
+
+
+def test_actor_whose_arguments_are_late(ray, gate, Counter):
+    enter = gate.enter
+    counter = Counter.remote(ray.remote(enter).remote(5))
+    ref = counter.add.remote()
+    gate.open()
+    assert ray.get(ref) == 6
+
+
+def test_actor_ends_when_its_last_handle_goes(ray, Counter, eventually):
+    counter = Counter.remote()
+    pid = ray.get(counter.pid.remote())
+    del counter
+    gc.collect()
+    eventually(lambda: not os.path.exists(f"/proc/{pid}"))
+
+
+def test_queued_calls_run_before_a_dropped_actor_ends(ray, Counter, gate):
+    enter = gate.enter
+
+    @ray.remote
+    class A:
+        def hold(self):
+            enter()
+
+        def m(self, x):
+            return x
+
+    a = A.remote()
+    a.hold.remote()
+    refs = [a.m.remote(i) for i in range(10)]
+    gate.wait_for_arrivals()
+    del a
+    gc.collect()
+    gate.open()
+    assert ray.get(refs, timeout=20) == list(range(10))
+
+
+def test_handle_in_a_ref_keeps_the_actor(ray, Counter):
+    counter = Counter.remote(1)
+    ray.get(counter.get.remote())
+    box = ray.put([counter])
+    del counter
+    gc.collect()
+    assert ray.get(ray.get(box)[0].add.remote()) == 2
+
+
+def test_exit_actor(ray, eventually):
+    @ray.remote
+    class A:
+        def pid(self):
+            return os.getpid()
+
+        def leave(self):
+            ray.actor.exit_actor()
+
+    a = A.remote()
+    pid = ray.get(a.pid.remote())
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(a.leave.remote())
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(a.pid.remote())
+    eventually(lambda: not os.path.exists(f"/proc/{pid}"))
+
+
+def test_async_actor_interleaves(ray, signal):
+    waiting = [signal.wait.remote() for _ in range(3)]
+    assert ray.wait(waiting, timeout=0.05)[0] == []
+    ray.get(signal.send.remote())
+    assert ray.get(waiting) == [None] * 3
+
+
+def test_async_method_awaits_refs(ray):
+    f = ray.remote(lambda x: x + 1)
+
+    @ray.remote
+    class A:
+        async def m(self, x):
+            return await f.remote(x)
+
+    a = A.remote()
+    assert ray.get([a.m.remote(i) for i in range(5)]) == [1, 2, 3, 4, 5]
+
+
+def test_async_method_error(ray):
+    @ray.remote
+    class A:
+        async def fail(self):
+            raise KeyError("async")
+
+        async def ok(self):
+            return 1
+
+    a = A.remote()
+    with pytest.raises(KeyError):
+        ray.get(a.fail.remote())
+    assert ray.get(a.ok.remote()) == 1
+
+
+def test_threaded_actor_runs_calls_at_once(ray):
+    @ray.remote(max_concurrency=3)
+    class Threaded:
+        def __init__(self):
+            self.barrier = threading.Barrier(3)
+
+        def meet(self):
+            return self.barrier.wait(20) in range(3)
+
+    threaded = Threaded.remote()
+    assert ray.get([threaded.meet.remote() for _ in range(3)]) == [True] * 3
+
+
+def test_sync_actor_runs_one_call_at_a_time(ray):
+    @ray.remote
+    class A:
+        def __init__(self):
+            self.inside = 0
+
+        def m(self):
+            self.inside += 1
+            seen = self.inside
+            ray.get(ray.put(1))  # even when it blocks
+            self.inside -= 1
+            return seen
+
+    a = A.remote()
+    assert set(ray.get([a.m.remote() for _ in range(50)])) == {1}
+
+
+def test_generator_method(ray):
+    @ray.remote
+    class A:
+        def count(self, n):
+            for i in range(n):  # noqa: UP028 (Ray needs a real generator)
+                yield i
+
+    assert [ray.get(ref) for ref in A.remote().count.remote(3)] == [0, 1, 2]
+
+
+def test_max_pending_calls(ray, gate):
+    enter = gate.enter
+
+    @ray.remote(max_pending_calls=2)
+    class A:
+        def hold(self):
+            enter()
+
+    a = A.remote()
+    refs = [a.hold.remote(), a.hold.remote()]
+    with pytest.raises(ray.exceptions.PendingCallsLimitExceeded):
+        for _ in range(10):
+            refs.append(a.hold.remote())
+    gate.open()
+    ray.get(refs)

@@ -1,0 +1,661 @@
+"""What a task raises reaches whoever gets its result: type, text, traceback and cause."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+import threading
+
+import pytest
+
+
+@pytest.fixture
+def fail(ray):
+    @ray.remote
+    def fail(error):
+        raise error
+
+    return fail
+
+
+def catch(ray, ref):
+    with pytest.raises(ray.exceptions.RayError) as caught:
+        ray.get(ref, timeout=30)
+    return caught.value
+
+
+def test_is_both_the_original_type_and_a_task_error(ray, fail):
+    error = catch(ray, fail.remote(KeyError("key")))
+    assert isinstance(error, ray.exceptions.RayTaskError)
+    assert isinstance(error, KeyError)
+    assert isinstance(error, LookupError)
+    assert type(error).__name__ == "RayTaskError(KeyError)"
+
+
+def test_cause_is_the_original(ray, fail):
+    error = catch(ray, fail.remote(ValueError("v", 1)))
+    assert type(error.cause) is ValueError
+    assert error.cause.args == ("v", 1)
+
+
+def test_text_has_the_remote_traceback(ray):
+    @ray.remote
+    def a_function_with_a_name():
+        def deeper():
+            raise ValueError("the message")
+
+        deeper()
+
+    text = str(catch(ray, a_function_with_a_name.remote()))
+    assert "a_function_with_a_name" in text
+    assert "in deeper" in text
+    assert "ValueError: the message" in text
+    assert "test_errors.py" in text
+    assert "pid=" in text
+
+
+def test_text_has_no_frames_of_the_runtime(ray, fail):
+    text = str(catch(ray, fail.remote(ValueError("clean"))))
+    assert text.count('File "') == 1
+
+
+def test_text_of_an_actor_names_class_and_method(ray):
+    @ray.remote
+    class Machine:
+        def fail(self):
+            raise ValueError("broken")
+
+    text = str(catch(ray, Machine.remote().fail.remote()))
+    assert "Machine.fail" in text
+    assert "actor_id=" in text
+
+
+def test_attributes_of_the_original_are_there(ray):
+    class Coded(Exception):
+        def __init__(self, message):
+            super().__init__(message)
+            self.code = len(message)
+
+    @ray.remote
+    def f():
+        raise Coded("four")
+
+    error = catch(ray, f.remote())
+    assert isinstance(error, Coded)
+    assert error.code == 4
+    assert error.cause.code == 4
+
+
+def test_oserror_keeps_its_errno(ray):
+    f = ray.remote(lambda: open("/no/such/file"))
+    error = catch(ray, f.remote())
+    assert isinstance(error, FileNotFoundError)
+    assert error.cause.errno == 2
+
+
+def test_chained_errors_are_in_the_text(ray):
+    @ray.remote
+    def f():
+        try:
+            1 / 0  # noqa: B018
+        except ZeroDivisionError as e:
+            raise RuntimeError("outer") from e
+
+    error = catch(ray, f.remote())
+    assert isinstance(error, RuntimeError)
+    assert "ZeroDivisionError" in str(error)
+    assert "direct cause" in str(error)
+
+
+def test_get_again_raises_again(ray, fail):
+    ref = fail.remote(KeyError("x"))
+    for _ in range(3):
+        assert isinstance(catch(ray, ref), KeyError)
+
+
+def test_every_return_raises(ray, fail):
+    for ref in fail.options(num_returns=3).remote(KeyError("x")):
+        assert isinstance(catch(ray, ref), KeyError)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: StopIteration(1),
+        lambda: AssertionError(),
+        lambda: UnicodeDecodeError("utf8", b"a", 0, 1, "why"),
+        lambda: TimeoutError("t"),
+        lambda: GeneratorExit(),
+    ],
+    ids=["StopIteration", "AssertionError", "UnicodeDecodeError", "TimeoutError", "GeneratorExit"],
+)
+def test_builtin_errors(ray, fail, make):
+    error = catch(ray, fail.remote(make()))
+    assert isinstance(error.cause, type(make()))
+
+
+def test_plain_exception(ray, fail):
+    error = catch(ray, fail.remote(Exception("plain")))
+    assert isinstance(error, ray.exceptions.RayTaskError)
+    assert "plain" in str(error)
+
+
+def test_base_exception_does_not_end_the_worker(ray, fail):
+    class Mine(BaseException):
+        pass
+
+    @ray.remote
+    def f():
+        raise Mine("mine")
+
+    assert "mine" in str(catch(ray, f.remote()))
+    assert ray.get(ray.remote(lambda: 1).remote()) == 1
+
+
+def test_several_arguments_in_the_constructor(ray):
+    class Pair(Exception):
+        def __init__(self, a, b):
+            super().__init__(a, b)
+            self.a, self.b = a, b
+
+    @ray.remote
+    def f():
+        raise Pair(1, 2)
+
+    error = catch(ray, f.remote())
+    assert isinstance(error, Pair)
+    assert (error.a, error.b) == (1, 2)
+
+
+def test_constructor_that_pickle_cannot_call(ray):
+    # Exception.__reduce__ calls Odd(message), which lacks an argument: the text must survive.
+    class Odd(Exception):
+        def __init__(self, a, b):
+            super().__init__(f"{a} and {b}")
+
+    @ray.remote
+    def f():
+        raise Odd("left", "right")
+
+    text = str(catch(ray, f.remote()))
+    assert "left and right" in text
+    assert "Odd" in text
+    assert ray.get(ray.remote(lambda: 1).remote()) == 1
+
+
+def test_payload_that_cannot_be_pickled(ray):
+    class Holds(Exception):
+        def __init__(self):
+            super().__init__("holds a lock")
+            self.lock = threading.Lock()
+
+    @ray.remote
+    def f():
+        raise Holds()
+
+    error = catch(ray, f.remote())
+    assert isinstance(error, ray.exceptions.RayTaskError)
+    assert "holds a lock" in str(error)
+
+
+def test_class_that_cannot_be_subclassed(ray):
+    class Final(Exception):
+        def __init_subclass__(cls, **kwargs):
+            raise TypeError("final")
+
+    @ray.remote
+    def f():
+        raise Final("final message")
+
+    error = catch(ray, f.remote())
+    assert isinstance(error, ray.exceptions.RayTaskError)
+    assert isinstance(error.cause, Final)
+    assert "final message" in str(error)
+
+
+def test_dependent_task_does_not_run_and_raises_the_original(ray, fail, counter):
+    add = counter.add
+
+    @ray.remote
+    def use(x):
+        add()
+        return x
+
+    error = catch(ray, use.remote(use.remote(fail.remote(KeyError("first")))))
+    assert isinstance(error, KeyError)
+    assert isinstance(error, ray.exceptions.RayTaskError)
+    assert counter.value == 0
+    assert "fail" in str(error)
+
+
+def test_dependent_actor_call(ray, fail):
+    @ray.remote
+    class A:
+        def use(self, x):
+            return x
+
+        def ok(self):
+            return 1
+
+    a = A.remote()
+    assert isinstance(catch(ray, a.use.remote(fail.remote(KeyError("first")))), KeyError)
+    assert ray.get(a.ok.remote()) == 1
+
+
+def test_nested_get_raises_the_original(ray, fail):
+    outer = ray.remote(lambda: ray.get(fail.remote(KeyError("inner"))))
+    error = catch(ray, outer.remote())
+    assert isinstance(error, KeyError)
+    assert "fail" in str(error)
+
+
+def test_a_task_can_catch_the_original(ray, fail):
+    @ray.remote
+    def careful():
+        try:
+            ray.get(fail.remote(KeyError("x")))
+        except KeyError as e:
+            return isinstance(e, ray.exceptions.RayTaskError)
+
+    assert ray.get(careful.remote()) is True
+
+
+def test_error_as_a_value(ray):
+    same = ray.remote(lambda x: x)
+    assert isinstance(ray.get(same.remote(KeyError("v"))), KeyError)
+    assert not isinstance(ray.get(same.remote(KeyError("v"))), ray.exceptions.RayError)
+    assert ray.get(ray.remote(lambda: KeyError("r")).remote()).args == ("r",)
+
+
+def test_error_survives_pickle(ray, fail):
+    error = catch(ray, fail.remote(KeyError("x")))
+    again = pickle.loads(pickle.dumps(error))
+    assert isinstance(again, ray.exceptions.RayTaskError)
+    assert "KeyError" in str(again)
+
+
+def test_caught_error_can_be_sent_to_a_task(ray, fail):
+    error = catch(ray, fail.remote(KeyError("x")))
+    name = ray.remote(lambda e: type(e[0]).__name__)
+    assert ray.get(name.remote([error])).startswith("RayTaskError")
+
+
+def test_return_value_that_cannot_be_pickled(ray):
+    error = catch(ray, ray.remote(lambda: threading.Lock()).remote())
+    assert isinstance(error, TypeError)
+    assert "pickle" in str(error)
+    assert ray.get(ray.remote(lambda: 1).remote()) == 1
+
+
+def test_argument_that_cannot_be_pickled_fails_at_the_call(ray):
+    def takes_it(x):
+        return x
+
+    f = ray.remote(takes_it)
+    for call in (lambda: f.remote(threading.Lock()), lambda: f.remote(x=threading.Lock())):
+        with pytest.raises(TypeError) as caught:
+            call()
+        assert "lock" in str(caught.value)
+        assert "takes_it" in str(caught.value)
+
+
+def test_actor_argument_that_cannot_be_pickled_fails_at_the_call(ray):
+    @ray.remote
+    class A:
+        def __init__(self, x=None):
+            pass
+
+        def takes_it(self, x):
+            return x
+
+    with pytest.raises(TypeError, match="lock"):
+        A.remote(threading.Lock())
+    with pytest.raises(TypeError, match="(?s)lock.*takes_it|takes_it.*lock"):
+        A.remote().takes_it.remote(threading.Lock())
+
+
+def test_closure_that_cannot_be_pickled_fails_at_the_call(ray):
+    lock = threading.Lock()
+    f = ray.remote(lambda: lock)
+    with pytest.raises(TypeError, match="lock"):
+        f.remote()
+
+
+def test_argument_that_cannot_be_unpickled(ray):
+    class Refuses:
+        def __reduce__(self):
+            return (int, ("not a number",))
+
+    f = ray.remote(lambda x: x)
+    error = catch(ray, f.remote(Refuses()))
+    assert "not a number" in str(error)
+    assert ray.get(f.remote(1)) == 1
+
+
+def test_module_missing_on_the_worker_is_named(ray):
+    @ray.remote
+    def f():
+        import no_such_module  # noqa: F401
+
+    error = catch(ray, f.remote())
+    assert isinstance(error, ModuleNotFoundError)
+    assert "no_such_module" in str(error)
+
+
+def test_recursion_error(ray):
+    @ray.remote
+    def f():
+        def down():
+            return down()
+
+        return down()
+
+    assert isinstance(catch(ray, f.remote()), RecursionError)
+
+
+@pytest.mark.ray_differs("Ray takes any SystemExit of a task for the death of its worker")
+@pytest.mark.parametrize("code", [None, 0, 3])
+def test_system_exit_in_a_task(ray, code):
+    # A task that calls sys.exit fails as a task that raised; its worker lives and nothing retries.
+    error = catch(ray, ray.remote(lambda: sys.exit(code)).remote())
+    assert isinstance(error, (ray.exceptions.RayTaskError, ray.exceptions.WorkerCrashedError))
+    assert ray.get(ray.remote(lambda: 1).remote()) == 1
+
+
+def test_system_exit_in_a_task_is_an_error(ray):
+    f = ray.remote(max_retries=0)(lambda: sys.exit(3))
+    assert isinstance(
+        catch(ray, f.remote()),
+        (ray.exceptions.WorkerCrashedError, ray.exceptions.RayTaskError),
+    )
+    assert ray.get(ray.remote(lambda: 1).remote()) == 1
+
+
+def test_system_exit_in_an_actor_ends_it(ray):
+    @ray.remote
+    class A:
+        def leave(self):
+            sys.exit(0)
+
+        def m(self):
+            return 1
+
+    a = A.remote()
+    assert isinstance(catch(ray, a.leave.remote()), ray.exceptions.RayActorError)
+    assert isinstance(catch(ray, a.m.remote()), ray.exceptions.RayActorError)
+
+
+def test_errors_are_not_retried_by_default(ray, counter):
+    add = counter.add
+
+    @ray.remote(max_retries=3)
+    def f():
+        add()
+        raise KeyError("x")
+
+    catch(ray, f.remote())
+    assert counter.value == 1
+
+
+def test_retry_exceptions(ray, counter):
+    add = counter.add
+
+    @ray.remote(max_retries=3, retry_exceptions=True)
+    def f():
+        if add() < 3:
+            raise KeyError("x")
+        return "third time"
+
+    assert ray.get(f.remote()) == "third time"
+    assert counter.value == 3
+
+
+def test_retry_exceptions_gives_up(ray, counter):
+    add = counter.add
+
+    @ray.remote(max_retries=2, retry_exceptions=True)
+    def f():
+        add()
+        raise KeyError("x")
+
+    assert isinstance(catch(ray, f.remote()), KeyError)
+    assert counter.value == 3
+
+
+def test_retry_exceptions_of_some_types(ray, counter):
+    add = counter.add
+
+    @ray.remote(max_retries=2, retry_exceptions=[KeyError])
+    def f(kind):
+        add()
+        raise kind("x")
+
+    assert isinstance(catch(ray, f.remote(ValueError)), ValueError)
+    assert counter.value == 1
+    assert isinstance(catch(ray, f.remote(KeyError)), KeyError)
+    assert counter.value == 4
+
+
+def test_actor_goes_on_after_an_error(ray):
+    @ray.remote
+    class A:
+        def __init__(self):
+            self.n = 0
+
+        def fail(self):
+            self.n += 1
+            raise KeyError(self.n)
+
+        def get(self):
+            return self.n
+
+    a = A.remote()
+    for _ in range(2):
+        assert isinstance(catch(ray, a.fail.remote()), KeyError)
+    assert ray.get(a.get.remote()) == 2
+
+
+def test_constructor_error_is_an_actor_error_with_the_traceback(ray):
+    @ray.remote
+    class Broken:
+        def __init__(self):
+            raise ValueError("no start")
+
+        def m(self):
+            return 1
+
+    broken = Broken.remote()
+    for _ in range(2):
+        error = catch(ray, broken.m.remote())
+        assert isinstance(error, ray.exceptions.RayActorError)
+        assert isinstance(error, ray.exceptions.ActorDiedError)
+        assert "ValueError: no start" in str(error)
+        assert "__init__" in str(error)
+
+
+def test_constructor_with_a_failed_argument(ray, fail):
+    @ray.remote
+    class A:
+        def __init__(self, x):
+            pass
+
+        def m(self):
+            return 1
+
+    error = catch(ray, A.remote(fail.remote(KeyError("argument"))).m.remote())
+    assert isinstance(error, (ray.exceptions.RayActorError, KeyError))
+
+
+def test_error_tree(ray):
+    errors = ray.exceptions
+    assert issubclass(errors.ActorDiedError, errors.RayActorError)
+    assert issubclass(errors.ActorUnavailableError, errors.RayActorError)
+    assert issubclass(errors.GetTimeoutError, TimeoutError)
+    assert issubclass(errors.ObjectFetchTimedOutError, errors.ObjectLostError)
+    assert issubclass(errors.OwnerDiedError, errors.ObjectLostError)
+    for name in (
+        "RayTaskError", "RayActorError", "WorkerCrashedError", "TaskCancelledError",
+        "GetTimeoutError", "ObjectLostError", "ObjectStoreFullError", "OutOfMemoryError",
+        "NodeDiedError", "RaySystemError", "RuntimeEnvSetupError", "PendingCallsLimitExceeded",
+        "TaskUnschedulableError", "ActorUnschedulableError", "OutOfDiskError",
+        "ObjectReconstructionFailedError", "UnserializableException",
+    ):
+        assert issubclass(getattr(errors, name), errors.RayError), name
+
+
+# --- cancel ---------------------------------------------------------------------------------------
+
+
+def test_cancel_of_a_waiting_task(ray, make_gate, counter):
+    holding, add = make_gate(), counter.add
+    enter = holding.enter
+    held = [ray.remote(enter).remote() for _ in range(2)]  # both CPUs
+    holding.wait_for_arrivals(2)
+    waiting = ray.remote(add).remote()
+    ray.cancel(waiting)
+    assert isinstance(catch(ray, waiting), ray.exceptions.TaskCancelledError)
+    holding.open()
+    ray.get(held)
+    assert ray.get(ray.remote(lambda: 1).remote()) == 1
+    assert counter.value == 0
+
+
+def test_cancel_of_a_task_whose_argument_is_late(ray, gate):
+    enter = gate.enter
+    waiting = ray.remote(lambda x: x).remote(ray.remote(enter).remote())
+    gate.wait_for_arrivals()
+    ray.cancel(waiting)
+    assert isinstance(catch(ray, waiting), ray.exceptions.TaskCancelledError)
+    gate.open()
+
+
+def test_cancel_of_a_running_task_raises_keyboard_interrupt_in_it(ray, gate, counter):
+    enter, add = gate.enter, counter.add
+
+    @ray.remote
+    def f():
+        import time
+
+        try:
+            enter()
+            while True:
+                time.sleep(0.01)
+        except KeyboardInterrupt:
+            add()
+            raise
+
+    ref = f.remote()
+    gate.wait_for_arrivals()
+    gate.open()
+    ray.cancel(ref)
+    assert isinstance(catch(ray, ref), ray.exceptions.TaskCancelledError)
+    assert counter.value == 1
+
+
+def test_cancel_by_force_ends_the_worker(ray, gate, eventually, tmp_path):
+    enter = gate.enter
+    pid_file = str(tmp_path / "pid")
+
+    @ray.remote
+    def f():
+        import os
+
+        with open(pid_file, "w") as out:
+            out.write(str(os.getpid()))
+        enter()
+
+    ref = f.remote()
+    gate.wait_for_arrivals()
+    ray.cancel(ref, force=True)
+    assert isinstance(
+        catch(ray, ref), (ray.exceptions.TaskCancelledError, ray.exceptions.WorkerCrashedError)
+    )
+    pid = (tmp_path / "pid").read_text()
+    eventually(lambda: not (tmp_path.__class__("/proc") / pid).exists())
+
+
+def test_cancel_of_a_finished_task_changes_nothing(ray):
+    ref = ray.remote(lambda: 1).remote()
+    assert ray.get(ref) == 1
+    ray.cancel(ref)
+    assert ray.get(ref) == 1
+
+
+def test_cancel_of_a_put_changes_nothing(ray):
+    ref = ray.put(1)
+    ray.cancel(ref)
+    assert ray.get(ref) == 1
+
+
+def test_cancel_twice(ray, gate):
+    enter = gate.enter
+    waiting = ray.remote(lambda x: x).remote(ray.remote(enter).remote())
+    gate.wait_for_arrivals()
+    ray.cancel(waiting)
+    ray.cancel(waiting)
+    assert isinstance(catch(ray, waiting), ray.exceptions.TaskCancelledError)
+    gate.open()
+
+
+def test_cancel_reaches_children(ray, gate, counter):
+    enter, add = gate.enter, counter.add
+    child = ray.remote(lambda _, add=add: add())
+
+    @ray.remote
+    def parent(box):
+        return ray.get(child.remote(box[0]))
+
+    late = ray.remote(enter).remote()
+    gate.wait_for_arrivals()
+    ref = parent.remote([late])
+    assert ray.wait([ref], timeout=0.2) == ([], [ref])
+    ray.cancel(ref, recursive=True)
+    assert isinstance(catch(ray, ref), ray.exceptions.TaskCancelledError)
+    gate.open()
+    ray.get(late)
+    assert ray.get(ray.remote(lambda: 1).remote()) == 1
+    assert counter.value == 0
+
+
+def test_cancel_of_a_waiting_actor_call(ray, gate, counter):
+    enter, add = gate.enter, counter.add
+
+    @ray.remote
+    class A:
+        def hold(self):
+            enter()
+
+        def m(self):
+            add()
+
+        def ok(self):
+            return 1
+
+    a = A.remote()
+    held = a.hold.remote()
+    gate.wait_for_arrivals()
+    waiting = a.m.remote()
+    ray.cancel(waiting)
+    gate.open()
+    assert isinstance(catch(ray, waiting), ray.exceptions.TaskCancelledError)
+    ray.get(held)
+    assert ray.get(a.ok.remote()) == 1
+    assert counter.value == 0
+
+
+def test_cancel_of_an_async_actor_call(ray, signal):
+    waiting = signal.wait.remote()
+    assert ray.wait([waiting], timeout=0.2)[0] == []
+    ray.cancel(waiting)
+    assert isinstance(catch(ray, waiting), ray.exceptions.TaskCancelledError)
+    ray.get(signal.send.remote())
+
+
+def test_task_that_uses_a_cancelled_one(ray, gate):
+    enter = gate.enter
+    waiting = ray.remote(lambda x: x).remote(ray.remote(enter).remote())
+    gate.wait_for_arrivals()
+    user = ray.remote(lambda x: x).remote(waiting)
+    ray.cancel(waiting)
+    assert isinstance(catch(ray, user), ray.exceptions.TaskCancelledError)
+    gate.open()

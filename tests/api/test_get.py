@@ -1,0 +1,262 @@
+"""get: what it takes, in what order it answers, when it gives up."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+
+def test_single(ray):
+    assert ray.get(ray.put(1)) == 1
+
+
+def test_list_in_the_order_asked(ray):
+    refs = [ray.put(i) for i in range(5)]
+    assert ray.get(refs[::-1]) == [4, 3, 2, 1, 0]
+
+
+def test_empty_list(ray):
+    assert ray.get([]) == []
+
+
+def test_same_ref_twice(ray):
+    ref = ray.remote(lambda: 1).remote()
+    assert ray.get([ref, ref]) == [1, 1]
+    assert ray.get(ref) == 1
+
+
+def test_list_in_the_order_asked_whatever_ends_first(ray, make_gate):
+    first_gate, second_gate = make_gate(), make_gate()
+    enter_first, enter_second = first_gate.enter, second_gate.enter
+    first = ray.remote(lambda: enter_first("first")).remote()
+    second = ray.remote(lambda: enter_second("second")).remote()
+    second_gate.open()
+    assert ray.get(second) == "second"
+    first_gate.open()
+    assert ray.get([first, second]) == ["first", "second"]
+
+
+def test_timeout(ray, gate):
+    enter = gate.enter
+    ref = ray.remote(enter).remote("late")
+    start_s = time.monotonic()
+    with pytest.raises(ray.exceptions.GetTimeoutError):
+        ray.get(ref, timeout=0.1)
+    assert 0.09 <= time.monotonic() - start_s < 5
+    gate.open()
+    assert ray.get(ref) == "late"
+
+
+def test_timeout_is_a_timeout_error(ray, gate):
+    enter = gate.enter
+    ref = ray.remote(enter).remote()
+    with pytest.raises(TimeoutError):
+        ray.get(ref, timeout=0)
+    gate.open()
+    ray.get(ref)
+
+
+def test_timeout_zero_of_what_is_there(ray):
+    ref = ray.put(1)
+    assert ray.get(ref, timeout=0) == 1
+    assert ray.get([ref, ref], timeout=0) == [1, 1]
+
+
+def test_timeout_of_a_list_waits_for_all(ray, gate):
+    enter = gate.enter
+    late = ray.remote(enter).remote("late")
+    with pytest.raises(ray.exceptions.GetTimeoutError):
+        ray.get([ray.put(1), late], timeout=0.05)
+    gate.open()
+    assert ray.get([late], timeout=20) == ["late"]
+
+
+def test_timeout_does_not_cancel(ray, gate, counter):
+    enter, add = gate.enter, counter.add
+
+    @ray.remote
+    def f():
+        enter()
+        return add()
+
+    ref = f.remote()
+    for _ in range(3):
+        with pytest.raises(ray.exceptions.GetTimeoutError):
+            ray.get(ref, timeout=0.01)
+    gate.open()
+    assert ray.get(ref) == 1
+
+
+@pytest.mark.parametrize(
+    "wrong", [1, None, "ref", 1.5, {"a": 1}, {1}, (), object], ids=lambda w: repr(w)[:12]
+)
+def test_not_a_ref(ray, wrong):
+    with pytest.raises(ValueError, match="ObjectRef") as caught:
+        ray.get(wrong)
+    assert type(wrong).__name__ in str(caught.value)
+
+
+def test_tuple_of_refs_is_refused(ray):
+    with pytest.raises(ValueError, match="list"):
+        ray.get((ray.put(1), ray.put(2)))
+
+
+@pytest.mark.parametrize("wrong", [1, None, "x", [1]], ids=repr)
+def test_list_with_something_else_in_it(ray, wrong):
+    with pytest.raises(TypeError, match="ObjectRef"):
+        ray.get([ray.put(1), wrong])
+
+
+def test_list_of_lists_is_refused(ray):
+    with pytest.raises(TypeError):
+        ray.get([[ray.put(1)]])
+
+
+def test_timeout_is_keyword_only(ray):
+    with pytest.raises(TypeError):
+        ray.get(ray.put(1), 1)
+
+
+def test_first_error_of_a_list_is_raised(ray):
+    @ray.remote
+    def fail(kind):
+        raise kind("no")
+
+    with pytest.raises(KeyError):
+        ray.get([ray.put(1), fail.remote(KeyError), fail.remote(IndexError)])
+
+
+def test_get_twice_gives_equal_values(ray):
+    ref = ray.put({"a": [1, 2]})
+    first, second = ray.get(ref), ray.get(ref)
+    assert first == second
+    first["a"].append(3)
+    assert ray.get(ref) == {"a": [1, 2]}
+
+
+def test_in_a_task(ray):
+    @ray.remote
+    def total(refs):
+        return sum(ray.get(refs))
+
+    assert ray.get(total.remote([ray.put(i) for i in range(4)])) == 6
+
+
+def test_timeout_in_a_task(ray, gate):
+    enter = gate.enter
+    late = ray.remote(enter).remote()
+    gate.wait_for_arrivals()
+
+    @ray.remote
+    def impatient(refs):
+        try:
+            ray.get(refs, timeout=0.05)
+        except ray.exceptions.GetTimeoutError:
+            return "gave up"
+
+    assert ray.get(impatient.remote([late]), timeout=20) == "gave up"
+    gate.open()
+    ray.get(late)
+
+
+def test_in_threads_of_the_driver(ray):
+    f = ray.remote(lambda i: i * i)
+    answers: dict[int, list[int]] = {}
+
+    def work(start):
+        answers[start] = ray.get([f.remote(start + i) for i in range(20)])
+
+    threads = [threading.Thread(target=work, args=(k * 100,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert answers == {k: [(k + i) ** 2 for i in range(20)] for k in (0, 100, 200, 300)}
+
+
+def test_threads_waiting_for_one_ref(ray, gate):
+    enter = gate.enter
+    ref = ray.remote(enter).remote("shared")
+    answers: list[str] = []
+    threads = [threading.Thread(target=lambda: answers.append(ray.get(ref))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    gate.wait_for_arrivals()
+    gate.open()
+    for thread in threads:
+        thread.join(30)
+    assert answers == ["shared"] * 4
+
+
+def test_a_thread_that_waits_does_not_hold_up_another(ray, gate):
+    enter = gate.enter
+    late = ray.remote(enter).remote("late")
+    answers: list[str] = []
+    waiting = threading.Thread(target=lambda: answers.append(ray.get(late)))
+    waiting.start()
+    gate.wait_for_arrivals()
+    assert ray.get(ray.remote(lambda: "now").remote(), timeout=20) == "now"
+    assert answers == []
+    gate.open()
+    waiting.join(30)
+    assert answers == ["late"]
+
+
+def test_in_threads_of_a_task(ray):
+    f = ray.remote(lambda i: i + 1)
+
+    @ray.remote
+    def fan_out():
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(4) as pool:
+            return list(pool.map(lambda i: ray.get(f.remote(i)), range(8)))
+
+    assert ray.get(fan_out.remote()) == list(range(1, 9))
+
+
+def test_interrupted_by_the_user(run_driver):
+    done = run_driver(
+        """
+        import signal, threading
+        ray.init(num_cpus=1, **INIT)
+
+        @ray.remote
+        def forever():
+            threading.Event().wait()
+
+        ref = forever.remote()
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        try:
+            ray.get(ref)
+        except KeyboardInterrupt:
+            print("interrupted")
+        """
+    )
+    assert done.stdout.split() == ["interrupted"]
+
+
+def test_future(ray):
+    assert ray.remote(lambda: 3).remote().future().result(timeout=20) == 3
+
+
+def test_future_with_an_error(ray):
+    @ray.remote
+    def fail():
+        raise KeyError("no")
+
+    with pytest.raises(KeyError):
+        fail.remote().future().result(timeout=20)
+
+
+def test_await(ray):
+    import asyncio
+
+    async def main():
+        one, two = ray.remote(lambda: 1).remote(), ray.remote(lambda: 2).remote()
+        return [await one, *await asyncio.gather(two, one)]
+
+    assert asyncio.run(main()) == [1, 2, 1]

@@ -1,0 +1,73 @@
+"""Configuration: arguments over environment over defaults, errors that name what is wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from hpcray.config import ENVIRONMENT, InitConfig, make_config, without_password
+
+
+def test_defaults_and_round_trips() -> None:
+    config = make_config(environment={})
+    assert config == InitConfig()
+    assert (config.node_timeout_s, config.start_timeout_s, config.log_to_driver) == (30, 300, True)
+    for codec in (msgspec.json, msgspec.msgpack):
+        assert codec.decode(codec.encode(config), type=InitConfig) == config
+
+
+def test_the_environment_speaks_where_arguments_do_not() -> None:
+    environment = {
+        "HPCRAY_NUM_CPUS": "3", "HPCRAY_NUM_GPUS": "0", "HPCRAY_OBJECT_STORE_BYTES": "1000000",
+        "HPCRAY_MEMORY_BYTES": "2e9", "HPCRAY_NAMESPACE": "n", "HPCRAY_LOG_TO_DRIVER": "0",
+        "HPCRAY_PRELOAD": "a, b.c,", "HPCRAY_NODE_TIMEOUT_S": "5", "HPCRAY_REDIS_URL": "redis://h",
+        "HPCRAY_START_TIMEOUT_S": "7.5",
+    }
+    assert set(environment) == set(ENVIRONMENT)
+    config = make_config(environment=environment)
+    assert config == InitConfig(
+        num_cpus=3.0, num_gpus=0.0, object_store_memory_bytes=1_000_000,
+        memory_bytes=2_000_000_000, namespace="n", log_to_driver=False, preload=["a", "b.c"],
+        node_timeout_s=5.0, redis_url="redis://h", start_timeout_s=7.5)
+    assert make_config(num_cpus=1, log_to_driver=True, environment=environment).num_cpus == 1
+    assert make_config(environment=dict.fromkeys(ENVIRONMENT, "")) == InitConfig()
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("HPCRAY_NUM_CPUS", "many"), ("HPCRAY_NUM_CPUS", "-1"), ("HPCRAY_NUM_CPUS", "nan"),
+    ("HPCRAY_OBJECT_STORE_BYTES", "1.5"), ("HPCRAY_OBJECT_STORE_BYTES", "1GB"),
+    ("HPCRAY_LOG_TO_DRIVER", "maybe"), ("HPCRAY_START_TIMEOUT_S", "0"),
+])
+def test_a_wrong_variable_is_named(name: str, value: str) -> None:
+    with pytest.raises(ValueError, match="(?i)" + name.removeprefix("HPCRAY_")):
+        make_config(environment={name: value})
+
+
+@pytest.mark.parametrize(("arguments", "error", "says"), [
+    ({"num_cpus": "2"}, TypeError, "num_cpus"),
+    ({"num_gpus": -1}, ValueError, "num_gpus"),
+    ({"object_store_memory_bytes": 1.5}, TypeError, "object_store_memory"),
+    ({"object_store_memory_bytes": 0}, ValueError, "object_store_memory"),
+    ({"resources": {"CPU": 2}}, ValueError, "num_cpus"),
+    ({"resources": {"": 2}}, TypeError, "non-empty"),
+    ({"preload": "numpy"}, TypeError, "list of module names"),
+    ({"namespace": ""}, ValueError, "namespace"),
+    ({"labels": {"a": 1}}, TypeError, "labels"),
+    ({"runtime_env": {"working_dir": "."}}, NotImplementedError, "'working_dir'"),
+    ({"runtime_env": {"env_vars": {"A=B": "c"}}}, ValueError, "A=B"),
+])
+def test_a_wrong_argument_is_named(arguments: dict[str, Any], error: type, says: str) -> None:
+    with pytest.raises(error, match=says):
+        make_config(**arguments, environment={})
+
+
+def test_the_password_is_never_shown() -> None:
+    config = make_config(redis_url="rediss://user:secret@host:1/0", environment={})
+    for text in (repr(config), str(config), f"{config}", config.public_redis_url,
+                 str(list(config.__rich_repr__()))):
+        assert "secret" not in text and "host:1" in text
+    assert "secret" not in without_password("redis://:secret@h")
+    assert "secret" not in without_password("redis://:secret@[h")
+    assert without_password("redis://h:6379/0") == "redis://h:6379/0"

@@ -1,0 +1,143 @@
+"""What the workers of test_zygote.py and test_pool.py run instead of hpcray's own main.
+
+Each behaviour is a function; settings["do"] names it. Replies go out on the client channel as
+msgpack. The zygote finds this module through its --sys-path.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from typing import Any
+
+import msgspec
+
+if os.environ.get("TEST_LEAK_A_THREAD"):
+    import threading
+
+    threading.Thread(target=threading.Event().wait, name="leaked", daemon=True).start()
+
+
+def run(number: int, task_fd: int, client_fd: int, settings: dict[str, Any]) -> int | None:
+    tasks = socket.socket(fileno=task_fd)
+    client = socket.socket(fileno=client_fd)
+
+    def say(value: object) -> None:
+        client.send(msgspec.msgpack.encode(value))
+
+    result: int | None = globals()[settings["do"]](number, tasks, say, settings)
+    return result
+
+
+def echo(number: int, tasks: socket.socket, say: Any, settings: dict[str, Any]) -> None:
+    """Every task datagram comes back; an "exit" ends."""
+    say("up")
+    while (datagram := tasks.recv(1 << 18)) != b"exit":
+        say(datagram)
+
+
+def leave(number: int, tasks: socket.socket, say: Any, settings: dict[str, Any]) -> int:
+    return int(settings["code"])
+
+
+def fail(number: int, tasks: socket.socket, say: Any, settings: dict[str, Any]) -> None:
+    raise RuntimeError("as asked")
+
+
+def quit_with_message(
+    number: int, tasks: socket.socket, say: Any, settings: dict[str, Any]
+) -> None:
+    print("buffered", end="")
+    sys.exit("good bye")
+
+
+def describe(number: int, tasks: socket.socket, say: Any, settings: dict[str, Any]) -> None:
+    """What kind of process this is."""
+    import numpy as np
+
+    try:
+        from threadpoolctl import threadpool_info
+    except ImportError:  # Optional: then BLAS stays at one thread.
+        libraries: list[Any] = []
+    else:
+        libraries = threadpool_info()
+    with open(f"/proc/{os.getpid()}/smaps_rollup") as file:
+        fields = {line.split()[0]: line.split()[1] for line in file.readlines()[1:]}
+    private_kib = int(fields["Private_Clean:"]) + int(fields["Private_Dirty:"])
+    with open("/proc/self/stat") as file:
+        session = int(file.read().rpartition(")")[2].split()[3])
+    say(
+        {
+            "number": number,
+            "pid": os.getpid(),
+            "session": session,
+            # The listing's own descriptor is closed again by the time it is looked at.
+            "descriptors": sorted(
+                int(name)
+                for name in os.listdir("/proc/self/fd")
+                if os.path.lexists(f"/proc/self/fd/{name}")
+            ),
+            "stdin": os.readlink("/proc/self/fd/0"),
+            "cwd": os.getcwd(),
+            "sys_path": sys.path,
+            "environ": dict(os.environ),
+            "random": random.random(),
+            "numpy_random": float(np.random.random()),
+            "blas_threads": [library["num_threads"] for library in libraries],
+            "main": sorted(vars(sys.modules["__main__"])),
+            "signals": [
+                signal.getsignal(s) is d
+                for s, d in (
+                    (signal.SIGTERM, signal.SIG_DFL),
+                    (signal.SIGCHLD, signal.SIG_DFL),
+                    (signal.SIGINT, signal.default_int_handler),
+                )
+            ],
+            "private_kib": private_kib,
+            "extra": len(settings.get("extra", "")),
+        }
+    )
+    tasks.recv(1)
+
+
+def chatter(number: int, tasks: socket.socket, say: Any, settings: dict[str, Any]) -> None:
+    """One full line and one half on stdout; then wait."""
+    print("first line")
+    print("half", end="")
+    print("to stderr", file=sys.stderr)
+    say("said")
+    tasks.recv(1)
+
+
+def flood(number: int, tasks: socket.socket, say: Any, settings: dict[str, Any]) -> None:
+    """More than a pipe takes: blocks for ever unless somebody reads."""
+    os.write(1, b"x" * (4 << 20))
+
+
+def family(number: int, tasks: socket.socket, say: Any, settings: dict[str, Any]) -> None:
+    """A child in the same process group, and one in a group of its own, both stubborn."""
+    script = "trap '' TERM; while :; do sleep 1000; done"
+    near = subprocess.Popen(["sh", "-c", script])
+    far = subprocess.Popen(["sh", "-c", script], process_group=0)
+    say([os.getpid(), near.pid, far.pid])
+    tasks.recv(1)
+
+
+def stubborn(number: int, tasks: socket.socket, say: Any, settings: dict[str, Any]) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    say("up")
+    while True:
+        signal.pause()
+
+
+def race(number: int, tasks: socket.socket, say: Any, settings: dict[str, Any]) -> None:
+    """Read tasks as fast as possible; after "exit" report which numbers came."""
+    seen = []
+    while (datagram := tasks.recv(1 << 18)) != b"exit":
+        seen.append(int(datagram))
+    packed = msgspec.msgpack.encode(seen)
+    os.write(1, len(packed).to_bytes(8, "little") + packed)
