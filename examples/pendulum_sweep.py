@@ -46,7 +46,7 @@ from rich.table import Table
 if "--backend=ray" not in "=".join(sys.argv):  # written with "=" or with a space
     import hpcray as ray
 else:
-    import ray
+    import ray  # type: ignore[no-redef]
 
 MAX_STEPS = 600  # 30 s of pendulum time at Gymnasium's 0.05 s a step
 BALANCED_STEPS = 40  # upright and slow for this long (2 s) ends the episode

@@ -5,6 +5,9 @@ use the whole host), ranks spread over hosts rather than packed, more ranks than
 laptop with `-n 4`), and standard input for rank 0, where the driver is. Each MPI says these in its
 own words; which MPI an `mpirun` belongs to, only its `--version` tells.
 
+Some versions of Open MPI 5 never close the standard input of rank 0 (their PMIx loses the end of
+file): a driver that reads a line works, one that reads to the end waits. Not ours to mend here.
+
 Not here: what the ranks do (`cli`), and srun, which needs no help from us.
 """
 

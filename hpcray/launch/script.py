@@ -31,28 +31,30 @@ class Program:
     """User code, compiled and ready to be `__main__`.
 
     Attributes:
-      argv0: what it finds in sys.argv[0].
+      argv: what it finds in sys.argv.
       path0: what Python would put in front of sys.path.
       namespace: what `__main__` holds before its first line.
     """
 
     code: types.CodeType
-    argv0: str
+    argv: list[str]
     path0: str
     namespace: dict[str, object]
 
-    def execute(self, args: Sequence[str]) -> None:
+    def execute(self) -> None:
         """Be that program: returns when its last line is done, raises what it raises.
 
         Not undone afterwards: sys.argv, sys.path and `__main__` stay the script's, because its
         atexit handlers and threads run later still.
         """
-        main = types.ModuleType("__main__")
+        main, before = types.ModuleType("__main__"), sys.modules["__main__"]
         main.__dict__.update(__builtins__=builtins, **self.namespace)
-        # Whoever ran before is still on the stack; its module must not be torn down under it.
-        _keep_alive.append(sys.modules.get("__main__"))
+        if "__annotations__" in before.__dict__:  # depends on the version of Python
+            main.__dict__["__annotations__"] = {}
+        # It is still on the stack, and must not be torn down under its own feet.
+        _keep_alive.append(before)
         sys.modules["__main__"] = main
-        sys.argv[:] = [self.argv0, *args]
+        sys.argv[:] = self.argv
         _set_path0(self.path0)
         try:
             exec(self.code, main.__dict__)
@@ -64,8 +66,10 @@ class Program:
             raise
 
 
-def load(target: str, *, module: bool = False) -> Program:
+def load(target: str, args: Sequence[str] = (), *, module: bool = False) -> Program:
     """Find and compile a script, a directory or archive with a `__main__.py`, or a module.
+
+    `args` are what follows its name on the command line.
 
     Raises:
       LaunchError: there is no such thing.
@@ -74,10 +78,12 @@ def load(target: str, *, module: bool = False) -> Program:
     if module:
         path0 = os.getcwd()
         _set_path0(path0)
-        return _from_spec(_module_spec(target), path0)
+        sys.argv[:] = ["-m", *args]  # what its parent packages see, by Python's documentation
+        spec = _module_spec(target)
+        return _from_spec(spec, [spec.origin or target, *args], path0)
     # The rarer form is decided by what the file is, since zip archives go by any name.
     if os.path.isdir(target) or _is_archive(target):
-        return _load_container(target)
+        return _load_container(target, args)
     try:
         with open(target, "rb") as file:
             source = file.read()
@@ -91,7 +97,7 @@ def load(target: str, *, module: bool = False) -> Program:
         raise
     return Program(
         code,
-        target,
+        [target, *args],
         # Python resolves a link first: a script linked into bin/ finds its neighbours.
         os.path.dirname(os.path.realpath(target)),
         {"__file__": path, "__cached__": None, "__loader__": SourceFileLoader("__main__", path)},
@@ -142,17 +148,17 @@ def _module_spec(name: str) -> ModuleSpec:
     return spec
 
 
-def _load_container(path: str) -> Program:
+def _load_container(target: str, args: Sequence[str]) -> Program:
     from importlib.machinery import PathFinder
 
+    path = os.path.abspath(target)
     spec = PathFinder.find_spec("__main__", [path])
     if spec is None:
         raise LaunchError(f"can't find '__main__' module in {path!r}")
-    program = _from_spec(spec, path)
-    return Program(program.code, path, path, program.namespace)
+    return _from_spec(spec, [target, *args], path)
 
 
-def _from_spec(spec: ModuleSpec, path0: str) -> Program:
+def _from_spec(spec: ModuleSpec, argv: list[str], path0: str) -> Program:
     loader = spec.loader
     get_code = getattr(loader, "get_code", None)
     code = None if get_code is None else get_code(spec.name)
@@ -165,7 +171,7 @@ def _from_spec(spec: ModuleSpec, path0: str) -> Program:
         "__loader__": loader,
         "__package__": spec.parent,
     }
-    return Program(code, spec.origin or spec.name, path0, namespace)
+    return Program(code, argv, path0, namespace)
 
 
 def _is_archive(path: str) -> bool:

@@ -67,7 +67,7 @@ def main() -> int:
         tuple((name, amount) for name, amount in sorted(resources.items()) if amount > 0))
     server = NodeServer(
         transport=transport, pool=pool, driver=driver, joined=joined,
-        memory_bytes=found.memory_bytes, journal=journal,
+        journal=journal,
         job_key=secrets.token_bytes(16), spin=spin, notices=notices)
     try:
         status = server.run()

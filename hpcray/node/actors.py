@@ -77,7 +77,8 @@ class Route:
 
 
 class ActorHome:
-    __slots__ = ("actor_id", "args", "client", "dep_count", "failure", "incarnation", "name",
+    __slots__ = ("actor_id", "args", "client", "dep_count", "failure", "handle", "incarnation",
+                 "name",
                  "namespace", "rank", "refs", "restarts_left", "state", "subscribers", "template")
 
     def __init__(self, message: CreateActor, template: Template, client: int) -> None:
@@ -87,6 +88,7 @@ class ActorHome:
         self.args = message.args
         self.refs = message.refs
         self.dep_count = message.dep_count
+        self.handle = message.handle
         self.name = message.name
         self.namespace = message.namespace
         self.state = ActorState.PENDING
@@ -196,6 +198,10 @@ class Actors:
         """The worker is gone."""
         if home.state is ActorState.DEAD:
             return
+        if failure.kind not in ("ActorDiedError", "ActorUnavailableError"):
+            failure = values.Failure(
+                "ActorDiedError", f"The actor {class_name(home.template)} died: {failure.message}",
+                home.actor_id.hex())
         if intended or home.restarts_left == 0:
             self._die(home, failure)
             return
@@ -284,7 +290,7 @@ class Actors:
 
     def _note(self, home: ActorHome) -> None:
         self.changes.append((home.actor_id, {
-            "state": home.state.name, "class": home.template.name, "name": home.name,
+            "state": home.state.name, "class": class_name(home.template), "name": home.name,
             "namespace": home.namespace, "rank": home.rank, "incarnation": home.incarnation,
         }))
 
@@ -580,13 +586,13 @@ class Actors:
             intended = False
         elif hosted.intended is not None:
             down = values.Failure(
-                "ActorDiedError", f"The actor {template.name} is dead: {hosted.intended}.",
+                "ActorDiedError", f"The actor {class_name(template)} is dead: {hosted.intended}.",
                 actor_id.hex())
             intended = True
         else:
             down = values.Failure(
                 "ActorDiedError",
-                f"The actor {template.name} died: {failure.message}", actor_id.hex())
+                f"The actor {class_name(template)} died: {failure.message}", actor_id.hex())
             intended = False
         restarts = template.max_restarts == -1 or hosted.incarnation < template.max_restarts
         if restarts and not intended and hosted.intended is None:
@@ -636,6 +642,11 @@ class Actors:
         for hosted in self.hosted.values():
             for task in hosted.in_flight.values():
                 assert task.worker == hosted.worker, task
+
+
+def class_name(template: Template) -> str:
+    """The class an actor creation's template speaks of."""
+    return template.name.removesuffix(".__init__")
 
 
 def killed_failure(actor_id: bytes) -> values.Failure:

@@ -15,6 +15,7 @@ back (`TaskReturned`).
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from hpcray.node.ledger import Shape
@@ -62,6 +63,8 @@ class Cluster:
         self.nodes: dict[int, Joined] = {}
         self._leases: dict[tuple[int, Shape], Lease] = {}
         self._demanded: dict[tuple[Shape, bool], tuple[int, float]] = {}
+        # Actors to be created, by what they need: placed one by one, where few actors are.
+        self._actors_waiting: dict[Shape, deque[TaskRecord]] = {}
         self._last_load: Any = None
         self._last_load_s = 0.0
         self.scheduler = GlobalScheduler() if self._rank == SCHEDULER_RANK else None
@@ -87,8 +90,33 @@ class Cluster:
         self._machine.tasks.assign(task, best)
         return True
 
+    def place_actor(self, task: TaskRecord) -> None:
+        """Ask the global scheduler where the actor should live."""
+        waiting = self._actors_waiting.get(task.template.resources)
+        if waiting is None:
+            waiting = self._actors_waiting[task.template.resources] = deque()
+        waiting.append(task)
+
+    def _actors_granted(self, message: Grant) -> None:
+        waiting = self._actors_waiting.get(message.shape)
+        slots = message.slots
+        while waiting and slots:
+            task = waiting.popleft()
+            if task.cancelled:
+                continue
+            slots -= 1
+            if message.rank == self._rank:
+                self._machine.dispatcher.enqueue(task)
+            else:
+                self._machine.tasks.assign(task, message.rank)
+        if not waiting:
+            self._actors_waiting.pop(message.shape, None)
+
     def granted(self, message: Grant, now_s: float) -> None:
         self._demanded.pop((message.shape, message.actor), None)
+        if message.actor:
+            self._actors_granted(message)
+            return
         queue = self._machine.dispatcher.queues.get((message.shape, message.actor))
         if queue is None or not queue.tasks:
             return
@@ -96,10 +124,6 @@ class Cluster:
             return  # the dispatcher takes it from here
         key = (message.rank, message.shape)
         lease = self._leases.get(key)
-        if message.actor:
-            lease = Lease(message.slots)  # creations are bound one by one, never ahead
-            self._bind(message.rank, queue, message.slots, lease)
-            return
         if lease is None:
             lease = self._leases[key] = Lease(0)
         lease.slots += message.slots
@@ -172,25 +196,30 @@ class Cluster:
         dispatcher = self._machine.dispatcher
         statistics = self._machine.tasks.statistics
         cpus = max(dispatcher.ledger.total.get("CPU", 0) // 10_000, 1)
-        for (shape, actor), queue in dispatcher.queues.items():
+        for (shape, creation), queue in dispatcher.queues.items():
+            if creation:
+                continue  # placed before they are queued
             count = len(queue.tasks)
             if not count:
-                if (shape, actor) in self._demanded:
-                    del self._demanded[(shape, actor)]
-                    self._to_scheduler(Demand(shape, 0, actor))
+                if (shape, False) in self._demanded:
+                    del self._demanded[(shape, False)]
+                    self._to_scheduler(Demand(shape, 0))
                 continue
-            if not actor:
-                known = statistics[queue.tasks[0].template.template_id]
-                wait_us = count * (known.mean_us if known.count else 10_000) / cpus
-                if wait_us < _PATIENCE_US and dispatcher.ledger.could_ever_fit(shape):
-                    continue
-            last = self._demanded.get((shape, actor))
-            if last is None or count > 2 * last[0] or now_s - last[1] > _REPEAT_S:
-                self._demanded[(shape, actor)] = (count, now_s)
-                foreign = sum(1 for t in queue.tasks if t.template.rank >= 0) if count < 64 else 0
-                if count > foreign:
-                    self._to_scheduler(Demand(
-                        shape, count - foreign, actor, queue.tasks[0].template.spread))
+            known = statistics[queue.tasks[0].template.template_id]
+            wait_us = count * (known.mean_us if known.count else 10_000) / cpus
+            if wait_us < _PATIENCE_US and dispatcher.ledger.could_ever_fit(shape):
+                continue
+            self._demand(shape, count, False, queue.tasks[0].template.spread, now_s)
+        for shape, waiting in self._actors_waiting.items():
+            self._demand(shape, len(waiting), True, False, now_s)
+
+    def _demand(
+        self, shape: Shape, count: int, actor: bool, spread: bool, now_s: float
+    ) -> None:
+        last = self._demanded.get((shape, actor))
+        if last is None or count > 2 * last[0] or now_s - last[1] > _REPEAT_S:
+            self._demanded[(shape, actor)] = (count, now_s)
+            self._to_scheduler(Demand(shape, count, actor, spread))
 
     def _send_load(self, now_s: float) -> None:
         dispatcher = self._machine.dispatcher
@@ -202,6 +231,10 @@ class Cluster:
         self._last_load = (dict(facts[0]), facts[1], facts[2])
         self._last_load_s = now_s
         self._to_scheduler(Load(tuple(sorted(facts[0].items())), facts[1], facts[2], 0))
+
+    @property
+    def actors_waiting(self) -> bool:
+        return bool(self._actors_waiting)
 
     @property
     def load_is_stale(self) -> bool:

@@ -373,7 +373,9 @@ class Dispatcher:
     def blocked(self, number: int, unstarted: tuple[bytes, ...]) -> None:
         """The worker waits: it gives back its CPU and everything it has not started."""
         worker = self.workers.get(number)
-        if worker is None or worker.blocked or worker.state is not WorkerState.LEASED:
+        if worker is None or worker.blocked or worker.state not in (
+            WorkerState.LEASED, WorkerState.ACTOR
+        ):
             return
         worker.blocked = True
         self.ledger.release(cpu_part(worker.shape))
@@ -383,7 +385,7 @@ class Dispatcher:
                 for task in [t for t in datagram if t.task_id in wanted]:
                     datagram.remove(task)
                     self._take(task)
-        if len(worker.datagrams) > 1:
+        if len(worker.datagrams) > 1 and not worker.actor_id:
             self._outbox.actions.append(TakeBack(number))
         self._dirty = True
 

@@ -268,7 +268,7 @@ class Machine:
         return bool(
             self.dispatcher.piled or self.memory.waiting or self._foreign_since_s is not None
             or self.cluster.load_is_stale
-            or (self.size > 1 and self.dispatcher.queued()))
+            or (self.size > 1 and (self.dispatcher.queued() or self.cluster.actors_waiting)))
 
     def statistics(self) -> dict[str, Any]:
         """For tests and `hpcray status`; units in the names."""

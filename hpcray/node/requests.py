@@ -5,7 +5,7 @@ requests keep the asking client's number until the answer comes back. Names:
 
     nodes  cluster_resources  available_resources  statistics            facts
     reserve_name  release_name  get_actor  list_named_actors             names, at node 0
-    kill_actor                                                           at the actor's home
+    kill_actor  actor_handle                                             at the actor's home
     cancel                                                               at the task's home
 """
 
@@ -51,6 +51,7 @@ class Requests:
             "release_name": self._release_name,
             "get_actor": self._get_actor,
             "list_named_actors": self._list_named_actors,
+            "actor_handle": self._actor_handle,
             "kill_actor": self._kill_actor,
             "cancel": self._cancel,
             "statistics": lambda _: self._machine.statistics(),
@@ -74,7 +75,7 @@ class Requests:
         self._outbox.peers[rank].append(PeerRequest(self._count, name, arguments))
 
     def _rank_for(self, name: str, arguments: Any) -> int:
-        if name == "kill_actor":
+        if name in ("kill_actor", "actor_handle"):
             return ids.home_of_actor(arguments["actor_id"])
         if name == "cancel":
             return ids.home_of_object(arguments["object_id"])
@@ -186,6 +187,12 @@ class Requests:
         ]
 
     # --- acts -------------------------------------------------------------------------------------------
+
+    def _actor_handle(self, arguments: Any) -> dict[str, Any]:
+        home = self._machine.actors.homes.get(arguments["actor_id"])
+        if home is None:
+            raise RequestError("ValueError", "there is no such actor (any more)")
+        return {"actor_id": home.actor_id, "handle": home.handle, "name": home.name}
 
     def _kill_actor(self, arguments: Any) -> None:
         self._machine.actors.kill(

@@ -31,7 +31,9 @@ from typing import Any
 
 from hpcray.client.channel import split_batch
 from hpcray.node import outbox as out
+from hpcray.node.actors import class_name
 from hpcray.node.journal import Journal
+
 from hpcray.node.machine import DRIVER, Machine
 from hpcray.node.pool import WorkerPool, ZygoteLost
 from hpcray.node.transfers import Segments, Transfers
@@ -74,7 +76,7 @@ class _Connection:
 class NodeServer:
     def __init__(
         self, *, transport: Transport | None, pool: WorkerPool, driver: socket.socket | None,
-        joined: messages.Joined, memory_bytes: int, journal: Journal, job_key: bytes,
+        joined: messages.Joined, journal: Journal, job_key: bytes,
         spin: bool = False, notices: list[str] | None = None,
     ) -> None:
         self.rank = 0 if transport is None else transport.rank
@@ -83,7 +85,6 @@ class NodeServer:
         self._pool = pool
         self._journal = journal
         self._me = joined
-        self._memory_bytes = memory_bytes
         self._job_key = job_key
         self._spin = spin
         # Warnings from before there was anybody to show them to; the journal goes on adding.
@@ -581,7 +582,7 @@ class NodeServer:
             return "worker", 0
         hosted = machine.actors.hosted.get(worker.actor_id) if worker.actor_id else None
         if hosted is not None:
-            return hosted.template.name.split(".")[-1], worker.pid
+            return class_name(hosted.template).split(".")[-1], worker.pid
         if worker.datagrams and worker.datagrams[0]:
             return worker.datagrams[0][0].template.name.split(".")[-1], worker.pid
         return "worker", worker.pid
@@ -721,7 +722,7 @@ class NodeServer:
         config = session["config"]
         nodes = [_decode_joined(data) for data in session["nodes"]]
         mine = dict(nodes[self.rank].resources)
-        capacity_bytes = config.get("object_store_memory_bytes") or int(self._memory_bytes * 0.3)
+        capacity_bytes = mine["object_store_memory"] // messages.UNIT
         # The secret and the control store's password are the nodes' own: clients do not get them.
         public = {k: v for k, v in session.items() if k not in ("secret", "control", "nodes")}
         machine = Machine(self.rank, self.size, mine, capacity_bytes, job_id, public)
@@ -842,6 +843,9 @@ def _resources(detected: dict[str, int], config: dict[str, Any]) -> dict[str, in
     for key, name in (("num_cpus", "CPU"), ("num_gpus", "GPU"), ("memory_bytes", "memory")):
         if config.get(key) is not None:
             result[name] = round(config[key] * messages.UNIT)
+    store_bytes = config.get("object_store_memory_bytes") or int(
+        detected["memory"] // messages.UNIT * 0.3)
+    result["object_store_memory"] = store_bytes * messages.UNIT
     for name, amount in (config.get("resources") or {}).items():
         result[name] = round(amount * messages.UNIT)
     return {name: amount for name, amount in result.items() if amount > 0}

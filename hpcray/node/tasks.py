@@ -160,6 +160,9 @@ class Tasks:
                         "TaskUnschedulableError",
                         f"there is no rank {rank}; this job has {self._machine.size}")))
                     return
+            elif rank < 0 and task.template.kind == ACTOR_CREATION:
+                self._machine.cluster.place_actor(task)
+                return
             elif rank < 0 and self._machine.cluster.place_elsewhere(task):
                 return
         self._machine.dispatcher.enqueue(task)
@@ -205,6 +208,8 @@ class Tasks:
     def assigned(self, home: int, message: Assign) -> None:
         template = self.templates[message.template_id]
         task = self.foreign(home, message, template)
+        if template.kind == ACTOR_CREATION:
+            task.actor_id = ids.actor_of_task(task.task_id)
         task.state = QUEUED
         self._machine.dispatcher.enqueue(task)
 
@@ -482,7 +487,7 @@ class Tasks:
         task.state = QUEUED
         if task.template.kind == METHOD:
             self._machine.actors.resend(task)
-        elif task.template.rank >= 0:
+        elif task.template.rank >= 0 or task.template.kind == ACTOR_CREATION:
             self.ready(task)
         else:
             self._machine.dispatcher.enqueue(task, front=True)

@@ -121,7 +121,7 @@ def run(arguments: list[str]) -> int:
         print(f"hpcray run: {error}", file=sys.stderr)
         return EXIT_USAGE
     # Out of reach of the `except` above: from here on every error is the script's own.
-    program.execute(wanted.rest)
+    program.execute()
     return 0
 
 
@@ -185,8 +185,8 @@ def _start(wanted: RunArguments, arguments: list[str]) -> Program:
     # user code has threads and descriptors.
     if wanted.module:
         start_early()
-        return script.load(wanted.target, module=True)
-    program = script.load(wanted.target)
+        return script.load(wanted.target, wanted.rest, module=True)
+    program = script.load(wanted.target, wanted.rest)
     start_early()
     return program
 

@@ -75,6 +75,11 @@ def creation_object_id(actor: ActorID) -> ObjectID:
     return b"\0" * 8 + actor + FIRST_RETURN
 
 
+def actor_of_task(task: TaskID) -> ActorID:
+    """The actor that this creation task creates."""
+    return task[8:]
+
+
 def actor_of_object(object_: ObjectID) -> ActorID:
     """The actor whose creation object this is (meaningful for creation objects only)."""
     return object_[8:24]

@@ -72,6 +72,7 @@ class Template(_Message, frozen=True):
     concurrency_groups: tuple[tuple[str, int], ...] = ()
     # METHOD only.
     concurrency_group: str = ""
+    env_vars: tuple[tuple[str, str], ...] = ()  # set while it runs (for an actor: for good)
     max_calls: int = 0  # TASK: the worker exits after this many; 0 without limit
 
 

@@ -94,6 +94,7 @@ class Worker:
         self.address = settings.get("address", "")
         self.rank = settings.get("rank", 0)
         self._devices: tuple[int, ...] | None = None
+        self._replaced: dict[str, str | None] = {}  # variables as they were before the task
         client.before_wait = self._before_wait
         client.after_wait = self._after_wait
         self.actor: Any = None  # worker.hosting.HostedActor, once created
@@ -192,7 +193,19 @@ class Worker:
         current.resources = template.resources
         if run.devices != self._devices:
             self._set_devices(run.devices)
+        if template.env_vars or self._replaced:
+            self._set_variables(template)
         self.client.begin_task(run.task_id, run.attempt)
+
+    def _set_variables(self, template: Template) -> None:
+        """The task's env_vars; those of the task before are undone first."""
+        for name, value in self._replaced.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        self._replaced = {name: os.environ.get(name) for name, _ in template.env_vars}
+        os.environ.update(template.env_vars)
 
     def _set_devices(self, devices: tuple[int, ...]) -> None:
         self._devices = devices
@@ -222,6 +235,8 @@ class Worker:
                     f"the definition of {template.name} is not known to its home (rank "
                     f"{ids.home_of_task(run.task_id)})")
             function = serialization.deserialize(packed)
+            # The node knows it: nested submissions of it need no definition.
+            self.client._defined.add(template.function_id)
         loaded = self._loaded[run.template_id] = Loaded(template, function)
         return loaded
 
@@ -274,10 +289,10 @@ class Worker:
             if isinstance(result, GeneratorType):
                 result = tuple(result)
             if not isinstance(result, (tuple, list)) or len(result) != count:
-                got = (f"{len(result)} values" if isinstance(result, (tuple, list))
+                got = (f"{len(result)} objects" if isinstance(result, (tuple, list))
                        else f"an object of type {type(result).__name__}")
                 raise ValueError(
-                    f"Task {template.name} has num_returns={count}, but returned {got}.")
+                    f"Task {template.name} returned {got}, but num_returns={count}.")
             parts = tuple(self._return(serialization.serialize(item)) for item in result)
         return DoneMany(run.task_id, run.attempt, _us(began_s), parts)
 
@@ -341,7 +356,8 @@ class Worker:
         self.context.incarnation = run.attempt
         held = template.held_resources
         self.context.resources = template.resources if held is None else held
-        self.client.before_wait = None  # an actor keeps what it holds while it waits
+        if not any(name == "CPU" for name, _ in self.context.resources):
+            self.client.before_wait = None  # it has no CPU to give back while it waits
         try:
             instance = loaded.function(*args, **kwargs)
         except SystemExit as request:
@@ -371,6 +387,9 @@ class Worker:
         """By the client, with its lock held, before the running task really waits."""
         if threading.get_ident() != self._main:
             return False
+        if self.actor is not None:
+            self.client._channel.outbox.append(Blocked())  # its calls stay its own
+            return True
         unstarted = tuple(item.task_id for item in self._queue if type(item) is Run)
         stops = [item for item in self._queue if type(item) is Stop]
         self._queue.clear()

@@ -180,7 +180,7 @@ class Gate:
 
     def __init__(self, folder: Path, name: str) -> None:
         lock_path, arrivals_path = folder / f"{name}.lock", folder / f"{name}.arrivals"
-        self._lock = open(lock_path, "w")  # noqa: SIM115 (closed by `close`)
+        self._lock = open(lock_path, "w")
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         os.mkfifo(arrivals_path)
         # Read-write, so that the FIFO never reports end of file between two arrivals.

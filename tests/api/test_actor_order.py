@@ -8,7 +8,7 @@ import pytest
 
 
 @pytest.fixture
-def Log(ray):  # noqa: N802
+def Log(ray):
     @ray.remote
     class Log:
         def __init__(self):

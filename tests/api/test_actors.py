@@ -10,7 +10,7 @@ import pytest
 
 
 @pytest.fixture
-def Counter(ray):  # noqa: N802 (a class, to its users)
+def Counter(ray):
     @ray.remote
     class Counter:
         def __init__(self, start=0, *, step=1):
@@ -233,7 +233,8 @@ def test_private_methods_can_be_called(ray):
 def test_repr_of_a_handle(Counter):
     counter = Counter.remote()
     text = repr(counter)
-    assert text.startswith("Actor(Counter, ")
+    assert text.startswith("Actor(")
+    assert "Counter, " in text
     assert counter._actor_id.hex() in text
 
 
@@ -486,7 +487,7 @@ def test_generator_method(ray):
     @ray.remote
     class A:
         def count(self, n):
-            for i in range(n):  # noqa: UP028 (Ray needs a real generator)
+            for i in range(n):
                 yield i
 
     assert [ray.get(ref) for ref in A.remote().count.remote(3)] == [0, 1, 2]

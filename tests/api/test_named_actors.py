@@ -8,7 +8,7 @@ import pytest
 
 
 @pytest.fixture
-def A(ray):  # noqa: N802
+def A(ray):
     @ray.remote
     class A:
         def __init__(self, value=0):

@@ -37,7 +37,9 @@ def environment() -> dict[str, str]:
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
     env |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-            "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}  # fmt: skip
+            "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+            # mpirun gives rank 0 a terminal: no colours and no moving bar in what we read.
+            "TERM": "dumb", "NO_COLOR": "1", "COLUMNS": "100"}  # fmt: skip
     return env
 
 

@@ -56,3 +56,17 @@ def python(tmp_path: Path) -> Run:
         return subprocess.run([sys.executable, *arguments], **settings)  # type: ignore[call-overload]
 
     return run
+
+
+@pytest.fixture
+def slurm_task() -> dict[str, str]:
+    """The environment of one of four tasks that srun started without --mpi."""
+    return clean_environ() | {
+        "SLURM_JOB_ID": "12", "SLURM_STEP_ID": "0", "SLURM_PROCID": "2", "SLURM_NTASKS": "4",
+        "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "0", "SLURM_NODEID": "0",
+    }
+
+
+@pytest.fixture
+def environ() -> dict[str, str]:
+    return clean_environ()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -262,7 +261,6 @@ def test_binding_is_undone_up_to_what_mpirun_itself_has(mpirun, python, tmp_path
     assert done.returncode == 0, done.stdout + done.stderr
     for rank in range(2):
         kept, mask, after, share = json.loads((tmp_path / str(rank)).read_text())
-        assert len(kept) <= cpus or mpirun.family != "openmpi"
+        assert len(kept) == 1  # else this test would show nothing
         assert mask == after == allowed
         assert share == 1
-    assert sys.executable

@@ -12,6 +12,8 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,18 +45,25 @@ open_mpi_only = pytest.mark.skipif(
 )
 
 
-def unlink_orphans(before: set[Path]) -> None:
-    """Remove what the MPI library left in shared memory because we had its processes killed.
+@contextlib.contextmanager
+def shared_memory_removed() -> Iterator[dict[str, str]]:
+    """Environment for a job whose shared files are gone afterwards, also if it was killed.
 
-    Both libraries do that. Files that some process still maps belong to another job.
+    Open MPI takes a folder of our own. MPICH does not; of its files in /dev/shm those are
+    removed that came up meanwhile and that no process maps, so not another job's.
     """
-    for path in set(SHARED_MEMORY.glob("*")) - before:
-        mapped = False
-        for maps in Path("/proc").glob("[0-9]*/maps"):
-            with contextlib.suppress(OSError):  # the process is gone, or not ours
-                mapped = mapped or str(path) in maps.read_text()
-        if not mapped and path.name.startswith(("mpich_shm_", "sm_segment", "vader_segment")):
+    before = set(SHARED_MEMORY.glob("mpich_shm_*"))
+    with tempfile.TemporaryDirectory(prefix="hpcray-test-", dir=SHARED_MEMORY) as folder:
+        yield {"OMPI_MCA_btl_sm_backing_directory": folder}
+    for path in set(SHARED_MEMORY.glob("mpich_shm_*")) - before:
+        if not any(str(path) in text for text in memory_maps()):
             path.unlink(missing_ok=True)
+
+
+def memory_maps() -> Iterator[str]:
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):  # the process is gone, or not ours
+            yield maps.read_text()
 
 
 def mpirun(
@@ -62,8 +71,17 @@ def mpirun(
     timeout_s: float = 110.0,
 ) -> tuple[int, str]:
     """Run to the end and return (exit status, everything printed). Kills what hangs."""
+    with shared_memory_removed() as job_environment:
+        return run_job(ranks, program, arguments, options, job_environment, timeout_s)
+
+
+def run_job(
+    ranks: int, program: str, arguments: tuple[str, ...], options: tuple[str, ...],
+    job_environment: dict[str, str], timeout_s: float,
+) -> tuple[int, str]:
     environment = {
         **os.environ,
+        **job_environment,
         "PYTHONPATH": os.pathsep.join(
             filter(None, [str(HERE.parents[1]), os.environ.get("PYTHONPATH")])
         ),
@@ -74,7 +92,6 @@ def mpirun(
     }
     command = [str(MPIRUN), *options, "-n", str(ranks), sys.executable,
                str(HERE / program), *arguments]
-    shared_before = set(SHARED_MEMORY.glob("*"))
     with subprocess.Popen(
         command, env=environment, start_new_session=True, text=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -90,7 +107,6 @@ def mpirun(
                 os.killpg(process.pid, signal.SIGKILL)
             output, _ = process.communicate()
             pytest.fail(f"{command} did not end within {timeout_s:g} s:\n{output}")
-    unlink_orphans(shared_before)
     return process.returncode, output
 
 
