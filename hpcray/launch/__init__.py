@@ -2,6 +2,7 @@
 
 `identity`   which rank of which launch this process is, read from the environment; pure
 `resources`  the CPUs, GPUs and memory this rank may use, and where each number came from
+`cgroups`    the limits of control groups, for `resources`
 `mpirun`     finding an `mpirun` and writing its command line
 `script`     running a user's script as `python script.py` would
 `doctor`     what a person should fix before the first job

@@ -162,6 +162,10 @@ def identity_fds(environ: Mapping[str, str]) -> tuple[int, ...]:
     rank for finished once every copy of it is closed. (hydra leaks more descriptors into its
     ranks, with no variable to name them: whoever is started from a rank should inherit only what
     it was given, which is what `subprocess` does.)
+
+    Whoever called MPI_Init in the rank's place must leave by `exit`, not by `os._exit`: MPICH
+    says goodbye to its process manager in an atexit handler, after MPI_Finalize. Without it, hydra
+    takes the closed descriptor for a crash and kills what is left of the rank (its driver).
     """
     found = []
     for name in ("PMI_FD", "PALS_FD"):

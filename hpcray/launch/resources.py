@@ -21,17 +21,15 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hpcray.launch.cgroups import Bound, Cgroups, lowest, parse_cpu_list, read_text
 from hpcray.launch.identity import Launch, expand_tasks_per_node, slurm_step
 
 # Set to 1 by users who bind ranks on purpose (`mpirun --map-by socket:PE=12`).
 KEEP_BINDING_VARIABLE = "HPCRAY_KEEP_BINDING"
-
-# Kernels write "no limit" in bytes as a number near 2**63, rounded to pages.
-_UNLIMITED_BYTES = 1 << 60
 
 # How far up the process tree the launcher may be: a rank behind a few wrapper scripts.
 _MAX_ANCESTORS = 16
@@ -59,14 +57,6 @@ class HostResources:
     node_ip: str
     hostname: str
     sources: dict[str, str] = field(hash=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Bound:
-    """One limit and who sets it."""
-
-    value: int
-    source: str
 
 
 def detect_resources(
@@ -162,14 +152,6 @@ def launcher_mask(root: Path = Path("/")) -> frozenset[int] | None:
     return None
 
 
-def parse_cpu_list(text: str) -> Iterator[int]:
-    """The numbers of the kernel's "0-3,8": 0 1 2 3 8."""
-    for part in text.strip().split(","):
-        low, dash, high = part.partition("-")
-        if low.isdigit() and (high.isdigit() or not dash):
-            yield from range(int(low), int(high if dash else low) + 1)
-
-
 def node_ip() -> str:
     """The address other hosts reach this one by, as far as the routing table knows."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -179,67 +161,6 @@ def node_ip() -> str:
             return str(probe.getsockname()[0])
         except OSError:
             return "127.0.0.1"  # no route: one host
-
-
-class Cgroups:
-    """The limits of this process's own control groups, v1, v2 or both at once.
-
-    A limit may sit on any level between the process and the mount, so values are read on the way
-    up and the lowest counts. Inside a container the mount shows only a part of the hierarchy,
-    while /proc/self/cgroup may name the path seen from outside: the mount's own root (mountinfo)
-    tells which part.
-    """
-
-    def __init__(self, root: Path = Path("/")) -> None:
-        paths: dict[str, str] = {}  # controller -> path; "" is the unified hierarchy
-        for line in _read(root / "proc/self/cgroup").splitlines():
-            _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
-            paths.update(dict.fromkeys(controllers.split(","), path))
-        # controller -> directories from the process's own up to the mount
-        self._levels: dict[str, list[Path]] = {}
-        for offered, inside, mount in _cgroup_mounts(root):
-            for controller in offered:
-                if controller in paths:
-                    self._levels[controller] = _levels(mount, inside, paths[controller])
-
-    def cpu_quota(self) -> Bound | None:
-        """Whole CPUs of the tightest CFS quota, at least 1."""
-        bounds = []
-        for level in self._levels.get("", ()):
-            quota, _, period = _read(level / "cpu.max").strip().partition(" ")
-            bounds += _quota(quota, period, f"cgroup {level}/cpu.max")
-        for level in self._levels.get("cpu", ()):
-            quota = _read(level / "cpu.cfs_quota_us").strip()
-            period = _read(level / "cpu.cfs_period_us").strip()
-            bounds += _quota(quota, period, f"cgroup {level}/cpu.cfs_quota_us")
-        return _lowest(bounds)
-
-    def cpuset(self) -> tuple[frozenset[int], str] | None:
-        """The CPUs of the nearest level that names any; an outer level cannot name fewer."""
-        for controller, names in (
-            ("", ("cpuset.cpus.effective",)),
-            ("cpuset", ("cpuset.effective_cpus", "cpuset.cpus")),
-        ):
-            for level in self._levels.get(controller, ()):
-                for name in names:
-                    cpus = frozenset(parse_cpu_list(_read(level / name)))
-                    if cpus:
-                        return cpus, f"cgroup {level}/{name}"
-        return None
-
-    def memory(self) -> Bound | None:
-        bounds = []
-        for controller, names in (
-            # Above memory.high the kernel throttles to a crawl: for planning it is the limit.
-            ("", ("memory.max", "memory.high")),
-            ("memory", ("memory.limit_in_bytes",)),
-        ):
-            for level in self._levels.get(controller, ()):
-                for name in names:
-                    value = _read(level / name).strip()
-                    if value.isdigit() and 0 < int(value) < _UNLIMITED_BYTES:
-                        bounds.append(Bound(int(value), f"cgroup {level}/{name}"))
-        return _lowest(bounds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,13 +194,13 @@ def _cpus(
     slurm = _slurm_cpus_on_node(environ)
     # Under Slurm the mask may be this task's alone, so it bounds the share and is not divided.
     whole.append(slurm or own_mask)
-    own = [host.of(_lowest(whole) or own_mask, minimum=1)]
+    own = [host.of(lowest(whole) or own_mask, minimum=1)]
     if slurm is not None:
         own.append(own_mask)
         per_task = _count(environ, "SLURM_CPUS_PER_TASK")
         if per_task is not None and _is_srun_task(environ):
             own.append(Bound(per_task, "SLURM_CPUS_PER_TASK"))
-    return _lowest(own) or own_mask
+    return lowest(own) or own_mask
 
 
 def _slurm_cpus_on_node(environ: Mapping[str, str]) -> Bound | None:
@@ -296,7 +217,7 @@ def _slurm_cpus_on_node(environ: Mapping[str, str]) -> Bound | None:
 def _memory(
     environ: Mapping[str, str], mask: frozenset[int], cgroups: Cgroups, host: _Share, root: Path
 ) -> Bound:
-    meminfo = re.search(r"^MemTotal:\s*(\d+) kB", _read(root / "proc/meminfo"), re.MULTILINE)
+    meminfo = re.search(r"^MemTotal:\s*(\d+) kB", read_text(root / "proc/meminfo"), re.MULTILINE)
     # Without /proc there is still a machine; 1 GiB keeps a budget of zero from failing later.
     bounds = [Bound(int(meminfo[1]) * 1024, "MemTotal") if meminfo else Bound(1 << 30, "a guess")]
     if (limit := cgroups.memory()) is not None:
@@ -308,7 +229,7 @@ def _memory(
     elif per_cpu is not None:
         cpus = _slurm_cpus_on_node(environ) or Bound(len(mask), "affinity mask")
         bounds.append(Bound(per_cpu * cpus.value, f"SLURM_MEM_PER_CPU x {cpus.source}"))
-    return host.of(_lowest(bounds) or bounds[0], minimum=1)
+    return host.of(lowest(bounds) or bounds[0], minimum=1)
 
 
 def _gpus(
@@ -378,7 +299,7 @@ def _nvidia(root: Path) -> int:
 def _amd(root: Path) -> int:
     nodes = root / "sys/class/kfd/kfd/topology/nodes"
     # CPUs are nodes of this topology too, with a gpu_id of 0.
-    return sum(_read(nodes / n / "gpu_id").strip() not in ("", "0") for n in _list(nodes))
+    return sum(read_text(nodes / n / "gpu_id").strip() not in ("", "0") for n in _list(nodes))
 
 
 def _gpus_bound_per_task(environ: Mapping[str, str]) -> bool:
@@ -413,53 +334,12 @@ def _count(environ: Mapping[str, str], name: str) -> int | None:
     return int(value) if value.isdigit() and int(value) > 0 else None
 
 
-def _quota(quota: str, period: str, source: str) -> list[Bound]:
-    """At most one bound. Rounded down: half a CPU over is throttled, half under is only idle."""
-    if not quota.isdigit() or not period.isdigit() or int(period) == 0:
-        return []  # "max", "-1", or no such file
-    return [Bound(max(1, int(quota) // int(period)), source)]
-
-
-def _cgroup_mounts(root: Path) -> Iterator[tuple[tuple[str, ...], str, Path]]:
-    """(controllers, the path inside the hierarchy that is mounted, where) of each cgroup mount."""
-    for line in _read(root / "proc/self/mountinfo").splitlines():
-        left, _, right = line.partition(" - ")
-        head, tail = left.split(), right.split()
-        if len(head) < 5 or len(tail) < 3:
-            continue
-        mount = root / head[4].lstrip("/")
-        if tail[0] == "cgroup2":
-            yield ("",), head[3], mount
-        elif tail[0] == "cgroup":
-            yield tuple(tail[2].split(",")), head[3], mount
-
-
-def _levels(mount: Path, inside: str, path: str) -> list[Path]:
-    """Directories from the process's own group up to the mount."""
-    below = os.path.relpath(path, inside) if path.startswith("/") else "."
-    if below.startswith(".."):
-        below = "."  # outside of what is mounted here: only the mount itself can be read
-    steps = [part for part in below.split("/") if part != "."]
-    return [mount.joinpath(*steps[:depth]) for depth in range(len(steps), -1, -1)]
-
-
-def _lowest(bounds: Iterable[Bound]) -> Bound | None:
-    return min(bounds, key=lambda bound: bound.value, default=None)
-
-
 def _filesystem_bytes(path: Path) -> int:
     try:
         status = os.statvfs(path)
     except OSError:
         return 0
     return status.f_frsize * status.f_blocks
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""
 
 
 def _list(path: Path) -> list[str]:

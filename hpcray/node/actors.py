@@ -179,8 +179,6 @@ class Actors:
         home = self.homes[task.actor_id]
         tasks = self._machine.tasks
         if not started and home.state is not ActorState.DEAD:
-            home.incarnation += 1
-            task.attempt = home.incarnation
             tasks._requeue(task)
             return
         tasks.records.pop(task.task_id, None)

@@ -232,6 +232,10 @@ class Cluster:
         self._last_load_s = now_s
         self._to_scheduler(Load(tuple(sorted(facts[0].items())), facts[1], facts[2], 0))
 
+    def load_changed(self) -> None:
+        """Work came by a grant: the scheduler has counted it, and must hear how it turned out."""
+        self._last_load = None
+
     @property
     def actors_waiting(self) -> bool:
         return bool(self._actors_waiting)
@@ -239,10 +243,10 @@ class Cluster:
     @property
     def load_is_stale(self) -> bool:
         """A load worth telling waits for its interval: the loop should come round soon."""
-        if self._machine.size == 1 or self._last_load is None:
+        if self._machine.size == 1:
             return False
-        dispatcher = self._machine.dispatcher
-        return bool(self._last_load[0] != dispatcher.ledger.free)
+        return bool(self._last_load is None
+                    or self._last_load[0] != self._machine.dispatcher.ledger.free)
 
     def _to_scheduler(self, message: Any) -> None:
         if self.scheduler is None:

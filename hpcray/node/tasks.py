@@ -208,6 +208,7 @@ class Tasks:
     def assigned(self, home: int, message: Assign) -> None:
         template = self.templates[message.template_id]
         task = self.foreign(home, message, template)
+        self._machine.cluster.load_changed()
         if template.kind == ACTOR_CREATION:
             task.actor_id = ids.actor_of_task(task.task_id)
         task.state = QUEUED
@@ -440,11 +441,15 @@ class Tasks:
         task = self._current(rank, message)
         if task is None:
             return
-        task.attempt += 1
         if task.template.kind == METHOD:
+            task.attempt += 1
             self._machine.actors.call_returned(task)
             return
-        self._machine.cluster.returned(rank, task)
+        if task.template.kind != ACTOR_CREATION:
+            # An actor's attempt is its incarnation, and none has come to be: the executor has
+            # answered this assignment for good, so its number may serve again.
+            task.attempt += 1
+            self._machine.cluster.returned(rank, task)
         self._requeue(task)
 
     def _current(self, rank: int, message: Any) -> TaskRecord | None:

@@ -132,11 +132,12 @@ def test_n_ranks_one_script(hpcray, mpirun, tmp_path: Path, status):
     (tmp_path / "script.py").write_text(RANKED)
     done = hpcray("run", "-n", "2", "script.py", str(status), "-n", "a b", stdin=None, input="in\n")
     assert done.returncode == status, done.stdout + done.stderr
-    lines = done.stdout.splitlines()
-    assert lines.count("early") == 1
-    assert f"script 0 2 {status} -n a b in" in lines
+    # Counted rather than compared by line: hydra may weave the lines of two ranks into each other.
+    assert done.stdout.count("early") == 1
+    assert done.stdout.count(f"script 0 2 {status} -n a b in") == 1
+    assert done.stdout.count("script") == 1
     if status == 0:  # else mpirun may end the other rank before it says anything
-        assert sorted(lines) == sorted(["early", "node", f"script 0 2 {status} -n a b in"])
+        assert done.stdout.count("node") == 1
 
 
 @pytest.mark.mpi

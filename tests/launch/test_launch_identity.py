@@ -98,7 +98,8 @@ def test_part_of_a_launch_is_refused(environ):
 def test_strip_keeps_the_user_and_the_job():
     kept = {
         "PATH": "/bin", "OMPI_MCA_btl": "^openib", "OMPI_MCA_pml": "ucx", "PMIX_MCA_gds": "hash",
-        "OMPI_ALLOW_RUN_AS_ROOT": "1", "SLURM_JOB_ID": "12", "SLURM_CPUS_ON_NODE": "4", "SLURM_NTASKS": "4",
+        "OMPI_ALLOW_RUN_AS_ROOT": "1", "SLURM_JOB_ID": "12", "SLURM_CPUS_ON_NODE": "4",
+        "SLURM_NTASKS": "4",
         "UCX_TLS": "sm", "FI_PROVIDER": "cxi", "OPAL_PREFIX": "/opt/mpi", "PMIX_PREFIX": "/opt/mpi",
         "HPCRAY_NUM_CPUS": "2", "I_MPI_FABRICS": "shm",
     }
@@ -138,6 +139,7 @@ def child(code, environ, fds=()):
 
 launch = read_launch(os.environ)
 alone = child("from mpi4py import MPI; print(MPI.COMM_WORLD.size)", strip_identity(os.environ))
+# It ends before its parent does, which a process manager might take for a crash.
 instead = child(
     "from mpi4py import MPI; c = MPI.COMM_WORLD; print(c.rank, *c.allgather(c.rank))",
     dict(os.environ), identity_fds(os.environ))
@@ -164,7 +166,8 @@ def test_stripped_child_is_alone_and_a_child_may_be_the_rank(run_ranks, mpirun, 
 
 @pytest.mark.mpi
 def test_one_rank_under_mpirun_is_mpi(run_ranks):
-    code = "import os; from hpcray.launch.identity import read_launch; print(read_launch(os.environ))"
+    code = ("import os; from hpcray.launch.identity import read_launch\n"
+            "print(read_launch(os.environ))")
     done = run_ranks(1, [sys.executable, "-c", code])
     assert done.returncode == 0, done.stderr
     assert "mode='mpi'" in done.stdout and "size=1" in done.stdout

@@ -10,14 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpcray.launch.cgroups import Cgroups, parse_cpu_list
 from hpcray.launch.identity import SINGLE
-from hpcray.launch.resources import (
-    Cgroups,
-    detect_resources,
-    divide,
-    parse_cpu_list,
-    widen_affinity,
-)
+from hpcray.launch.resources import detect_resources, divide, widen_affinity
 
 GIB = 1 << 30
 MASK_16 = range(16)
@@ -37,7 +32,7 @@ def v2(tmp_path: Path) -> Path:
     return plant(tmp_path, {
         "proc/meminfo": "MemTotal:       134217728 kB\nMemFree: 1 kB\n",
         "proc/self/cgroup": "0::/user.slice/job.scope/step\n",
-        "proc/self/mountinfo": "30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw\n",
+        "proc/self/mountinfo": "30 23 0:26 / /sys/fs/cgroup rw shared:4 - cgroup2 cgroup2 rw\n",
         "sys/fs/cgroup/cpuset.cpus.effective": "0-63\n",
         "sys/fs/cgroup/user.slice/cpu.max": "max 100000\n",
         "sys/fs/cgroup/user.slice/memory.max": "max\n",
@@ -244,7 +239,7 @@ with open(os.path.join(sys.argv[1], str(launch.rank)), "w") as file:
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs to bind to one")
 @pytest.mark.parametrize("cpus", [1, 2])
 def test_binding_is_undone_up_to_what_mpirun_itself_has(mpirun, python, tmp_path: Path, cpus: int):
-    """mpirun on `cpus` CPUs binds each rank to one core; the ranks get back those CPUs, not more."""
+    """mpirun on `cpus` CPUs binds each rank to one; the ranks get back those CPUs, not more."""
     allowed = sorted(os.sched_getaffinity(0))[:cpus]
     bind = "core:overload-allowed" if mpirun.family == "openmpi" else "core"
     start = (
