@@ -1,7 +1,7 @@
 """The client's helper thread: flushes what lingers and reads while nobody waits.
 
     asleep    watches the wake-up descriptor and, unless some thread reads, the socket
-    armed     there was activity: every 1 ms send what lingers; after 20 ms of quiet, asleep
+    armed     there was activity: every 2 ms send what lingers; after 20 ms of quiet, asleep
 
 It never competes with a waiting thread for the socket: as long as one has read within the
 last 10 ms, the helper only ticks. Waking it costs a system call and a GIL switch, so `arm`
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hpcray.client.client import Client
 
-_TICK_MS = 1
+_TICK_MS = 2
 _QUIET_S = 0.02
 _READER_TICK_MS = 10
 _DROPS_MS = 100

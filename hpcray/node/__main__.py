@@ -9,6 +9,8 @@ what forks or execs comes before MPI_Init, because forking after it breaks some 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import faulthandler
 import os
 import secrets
 import socket
@@ -24,6 +26,10 @@ from hpcray.protocol.messages import UNIT, Joined
 from hpcray.transport.base import Transport
 
 _CLOSE_S = 5.0
+_EXIT_S = 5.0
+
+# Files the MPI library keeps in /dev/shm and would leave there if this process were killed.
+_shared_files: list[str] = []
 
 
 def main() -> int:
@@ -56,6 +62,8 @@ def main() -> int:
 
         timeout_s = float(environ.get("HPCRAY_START_TIMEOUT_S", "300"))
         transport = MpiTransport(start_mpi(timeout_s))
+        _shared_files.extend(_find_shared_files())
+        pool.set_cleanup_paths(_shared_files)
         cores = len(os.sched_getaffinity(0))
         spin = cores > launch.local_size or environ.get("HPCRAY_POLL") == "busy"
     resources = {
@@ -79,6 +87,24 @@ def main() -> int:
     return status
 
 
+def _find_shared_files() -> list[str]:
+    """What of /dev/shm this process has mapped and still has a name."""
+    with open("/proc/self/maps") as maps:
+        paths = {line.split(None, 5)[5].rstrip("\n") for line in maps if "/dev/shm/" in line}
+    return sorted(path for path in paths if not path.endswith(" (deleted)"))
+
+
+def _leave(status: int) -> None:
+    """End through C's exit(), without Python's own: MPICH says goodbye to its process manager in
+    an atexit handler, and without that hydra takes the end of this process for a crash."""
+    import ctypes  # 5 ms, which nobody waits for here
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    faulthandler.dump_traceback_later(_EXIT_S, exit=True)
+    ctypes.PyDLL(None).exit(status)
+
+
 if __name__ == "__main__":
     try:
         code = main()
@@ -89,7 +115,8 @@ if __name__ == "__main__":
         print(f"hpcray: the node (pid {os.getpid()}) failed:", file=sys.stderr)
         traceback.print_exc()
         sys.stderr.flush()
+        for path in _shared_files:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
         os._exit(70)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    _leave(code)

@@ -39,6 +39,7 @@ _AHEAD_MAX = 256
 _REPEAT_S = 0.05
 _LOAD_INTERVAL_S = 0.002
 _HEARTBEAT_S = 1.0
+_RECENT_S = 0.1
 # Below this many bytes an absent input does not decide where a task runs.
 _LOCALITY_BYTES = 4 * 1024 * 1024
 
@@ -128,6 +129,8 @@ class Cluster:
             lease = self._leases[key] = Lease(0)
         lease.slots += message.slots
         self._refill(message.rank, queue, lease)
+        if lease.open <= 0:  # nothing here could be bound to it after all
+            del self._leases[key]
 
     def _refill(self, rank: int, queue: ShapeQueue, lease: Lease) -> None:
         room = lease.slots
@@ -186,7 +189,7 @@ class Cluster:
         self._send_demands(now_s)
         self._send_load(now_s)
         if self.scheduler is not None:
-            for home, grant in self.scheduler.match():
+            for home, grant in self.scheduler.match(now_s):
                 if home == self._rank:
                     self.granted(grant, now_s)
                 else:
@@ -258,13 +261,15 @@ class Cluster:
 
 
 class NodeView:
-    __slots__ = ("actors", "free", "queued", "total")
+    __slots__ = ("actors", "free", "queued", "recent", "total")
 
     def __init__(self, total: dict[str, int]) -> None:
         self.total = total
         self.free = dict(total)
         self.queued = 0
         self.actors = 0
+        # When actors were granted here lately: loads that know nothing of them are on their way.
+        self.recent: deque[float] = deque()
 
 
 class GlobalScheduler:
@@ -302,7 +307,7 @@ class GlobalScheduler:
         else:
             self._demands.pop(key, None)
 
-    def match(self) -> list[tuple[int, Grant]]:
+    def match(self, now_s: float) -> list[tuple[int, Grant]]:
         """(home, grant) for demands that some node has room for."""
         if not self._changed or not self._demands:
             return []
@@ -313,7 +318,7 @@ class GlobalScheduler:
             left = demand.count
             given: dict[int, int] = {}
             while left > 0:
-                rank = self._choose(home, shape, actor)
+                rank = self._choose(home, shape, actor, now_s)
                 if rank is None:
                     break
                 view = self.views[rank]
@@ -321,7 +326,8 @@ class GlobalScheduler:
                 slots = 1 if actor or demand.spread else min(left, _slots(view.free, shape))
                 for name, amount in shape:
                     view.free[name] -= amount * slots
-                view.actors += slots if actor else 0
+                if actor:
+                    view.recent.append(now_s)
                 given[rank] = given.get(rank, 0) + slots
                 left -= slots
                 if not shape and not actor:
@@ -334,7 +340,7 @@ class GlobalScheduler:
                 del self._demands[key]
         return grants
 
-    def _choose(self, home: int, shape: Shape, actor: bool) -> int | None:
+    def _choose(self, home: int, shape: Shape, actor: bool, now_s: float) -> int | None:
         """The node with room: fewest actors per CPU for an actor, shortest queue for a task."""
         best: tuple[float, int, int] | None = None
         for rank, view in self.views.items():
@@ -343,7 +349,9 @@ class GlobalScheduler:
             if not _covers(view.free, shape):
                 continue
             cpus = max(view.total.get("CPU", 0), 10_000)
-            busy = view.actors / cpus if actor else view.queued / cpus
+            while view.recent and now_s - view.recent[0] > _RECENT_S:
+                view.recent.popleft()
+            busy = (view.actors + len(view.recent)) / cpus if actor else view.queued / cpus
             candidate = (busy, 0 if rank == home else 1, rank)
             if best is None or candidate < best:
                 best = candidate

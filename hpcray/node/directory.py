@@ -25,8 +25,8 @@ from hpcray.node.records import (
 )
 from hpcray.protocol import ids, values
 from hpcray.protocol.messages import (
-    CopyAdded, FreeCopies, Located, ObjectReady, PeerReturn, PullRefused, PullRequest, Remote,
-    Return, Value, ValueAt, Want,
+    CopyAdded, FreeCopies, Located, ObjectReady, PeerReturn, PullRefused, PullRequest, Ready,
+    Remote, Return, Value, ValueAt, Want,
 )
 
 if TYPE_CHECKING:
@@ -527,8 +527,6 @@ class Directory:
     # --- end of turn ----------------------------------------------------------------------------------
 
     def end_turn(self) -> None:
-        from hpcray.protocol.messages import Ready
-
         outbox = self._outbox
         if self._ready:
             ready, self._ready = self._ready, {}

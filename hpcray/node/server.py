@@ -47,10 +47,13 @@ from hpcray.worker.zygote import Exited, ForkRefused, Ready
 _RECEIVE_BYTES = 512 * 1024
 # Datagrams read from one client per turn: bounds a turn, keeps clients equal.
 _DATAGRAMS_PER_TURN = 64
+# After a datagram this large another one is likely there already.
+_LIKELY_MORE_BYTES = 1024
 _OUTPUT_BYTES = 64 * 1024
 _TICK_S = 0.01
 _SLOW_TICK_S = 1.0
-_JOURNAL_S = 0.005
+# Lineage may be this old in the control store: one command for many tasks.
+_JOURNAL_S = 0.02
 _MPI_POLL_MS = 1
 _MPI_QUIET_POLL_MS = 5
 _QUIET_S = 1.0
@@ -105,6 +108,7 @@ class NodeServer:
         self._config: dict[str, Any] | None = None
         self._early: list[tuple[int, list[Any]]] = []
         self._folder = LogFolder(time.monotonic())
+        self._folder_deadline_s: float | None = None
         self._buffer = bytearray(_RECEIVE_BYTES)
         self._view = memoryview(self._buffer)
         self._settings: dict[str, Any] = {}
@@ -154,7 +158,8 @@ class NodeServer:
                 for event in transport.poll():
                     self._on_transport(event)
                     self._last_event_s = now_s
-            self._bury()
+            if self._dead:
+                self._bury()
             self._turn(now_s)
         signal.set_wakeup_fd(-1)
         os.close(wake_read)
@@ -170,7 +175,7 @@ class NodeServer:
             tick_s = min(tick_s, _TICK_S)
         if machine is not None and self._journal_pending():
             tick_s = min(tick_s, _JOURNAL_S)
-        deadline_s = self._folder.next_deadline_s()
+        deadline_s = self._folder_deadline_s
         if deadline_s is not None:
             tick_s = min(tick_s, max(deadline_s - now_s, 0.001))
         if self._end_deadline_s is not None:
@@ -196,7 +201,6 @@ class NodeServer:
                 fast = machine.wants_ticks
                 machine.tick(now_s)
                 self._next_tick_s = now_s + (_TICK_S if fast else _SLOW_TICK_S)
-                self._print(self._folder.tick(now_s))
             elif machine.wants_ticks and self._next_tick_s > now_s + _TICK_S:
                 self._next_tick_s = now_s + _TICK_S
             # Carrying out may lead to new decisions (a take-back, a pull); it settles at once.
@@ -207,8 +211,8 @@ class NodeServer:
             if now_s >= self._next_journal_s:
                 self._next_journal_s = now_s + _JOURNAL_S
                 self._journal.record(machine)
-        if self._folder.next_deadline_s() is not None:
-            self._print(self._folder.tick(now_s))
+        if self._folder_deadline_s is not None and now_s >= self._folder_deadline_s:
+            self._show(self._folder.tick(now_s))
         self._flush_peers()
         if self._state == ENDING:
             self._continue_ending(now_s)
@@ -433,6 +437,8 @@ class NodeServer:
             batch = messages.decode_to_node(view[:nbytes])
             if machine is not None:
                 machine.client_messages(connection.number, batch)
+            if nbytes < _LIKELY_MORE_BYTES:
+                break  # epoll says if there is more: cheaper than asking the socket in vain
         if connection.backlog:
             self._drain_backlog(connection)
         return True
@@ -570,7 +576,7 @@ class NodeServer:
         name, pid = self._describe(number)
         if self.rank == 0:
             source = LogSource(name, pid, 0, stream)
-            self._print(self._folder.feed(source, chunk, time.monotonic()))
+            self._show(self._folder.feed(source, chunk, time.monotonic()))
         else:
             self._to_peer(0, [messages.PeerOutput(name, pid, int(stream == "stderr"), chunk)])
         return True
@@ -586,6 +592,11 @@ class NodeServer:
         if worker.datagrams and worker.datagrams[0]:
             return worker.datagrams[0][0].template.name.split(".")[-1], worker.pid
         return "worker", worker.pid
+
+    def _show(self, lines: list[str]) -> None:
+        """Print what the folder let go, and note when it wants to be asked again."""
+        self._folder_deadline_s = self._folder.next_deadline_s()
+        self._print(lines)
 
     def _print(self, lines: list[str]) -> None:
         if not lines:
@@ -657,7 +668,7 @@ class NodeServer:
             elif kind is messages.PeerOutput:
                 source = LogSource(
                     message.name, message.pid, rank, "stderr" if message.stream else "stdout")
-                self._print(self._folder.feed(source, message.chunk, time.monotonic()))
+                self._show(self._folder.feed(source, message.chunk, time.monotonic()))
             elif kind is messages.PullRefused:
                 if self._transfers is not None:
                     self._transfers.refused(message.transfer)
@@ -797,7 +808,7 @@ class NodeServer:
             self._watch_zygote()
         self._journal.record(machine)
         self._journal.end(machine)
-        self._print(self._folder.flush())
+        self._show(self._folder.flush())
         self._machine = None
         self._transfers = None
         self._segments.close_all()

@@ -81,6 +81,7 @@ class Worker:
         self._tasks = tasks
         self._settings = settings
         self._loaded: dict[bytes, Loaded] = {}
+        self._tasks_fd = tasks.fileno()
         self._queue: deque[Run | Stop] = deque()
         self._buffer = bytearray(_RECEIVE_BYTES)
         self._view = memoryview(self._buffer)
@@ -134,20 +135,20 @@ class Worker:
         While it waits it reads what the client channel brings (freed ranges, requests to give
         memory back): nobody else does in an idle worker.
         """
-        try:
-            nbytes = self._tasks.recv_into(self._buffer, 0, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            if not wait:
-                return False
+        if wait:
             client = self.client
             while True:
-                ready = {fd for fd, _ in self._poller.poll()}
-                if self._tasks.fileno() in ready:
+                ready = self._poller.poll()
+                if ready[0][0] == self._tasks_fd or len(ready) > 1:
                     break
                 if not client.read_idle() and client.lost is not None:
-                    raise ChannelClosed(client.lost) from None
+                    raise ChannelClosed(client.lost)
                 client.flush()
-            return self.read_tasks(wait=False)
+        try:
+            # The node may have taken it back in between: not a reason to block here.
+            nbytes = self._tasks.recv_into(self._buffer, 0, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
         if nbytes == 0:
             raise ChannelClosed("the node closed the task channel")
         self._queue.extend(messages.decode_to_worker(self._view[:nbytes]))

@@ -199,7 +199,7 @@ def test_death_while_blocked_in_get(ray, gate, tmp_path, counter):
     while not os.path.exists(pid_file):
         ray.wait([ref], timeout=0.02)
     ray.wait([ref], timeout=0.1)
-    os.kill(int(open(pid_file).read()), signals.SIGKILL)
+    os.kill(int((tmp_path / "pid").read_text()), signals.SIGKILL)
     assert ray.wait([ref], timeout=0.2) == ([], [ref])
     gate.open()
     assert ray.get(ref, timeout=30) == "late"

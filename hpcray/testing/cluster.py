@@ -1,0 +1,469 @@
+"""A simulated cluster: N real `Machine`s in one process over the loopback transport.
+
+    Process --datagrams--> SimulatedNode(Machine) --encoded batches--> LoopbackNetwork(reorder)
+       ^------ datagrams, task channel, fake shared memory ------'
+
+What is real: every machine, the protocol's bytes, the control transport, `node/transfers.py`.
+What is not: processes (`testing/processes.py`), shared memory (byte arrays), time, and forks.
+Order is drawn from one seeded generator, so a failure is repeated by its seed.
+
+`run_until_quiet` ends when nothing can happen any more. If somebody still waits then, that is a
+hang: it raises `Stuck` with the seed and the state of everybody.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from hpcray.node import outbox as out
+from hpcray.node.machine import DRIVER, Machine
+from hpcray.node.transfers import Transfers
+from hpcray.protocol import ids, messages, values
+from hpcray.protocol import messages as m
+from hpcray.testing.processes import Arena, Process, Script, short
+from hpcray.transport.base import DataCancelled, DataReceived, DataSent, Received
+from hpcray.transport.loopback import LoopbackNetwork
+
+ROUND_S = 0.0001
+# Longer than any timeout of the machines (memory waits 2 s): after it nothing more comes.
+QUIET_S = 3.0
+_BACKGROUND = (m.Load, m.Demand, m.Grant)
+
+
+class Stuck(AssertionError):
+    """Somebody waits and nothing can happen any more; or it does not end."""
+
+
+class Fault(AssertionError):
+    """What a script or a check saw and must never see."""
+
+
+class _Segments:
+    """Stands for `node.transfers.Segments`, over byte arrays."""
+
+    def __init__(self, node: SimulatedNode) -> None:
+        self._node = node
+        self.arena = Arena()
+
+    def create_own(self, segment: int, nbytes: int) -> None:
+        self._node.memory[segment] = memoryview(bytearray(nbytes))
+        self.arena.add(segment, self._node.memory[segment])
+
+    def view(self, location: m.Located) -> memoryview:
+        memory = self._node.memory[location.segment]
+        return memory[location.offset : location.offset + location.nbytes]
+
+
+class SimulatedNode:
+    """A machine and the loop around it."""
+
+    def __init__(
+        self, cluster: SimulatedCluster, rank: int, resources: dict[str, int], capacity_bytes: int
+    ) -> None:
+        self.cluster = cluster
+        self.rank = rank
+        self.machine = Machine(
+            rank, cluster.size, resources, capacity_bytes, cluster.job_id,
+            {"node_ids": [str(r) for r in range(cluster.size)]})
+        self.transport = cluster.network.transport(rank)
+        self.memory: dict[int, memoryview] = {}
+        self.segments = _Segments(self)
+        self.transfers = Transfers(self.machine, self.segments, self.transport)  # type: ignore[arg-type]
+        self.processes: dict[int, Process] = {}
+        self.inboxes: dict[int, deque[bytes]] = {}
+        self.notices: list[str] = []
+        self._dead: list[Process] = []
+        self._to_kill: list[int] = []
+        self._to_peers: dict[int, list[Any]] = {}
+        self._next_tick_s = 0.0
+
+    def from_client(self, number: int, datagram: bytes) -> None:
+        self.inboxes.setdefault(number, deque()).append(datagram)
+
+    def exited(self, process: Process) -> None:
+        self._dead.append(process)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._dead or self._to_kill) or any(self.inboxes.values())
+
+    def step(self) -> bool:
+        cluster = self.cluster
+        machine = self.machine
+        rng = cluster.rng
+        progress = False
+        for number in self._to_kill:
+            process = self.processes.get(number)
+            if process is not None and process.alive:
+                process.die()
+        self._to_kill.clear()
+        if self.inboxes:
+            numbers = [n for n, box in self.inboxes.items() if box]
+            rng.shuffle(numbers)
+            for number in numbers:
+                box = self.inboxes[number]
+                for _ in range(rng.randint(1, len(box))):
+                    progress = True
+                    machine.client_messages(number, messages.decode_to_node(box.popleft()))
+        for event in self.transport.poll():
+            progress = self._on_transport(event) or progress
+        self._bury()
+        if cluster.now_s >= self._next_tick_s:
+            self._next_tick_s = cluster.now_s + (0.01 if machine.wants_ticks else 1.0)
+            machine.tick(cluster.now_s)
+        elif machine.wants_ticks:
+            self._next_tick_s = min(self._next_tick_s, cluster.now_s + 0.01)
+        for _ in range(8):
+            machine.end_turn(cluster.now_s)
+            if not self._carry_out():
+                break
+            progress = True
+        for rank, batch in self._to_peers.items():
+            self.transport.send(rank, messages.encode(batch))
+        self._to_peers.clear()
+        self.transport.flush()
+        if cluster.validating:
+            machine.validate()
+        return progress
+
+    def _bury(self) -> None:
+        """As the real node: a dead worker's channel is read dry first."""
+        still = []
+        for process in self._dead:
+            if self.inboxes.get(process.number):
+                still.append(process)
+                continue
+            del self.processes[process.number]
+            self.inboxes.pop(process.number, None)
+            self.cluster.forget(process)
+            self.machine.worker_exited(process.number, values.Failure(
+                "WorkerCrashedError", f"the worker exited with {process.exit_status}"))
+        self._dead = still
+
+    def _on_transport(self, event: Any) -> bool:
+        kind = type(event)
+        if kind is Received:
+            rest: list[Any] = []
+            progress = False
+            for message in messages.decode_to_peer(event.payload):
+                progress = progress or not isinstance(message, _BACKGROUND)
+                if type(message) is m.PullRefused:
+                    self.transfers.refused(message.transfer)
+                else:
+                    rest.append(message)
+            if rest:
+                self.machine.peer_messages(event.rank, rest)
+            return progress
+        if kind is DataReceived:
+            self.transfers.received(event.transfer)
+        elif kind is DataSent:
+            self.transfers.sent(event.rank, event.transfer)
+        elif kind is DataCancelled:
+            self.transfers.cancelled(event.transfer)
+        return True
+
+    def _carry_out(self) -> bool:
+        box = self.machine.outbox
+        for number, batch in list(box.clients.items()):
+            process = self.processes.get(number)
+            if batch and process is not None and process.alive:
+                process.inbox.append(messages.encode(batch))
+        box.clients.clear()
+        tasks, box.tasks = box.tasks, []
+        for number, batch in tasks:
+            self._send_tasks(number, batch)
+        again = False
+        while box.actions:
+            actions, box.actions = box.actions, []
+            for action in actions:
+                again = True
+                self._act(action)
+        self.notices += box.notices
+        box.notices.clear()
+        for rank, batch in box.peers.items():
+            self._to_peers.setdefault(rank, []).extend(batch)
+        box.peers.clear()
+        return again
+
+    def _send_tasks(self, number: int, batch: list[Any]) -> None:
+        process = self.processes.get(number)
+        if process is not None and process.alive:
+            process.tasks.append(messages.encode(batch))
+
+    def _act(self, action: Any) -> None:
+        machine = self.machine
+        kind = type(action)
+        if kind is out.StartWorker:
+            machine.connect(action.number)
+            self.cluster.add_process(self, action.number)
+        elif kind is out.KillWorker:
+            self._to_kill.append(action.number)
+        elif kind is out.TakeBack:
+            process = self.processes.get(action.number)
+            if process is None or not process.alive:
+                return
+            datagrams, process.tasks = list(process.tasks), deque()
+            taken = []
+            for datagram in datagrams:
+                for message in messages.decode_to_worker(datagram):
+                    if type(message) is m.Run:
+                        taken.append(message.task_id)
+                    else:
+                        self._send_tasks(action.number, [message])
+            machine.dispatcher.taken_back(action.number, taken)
+        elif kind is out.GrantSegment:
+            process = self.processes.get(action.client)
+            if process is None or not process.alive:
+                machine.memory.close(action.segment)
+                return
+            self.memory[action.segment] = memoryview(bytearray(action.nbytes))
+            process.inbox.append(messages.encode([m.SegmentGrant(action.segment, action.nbytes)]))
+        elif kind is out.OpenSegment:
+            process = self.processes.get(action.client)
+            if process is not None and process.alive:
+                nbytes = len(self.memory[action.segment])
+                process.inbox.append(messages.encode([m.SegmentOpened(action.segment, nbytes)]))
+        elif kind is out.CloseSegment:
+            for record in machine.directory.records.values():
+                if record.location is not None and record.location.segment == action.segment:
+                    self.cluster.fault(f"segment {action.segment} closed under {record}")
+            self.memory.pop(action.segment, None)
+            if self.segments.arena.has(action.segment):
+                self.segments.arena.remove(action.segment)
+        elif kind is out.FreeNodeRange:
+            if self.segments.arena.has(action.segment):
+                self.segments.arena.release(action.segment, action.offset)
+        elif kind is out.StartPull:
+            self.transfers.start(action)
+        elif kind is out.ServePull:
+            self.transfers.serve(action)
+
+    def leftovers(self) -> list[str]:
+        """What should not be there once nobody refers to anything."""
+        machine = self.machine
+        found: list[str] = []
+
+        def check(what: str, thing: Any) -> None:
+            if thing:
+                found.append(f"rank {self.rank}: {what}: {thing!r}"[:1500])
+
+        check("objects", list(machine.directory.records.values()))
+        check("tasks", list(machine.tasks.records.values()))
+        check("handovers", machine.directory._handovers)
+        check("reports held back", not machine.directory.holders.idle)
+        check("ranges in use", machine.memory._live)
+        check("object bytes", machine.memory.object_bytes)
+        check("transfers", self.transfers.active)
+        check("queued", machine.dispatcher.queued())
+        check("piled", machine.dispatcher.piled)
+        check("hosted actors", list(machine.actors.hosted))
+        check("actor homes", [(h.actor_id.hex(), h.state.name)
+                              for h in machine.actors.homes.values()])
+        check("routes", [(r.actor_id.hex(), r.state.name, r.open_calls)
+                         for r in machine.actors.routes.values()])
+        check("leases", machine.cluster._leases)
+        check("function waits", machine._function_waits)
+        check("requests for memory", machine.memory._waiting)
+        for client in machine.clients.values():
+            check(f"held by client {client.number}", [short(i) for i in client.held])
+            check(f"pinned by client {client.number}", client.pins)
+        ledger = machine.dispatcher.ledger
+        if ledger.free != ledger.total:
+            found.append(f"rank {self.rank}: free {ledger.free} of {ledger.total}")
+        for process in self.processes.values():
+            check(f"arena of {process!r}", process._arena.used_bytes)
+        check("arena of the node", self.segments.arena.used_bytes)
+        return found
+
+
+class SimulatedCluster:
+    """See the module. `bodies` maps names to task, constructor and method bodies."""
+
+    def __init__(
+        self, size: int, bodies: dict[str, Callable[..., Any]], *, seed: int, cpus: int = 2,
+        capacity_bytes: int = 1 << 20, reorder: bool = True, validating: bool = True,
+        lazy: float = 0.2, time_scale: float = 1.0, resources: dict[str, int] | None = None,
+    ) -> None:
+        self.size = size
+        self.bodies = bodies
+        self.seed = seed
+        self.rng = random.Random(seed)
+        self.job_id = ids.job_id(1)
+        self.now_s = 0.0
+        self.validating = validating
+        # The chance that somebody is not scheduled in a round.
+        self.lazy = lazy
+        # A round is 0.1 ms: how much longer the tasks claim to have run, for batching.
+        self.time_scale = time_scale
+        # Per round: the chance that some busy worker is killed.
+        self.death_rate = 0.0
+        self.deaths = 0
+        self.network = LoopbackNetwork(size, seed=seed, reorder=reorder)
+        self.interrupted: list[bytes] = []
+        self.templates: dict[bytes, m.Template] = {}
+        self.starts: dict[bytes, list[int]] = {}
+        self.ends: dict[bytes, int] = {}
+        self.ran_on: dict[bytes, int] = {}
+        # (actor, caller) -> calls in the order submitted; and in the order started.
+        self._calls: dict[tuple[bytes, int, int], list[bytes]] = {}
+        self._call_keys: dict[bytes, tuple[bytes, int, int]] = {}
+        self._called: dict[tuple[bytes, int, int], list[bytes]] = {}
+        self.processes: dict[tuple[int, int], Process] = {}
+        offered = {"CPU": cpus * m.UNIT, **(resources or {})}
+        self.nodes = [SimulatedNode(self, rank, dict(offered), capacity_bytes)
+                      for rank in range(size)]
+        joined = [m.Joined(rank, f"host{rank}", "", rank, tuple(sorted(offered.items())))
+                  for rank in range(size)]
+        for node in self.nodes:
+            for one in joined:
+                node.machine.cluster.nodes[one.rank] = one
+                if node.machine.cluster.scheduler is not None:
+                    node.machine.cluster.scheduler.joined(one)
+            node.machine.dispatcher.start_workers(cpus)
+        head = self.nodes[0]
+        head.machine.connect(DRIVER)
+        self.driver = self.add_process(head, DRIVER)
+        head.machine.welcome(DRIVER)
+
+    def add_process(self, node: SimulatedNode, number: int) -> Process:
+        process = node.processes[number] = Process(self, node, number)
+        self.processes[(node.rank, number)] = process
+        if number != DRIVER:
+            process.outbox.append(m.Hello(1000 + number))
+        return process
+
+    def forget(self, process: Process) -> None:
+        self.processes.pop((process.node.rank, process.number), None)
+
+    # --- what scripts report --------------------------------------------------------------------------------
+
+    def fault(self, text: str, cause: BaseException | None = None) -> None:
+        raise Fault(f"seed {self.seed}, {self.now_s:.4f} s: {text}") from cause
+
+    def submitted(self, task_id: bytes, template: m.Template) -> None:
+        self.templates[task_id] = template
+
+    def called(self, actor_id: bytes, caller: Process, task_id: bytes) -> None:
+        key = (actor_id, caller.node.rank, caller.number)
+        self._calls.setdefault(key, []).append(task_id)
+        self._call_keys[task_id] = key
+
+    def started(self, run: m.Run, template: m.Template, process: Process) -> None:
+        attempts = self.starts.setdefault(run.task_id, [])
+        if run.attempt in attempts:
+            self.fault(f"attempt {run.attempt} of {short(run.task_id)} started twice")
+        attempts.append(run.attempt)
+        self.ran_on[run.task_id] = process.node.rank
+        key = self._call_keys.get(run.task_id)
+        if key is not None:
+            self._called.setdefault(key, []).append(run.task_id)
+        limit = template.max_retries
+        if template.kind == m.TASK and limit >= 0 and len(attempts) > limit + 1:
+            self.fault(f"{template.name} {short(run.task_id)} started {len(attempts)} times, "
+                       f"max_retries={limit}")
+
+    def finished(self, run: m.Run, process: Process) -> None:
+        self.ends[run.task_id] = self.ends.get(run.task_id, 0) + 1
+
+    # --- running ----------------------------------------------------------------------------------------------
+
+    def round(self) -> bool:
+        """Everybody may do one thing, in a random order; whether anybody did."""
+        rng = self.rng
+        self.now_s += ROUND_S
+        if self.death_rate and rng.random() < self.death_rate:
+            self.kill_some_worker()
+        things: list[SimulatedNode | Process] = [*self.nodes, *self.processes.values()]
+        if self.lazy:
+            rng.shuffle(things)
+        progress = False
+        for thing in things:
+            if self.lazy and rng.random() < self.lazy:
+                continue
+            try:
+                progress = thing.step() or progress
+            except Exception as error:
+                error.add_note(f"seed {self.seed}, {self.now_s:.4f} s, {thing!r}")
+                raise
+        return progress
+
+    def kill_some_worker(self) -> None:
+        busy = [p for p in self.processes.values() if p.number != DRIVER and p.alive and p.run]
+        if busy:
+            self.rng.choice(busy).die()
+            self.deaths += 1
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is under way: only time can bring anything."""
+        return self.network.quiet and not any(n.busy or n.transfers.active for n in self.nodes) \
+            and not any(p.runnable for p in self.processes.values())
+
+    def run_until_quiet(self, *, max_rounds: int = 200_000, max_s: float = 600.0) -> None:
+        """Until nothing can happen any more.
+
+        Raises:
+          Stuck: somebody waits for ever, or it does not become quiet within the bounds.
+        """
+        last_s = self.now_s
+        end_s = self.now_s + max_s
+        for _ in range(max_rounds):
+            if self.round():
+                last_s = self.now_s
+            elif self.idle:
+                wakes = [p.wake_s for p in self.processes.values()
+                         if p.wake_s is not None and p.alive]
+                if wakes:
+                    last_s = self.now_s
+                    self.now_s = max(min([*wakes, self.now_s + 0.01]), self.now_s)
+                elif self.now_s - last_s > QUIET_S:
+                    self._check_nobody_waits()
+                    return
+                else:
+                    wanted = any(n.machine.wants_ticks for n in self.nodes)
+                    self.now_s += 0.01 if wanted else 0.5
+            if self.now_s > end_s:
+                break
+        raise Stuck(f"seed {self.seed}: not quiet after {self.now_s:.2f} s\n{self.describe()}")
+
+    def _check_nobody_waits(self) -> None:
+        waiting = [p for p in self.processes.values() if p.script is not None]
+        if waiting:
+            raise Stuck(f"seed {self.seed}: nothing can happen any more, but "
+                        f"{len(waiting)} wait\n{self.describe()}")
+
+    def run(self, script: Script) -> None:
+        """Run a driver's program to its end, then on until nothing happens any more."""
+        self.driver.start(script)
+        del script
+        self.run_until_quiet()
+
+    def describe(self) -> str:
+        lines = [repr(p) for p in self.processes.values() if p.script is not None]
+        for node in self.nodes:
+            lines += node.leftovers()
+        return "\n".join(lines)
+
+    def check_nothing_is_left(self) -> None:
+        found = [line for node in self.nodes for line in node.leftovers()]
+        if found:
+            raise Fault(f"seed {self.seed}: left when all refs are gone:\n" + "\n".join(found))
+
+    def check_each_ran_once(self) -> None:
+        for task_id, template in self.templates.items():
+            starts = self.starts.get(task_id, [])
+            if len(starts) != 1 or self.ends.get(task_id) != 1:
+                self.fault(f"{template.name} {short(task_id)}: started {starts}, "
+                           f"ended {self.ends.get(task_id, 0)} times")
+
+    def check_calls_in_order(self) -> None:
+        for key, called in self._called.items():
+            submitted = self._calls[key]
+            first = list(dict.fromkeys(called))
+            expected = [task for task in submitted if task in set(first)]
+            if first != expected:
+                self.fault(f"calls of process {key[2]} of rank {key[1]} on {short(key[0])} out "
+                           f"of order: {[submitted.index(t) for t in first]}")

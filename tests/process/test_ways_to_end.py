@@ -1,0 +1,262 @@
+"""`python script.py`: how a job ends, in good order and in every other way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+import pytest
+
+from .jobs import Start
+
+HEAD = """
+import os, signal, sys, time
+import hpcray as ray
+
+@ray.remote
+def echo(x):
+    return x
+
+@ray.remote
+def block(started):
+    open(started, "w").close()
+    while True:
+        time.sleep(0.05)
+
+def until(path):
+    while not os.path.exists(path):
+        time.sleep(0.005)
+"""
+
+# A driver that waits for a task that never ends.
+PENDING = HEAD + """
+ray.init()
+mark = os.path.join(os.environ["TMPDIR"], "started")
+ref = block.remote(mark)
+until(mark)
+print("pending", flush=True)
+ray.get(ref)
+print("not reached")
+"""
+
+
+@pytest.mark.parametrize(("ending", "status"), [
+    ("", 0), ("sys.exit(3)", 3), ("os._exit(4)", 4), ("raise ValueError('mine')", 1),
+    ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
+    ("ray.shutdown(); sys.exit('said')", 1),
+    ("ray.get(ray.remote(lambda: 1 / 0).remote())", 1),
+])
+def test_the_script_s_end_is_the_job_s(start: Start, ending: str, status: int):
+    job = start(HEAD + f"""
+assert __name__ == "__main__" and sys.argv[1:] == ["a", "-n", "b c"], sys.argv
+ray.init()
+assert ray.get(echo.remote(1)) == 1
+print("here", flush=True)
+{ending}
+""", "a", "-n", "b c")
+    job.expect("here")
+    output = job.finish(status=status)
+    assert output.count("Traceback") <= 1 if "ray.get" not in ending else "ZeroDivision" in output
+    if "mine" in ending:
+        assert output.count("ValueError: mine") == 1
+
+
+def test_many_sessions_in_one_script(start: Start):
+    job = start(HEAD + """
+for i in range(4):
+    ray.init(num_cpus=1 + i % 2)
+    assert ray.get([echo.remote(i) for _ in range(20)]) == [i] * 20
+    assert ray.cluster_resources()["CPU"] == 1 + i % 2
+    ray.shutdown()
+    assert not ray.is_initialized()
+print(len(os.listdir("/proc/self/fd")))
+""")
+    job.finish()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL, signal.SIGHUP])
+def test_a_signal_to_the_driver(start: Start, number: int):
+    job = start(PENDING)
+    job.expect("pending")
+    job.kill("launcher", number=number)
+    output = job.finish(status=-number)
+    assert ("KeyboardInterrupt" in output) == (number == signal.SIGINT)
+    assert "connection to the node" not in output
+
+
+def test_ctrl_c_at_a_terminal(start: Start):
+    """The terminal sends it to the whole foreground group."""
+    job = start(PENDING, pty=True)
+    job.expect("pending")
+    job.say("\x03")
+    output = job.finish(status=-signal.SIGINT)
+    assert output.count("KeyboardInterrupt") == 1
+
+
+def test_ctrl_c_that_is_caught_leaves_the_session_usable(start: Start):
+    job = start(PENDING.replace("ray.get(ref)\n", """
+try:
+    ray.get(ref)
+except KeyboardInterrupt:
+    print("caught", ray.get(echo.remote(7)), flush=True)
+    sys.exit(5)
+"""), pty=True, HPCRAY_NUM_CPUS="2")
+    job.expect("pending")
+    job.say("\x03")
+    job.expect("caught 7")
+    job.finish(status=5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV])
+def test_the_node_dies(start: Start, number: int):
+    """The driver's get raises; the job does not hang, and one line says why."""
+    job = start(PENDING.replace("ray.get(ref)\n", """
+try:
+    ray.get(ref)
+except ray.exceptions.RaySystemError as error:
+    print("raised", type(error).__name__, flush=True)
+    raise
+"""))
+    job.expect("pending")
+    job.kill("node", number=number)
+    output = job.finish(status=1)
+    assert "raised RaySystemError" in output
+    said = [line for line in output.splitlines() if line.startswith("hpcray: ")]
+    assert len(said) == 1 and "node" in said[0], output
+
+
+def test_after_the_node_died_a_new_session_starts(start: Start):
+    job = start(HEAD + """
+ray.init()
+print("up", flush=True)
+sys.stdin.readline()
+try:
+    ray.get(echo.remote(1))
+    print("no error")
+except ray.exceptions.RaySystemError:
+    ray.shutdown()
+ray.init()
+print("again", ray.get(echo.remote(2)))
+""", pty=True)
+    job.expect("up")
+    job.kill("node")
+    job.say("\n")
+    job.expect("again 2")
+    job.finish()
+
+
+def test_a_driver_that_only_computes_notices_the_lost_node(start: Start):
+    job = start(HEAD + """
+ray.init()
+print("up", flush=True)
+sys.stdin.readline()
+print("idle end", flush=True)
+""", pty=True)
+    job.expect("up")
+    job.kill("node")
+    job.expect("the connection to the node is gone")
+    job.say("\n")
+    job.expect("idle end")
+    job.finish(status=None)
+
+
+def test_a_killed_worker_costs_a_retry(start: Start):
+    job = start(HEAD + """
+@ray.remote
+def once(path):
+    if not os.path.exists(path):
+        open(path, "w").close()
+        print("last words", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "retried"
+ray.init()
+print(ray.get(once.remote(os.path.join(os.environ["TMPDIR"], "once"))), flush=True)
+""")
+    output = job.finish()
+    assert "last words" in output and "retried" in output
+
+
+def test_a_killed_zygote_is_replaced(start: Start):
+    job = start(HEAD + """
+@ray.remote
+def slow(path):
+    first = not os.path.exists(path)
+    open(path, "w").close()
+    while first:
+        time.sleep(0.01)
+    return "retried"
+ray.init()
+mark = os.path.join(os.environ["TMPDIR"], "once")
+ref = slow.remote(mark)
+until(mark)
+print("running", flush=True)
+print(ray.get(ref), ray.get([echo.remote(i) for i in range(5)]), flush=True)
+""")
+    job.expect("running")
+    job.kill("zygote")
+    job.expect(r"retried \[0, 1, 2, 3, 4\]")
+    output = job.finish()
+    assert output.count("starting a new one") == 1
+
+
+def test_a_killed_sidecar_is_reported_once(start: Start):
+    job = start(HEAD + """
+ray.init()
+assert ray.get(echo.remote(1)) == 1
+print("up", flush=True)
+sys.stdin.readline()
+for i in range(20):
+    assert ray.get(echo.remote(i)) == i
+print("went on", flush=True)
+sys.stdin.readline()
+""", pty=True)
+    job.expect("up")
+    job.kill("server")
+    job.expect("Warning: the control store")
+    job.say("\n")
+    job.expect("went on")
+    job.say("\n")
+    output = job.finish()
+    assert output.count("Warning:") == 1, output
+
+
+@pytest.mark.parametrize("role", ["guard", "node", "driver"])
+def test_no_order_of_deaths_leaves_anything(start: Start, role: str):
+    """First the one, then the driver: all are gone."""
+    job = start(PENDING)
+    job.expect("pending")
+    job.kill(role)
+    if role != "driver" and job.process.poll() is None:
+        os.kill(job.process.pid, signal.SIGKILL)
+    job.finish(status=None)
+
+
+def test_a_stopped_node_is_killed_by_the_driver_s_end(start: Start):
+    job = start(PENDING.replace("ray.get(ref)\n", "sys.exit(3)\n"))
+    job.expect("pending")
+    node = job.pid("node")
+    del node
+    job.finish(status=3)
+
+
+def test_what_a_task_started_ends_with_the_job(start: Start):
+    job = start(HEAD + """
+@ray.remote
+def leave():
+    import subprocess
+    return subprocess.Popen(["sleep", "1000"], start_new_session=False).pid
+ray.init()
+print("child", ray.get(leave.remote()), flush=True)
+""")
+    job.finish()
+
+
+@pytest.mark.parametrize("when", ["import", "init"])
+def test_an_error_before_the_session(start: Start, when: str):
+    job = start({"import": "import hpcray\nraise SystemExit(9)",
+                 "init": "import hpcray\nhpcray.init(num_cpus=-1)"}[when])
+    job.finish(status=9 if when == "import" else 1)
+
+
+assert sys.platform == "linux"
