@@ -44,6 +44,10 @@ _BATCH_MESSAGES = 48
 _IDS_PER_MESSAGE = 4000
 # Submissions further apart than this leave at once; closer ones are gathered.
 _LINGER_S = 0.0005
+# Dropped refs are told this late, unless memory is short: most of a loop's drops share a message,
+# and a ref met again meanwhile costs none.
+_DRAIN_S = 0.05
+_DRAIN_REFS = 50_000
 
 
 class Waiter:
@@ -65,6 +69,7 @@ class Client:
         self._reading = False
         self.last_read_s = 0.0
         self._last_flush_s = 0.0
+        self._last_drain_s = 0.0
         self._channel = Channel(sock)
         self._refs = ReferenceTable()
         self.memory = ClientMemory(self)
@@ -517,7 +522,7 @@ class Client:
         with self._lock:
             self._check()
             self._channel.outbox.append(message)
-            self._flush()
+            self._flush(drain=True)
             self._wait(slot, None, giving_back=False)
         return slot.result
 
@@ -538,16 +543,19 @@ class Client:
                 self._send_holds(outbox)
             outbox.append(message)
 
-    def flush(self) -> None:
+    def flush(self, *, drain: bool = False) -> None:
+        """Send what is queued; with `drain` (before a process idles) dropped refs too."""
         with self._lock:
-            self._flush()
+            self._flush(drain=drain)
 
     def flush_lingering(self) -> bool:
         """By the helper: send what has waited; whether there was anything."""
         with self._lock:
             if self._lost is not None:
                 return False
-            if self._channel.outbox or self._refs.pending_drops() or self.memory.pending_unpins():
+            late = (self._refs.pending_drops()
+                    and time.monotonic() - self._last_drain_s > _DRAIN_S)
+            if self._channel.outbox or late or self.memory.pending_unpins():
                 self._flush()
                 return True
             return False
@@ -574,12 +582,18 @@ class Client:
             for start in range(0, len(found), _IDS_PER_MESSAGE):
                 outbox.append(Hold(b"".join(found[start : start + _IDS_PER_MESSAGE])))
 
-    def _flush(self) -> None:
+    def _flush(self, *, drain: bool = False) -> None:
         channel = self._channel
         outbox = channel.outbox
         refs = self._refs
-        # Drained before new holds are told: a ref that came and went is never mentioned.
-        dropped = refs.drain() if refs.pending_drops() else None
+        dropped = None
+        if refs.pending_drops() and (
+            drain or time.monotonic() - self._last_drain_s > _DRAIN_S
+            or refs.pending_drops() > _DRAIN_REFS
+        ):
+            # Drained before new holds are told: a ref that came and went is never mentioned.
+            dropped = refs.drain()
+            self._last_drain_s = time.monotonic()
         if refs.new_holds:
             holds: list[Any] = []
             self._send_holds(holds)

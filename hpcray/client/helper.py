@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hpcray.client.client import Client
 
 _TICK_MS = 2
+_BUSY_TICK_MS = 5
 _QUIET_S = 0.02
 _READER_TICK_MS = 10
 _DROPS_MS = 100
@@ -89,7 +90,8 @@ class Helper:
         while not self._stopping and client.lost is None:
             try:
                 if client.being_read:
-                    events = wake_only.poll(_TICK_MS if self._armed else _READER_TICK_MS)
+                    # Whoever reads also sends: ticks only catch what it leaves behind.
+                    events = wake_only.poll(_BUSY_TICK_MS if self._armed else _READER_TICK_MS)
                 else:
                     events = both.poll(_TICK_MS if self._armed else asleep_ms)
                 if events:

@@ -98,8 +98,8 @@ class ClientMemory:
     def released(self, segment: int, offsets: tuple[int, ...]) -> None:
         for offset in offsets:
             self._arena.release(segment, offset)
-        empty = self._arena.empty_segments()
-        for extra in empty[_SPARE_SEGMENTS:]:
+        # Those that have been empty longest go; the one just emptied is warm.
+        for extra in self._arena.empty_segments()[:-_SPARE_SEGMENTS]:
             self._return(extra, self._client._channel.outbox)
 
     def give_back(self, outbox: list[Any]) -> None:

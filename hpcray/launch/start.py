@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 # A node ends its workers, its peers and MPI within this; after that it is killed.
 _END_S = 5.0
+_HUNG_S = 0.5
 
 
 class _Node:
@@ -147,6 +148,8 @@ def connect(config: InitConfig) -> Client:
         _end_node()
         raise
     node.in_use = True
+    # A driver that only computes or sleeps still shows what workers print, and that it lost its node.
+    client._helper.start()
     from hpcray.protocol import ids
 
     client.begin_task(ids.driver_task_id(client.rank, client.job_id), 0)
@@ -185,10 +188,11 @@ def disconnect(client: Client, status: int) -> None:
         return
     node.in_use = False
     if not park or not ended:
-        _end_node()
+        # One that did not end the job in time hangs: it has had its chance.
+        _end_node(_END_S if ended else _HUNG_S)
 
 
-def _end_node() -> None:
+def _end_node(timeout_s: float = _END_S) -> None:
     """End the node and wait for it; kill it if it does not end. At exit, or after `disconnect`."""
     node = _node
     if node is None:
@@ -198,11 +202,11 @@ def _end_node() -> None:
 
     with contextlib.suppress(OSError):
         node.socket.send(messages.encode([messages.EndJob(0, False)]), socket.MSG_DONTWAIT)
-    deadline_s = time.monotonic() + _END_S
+    deadline_s = time.monotonic() + timeout_s
     try:
-        node.process.wait(_END_S)
+        node.process.wait(timeout_s)
     except subprocess.TimeoutExpired:
-        print(f"hpcray: the node (pid {node.process.pid}) did not end within {_END_S:g} s; "
+        print(f"hpcray: the node (pid {node.process.pid}) did not end within {_END_S:g} s: "
               "killing it", file=sys.stderr)
         node.process.kill()
         node.process.wait()

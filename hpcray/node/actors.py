@@ -347,6 +347,8 @@ class Actors:
         route.incarnation = message.incarnation
         route.failure = message.failure
         self._flush_route(route)
+        if route.state is ActorState.DEAD and route.open_calls == 0:
+            self.routes.pop(route.actor_id, None)  # a later call asks the home again
 
     def _flush_route(self, route: Route) -> None:
         if route.state not in (ActorState.ALIVE, ActorState.DEAD):

@@ -22,7 +22,7 @@ from hpcray.node.ledger import Shape
 from hpcray.node.outbox import Outbox
 from hpcray.node.records import QUEUED, TaskRecord
 from hpcray.protocol import ids
-from hpcray.protocol.messages import ACTOR_CREATION, Demand, Grant, Joined, Load
+from hpcray.protocol.messages import ACTOR_CREATION, Demand, GiveBack, Grant, Joined, Load
 
 if TYPE_CHECKING:
     from hpcray.node.dispatch import ShapeQueue
@@ -38,6 +38,8 @@ _AHEAD_MAX = 256
 # A demand is repeated if nothing came of it (its grants may have been given away).
 _REPEAT_S = 0.05
 _LOAD_INTERVAL_S = 0.002
+# How often one node is asked to give back.
+_ASK_BACK_S = 0.005
 _HEARTBEAT_S = 1.0
 _RECENT_S = 0.1
 # Below this many bytes an absent input does not decide where a task runs.
@@ -47,10 +49,11 @@ _LOCALITY_BYTES = 4 * 1024 * 1024
 class Lease:
     """Slots granted on another rank for one shape."""
 
-    __slots__ = ("open", "slots")
+    __slots__ = ("asked_s", "open", "slots")
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
+        self.asked_s = 0.0  # when it was last asked to give something back
         self.open = 0  # assigned, no outcome yet
 
 
@@ -139,6 +142,9 @@ class Cluster:
                 known = self._machine.tasks.statistics[task.template.template_id]
                 if known.count and not known.singly:
                     room *= max(1, min(_AHEAD_US // (known.slow_us + 1), _AHEAD_MAX))
+                    # A little more than runs: its next task is there when one ends. It comes
+                    # back (GiveBack) if somebody else is idle first.
+                    room += max(1, lease.slots // 4)
                 break
         # Leave this node's own CPUs their next tasks: binding the last ones away gains nothing.
         self._bind(rank, queue, room - lease.open, lease)
@@ -168,8 +174,20 @@ class Cluster:
         queue = self._machine.dispatcher.queues.get((task.template.resources, False))
         if queue is not None and queue.tasks:
             self._refill(rank, queue, lease)
+        elif lease.open < lease.slots:
+            self._ask_back(task.template.resources, rank)
         if lease.open <= 0:
             del self._leases[key]
+
+    def _ask_back(self, shape: Shape, idle_rank: int) -> None:
+        """A slot is idle and nothing waits here: take back what waits elsewhere unstarted."""
+        now_s = self._machine.now_s
+        for (rank, leased), lease in self._leases.items():
+            if (rank != idle_rank and leased == shape and lease.open > 1
+                    and now_s - lease.asked_s > _ASK_BACK_S):
+                lease.asked_s = now_s
+                self._outbox.peers[rank].append(GiveBack(shape, 1))
+                return
 
     def returned(self, rank: int, task: TaskRecord) -> None:
         """The executor has no room after all."""
@@ -188,12 +206,23 @@ class Cluster:
             return
         self._send_demands(now_s)
         self._send_load(now_s)
+        if self._leases:
+            self._use_idle_cpus()
         if self.scheduler is not None:
             for home, grant in self.scheduler.match(now_s):
                 if home == self._rank:
                     self.granted(grant, now_s)
                 else:
                     self._outbox.peers[home].append(grant)
+
+    def _use_idle_cpus(self) -> None:
+        """This node could start more than waits here: its own tasks may wait elsewhere."""
+        dispatcher = self._machine.dispatcher
+        for _, shape in list(self._leases):
+            queue = dispatcher.queues.get((shape, False))
+            if (queue is None or not queue.tasks) and dispatcher.ledger.fits(shape):
+                self._ask_back(shape, self._rank)
+                return
 
     def _send_demands(self, now_s: float) -> None:
         dispatcher = self._machine.dispatcher

@@ -132,9 +132,9 @@ class Directory:
             extra.added = False
             self.holders.drop(object_id)
         # The copy stays until the home says so (the home counts on it); a bare record goes.
+        # Whoever waits for it holds it: waiters left over are of processes that died or gave up.
         if record.location is None and not record.pins and not (extra and extra.pulling):
-            if record.waiters is None and not (extra and extra.dependents):
-                del self.records[object_id]
+            del self.records[object_id]
 
     def _free(self, record: ObjectRecord) -> None:
         """No ref is left anywhere."""
@@ -307,6 +307,8 @@ class Directory:
             if value is not None:
                 self._outbox.clients[client].append(Value(record.object_id, value))
                 return
+            if client not in self._machine.clients:
+                return  # it died while it waited
             if record.location is not None:
                 self.pin(record, client)
                 self._outbox.clients[client].append(ValueAt(record.object_id, record.location))

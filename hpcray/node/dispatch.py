@@ -431,6 +431,16 @@ class Dispatcher:
             worker.state = WorkerState.STOPPING
             self._outbox.tasks.append((worker.number, [Stop()]))
 
+    def give_back_to(self, home: int, shape: Shape, count: int) -> None:
+        """The home has a better place for tasks it bound here and that have not started."""
+        queue = self.queues.get((shape, False))
+        if queue is None:
+            return
+        for task in [t for t in reversed(queue.tasks) if t.home == home and t.state == QUEUED
+                     and t.template.rank < 0][:count]:
+            queue.tasks.remove(task)
+            self._machine.tasks.give_back(task)
+
     def give_back_foreign(self) -> None:
         """Other homes' tasks that cannot start here return to them."""
         for queue in self.queues.values():

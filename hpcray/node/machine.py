@@ -29,6 +29,7 @@ from hpcray.protocol import ids, values
 from hpcray.protocol import messages as m
 
 DRIVER = 0
+_FOREIGN_WAIT_S = 0.1
 
 
 class Machine:
@@ -235,13 +236,13 @@ class Machine:
         self._report_impossible()
 
     def _give_back_foreign(self, now_s: float) -> None:
-        # Others' tasks that have waited here for a whole tick go back: somebody may have room.
+        # Others' tasks that wait here for long go back even unasked: somebody may have room.
         if any(t.home != self.rank for q in self.dispatcher.queues.values() for t in q.tasks):
-            if self._foreign_since_s is not None:
+            if self._foreign_since_s is None:
+                self._foreign_since_s = now_s
+            elif now_s - self._foreign_since_s > _FOREIGN_WAIT_S:
                 self.dispatcher.give_back_foreign()
                 self._foreign_since_s = None
-            else:
-                self._foreign_since_s = now_s
         else:
             self._foreign_since_s = None
 
@@ -354,5 +355,7 @@ _PEER_HANDLERS: dict[type, Callable[[Machine, int, Any], None]] = {
     m.PeerRequest: lambda self, rank, message: self.requests.peer_asked(rank, message),
     m.PeerReply: lambda self, _, message: self.requests.peer_answered(message),
     m.Notice: Machine._notice,
+    m.GiveBack: lambda self, rank, message: self.dispatcher.give_back_to(
+        rank, message.shape, message.count),
     m.RecallTask: lambda self, _, message: self.tasks.recalled(message),
 }

@@ -6,8 +6,8 @@
       worker output
 
 One thread; no call in it blocks. Waiting: in `epoll` until something happens on this host; with
-other ranks at most 1 ms (5 ms when all has been quiet for a second), because MPI has no
-descriptor to wait for; not at all while data is moving.
+other ranks at most 50 us to 5 ms, by how long ago MPI last brought something, because MPI has
+no descriptor to wait for; not at all while data is moving.
 
 The job's life at a node:
 
@@ -54,9 +54,10 @@ _TICK_S = 0.01
 _SLOW_TICK_S = 1.0
 # Lineage may be this old in the control store: one command for many tasks.
 _JOURNAL_S = 0.02
-_MPI_POLL_MS = 1
-_MPI_QUIET_POLL_MS = 5
-_QUIET_S = 1.0
+# How long to sleep between looks at MPI, by how long ago it last brought something: a reply is
+# most likely at once. (since, sleep) in seconds; epoll alone knows milliseconds only.
+_MPI_WAITS_S = ((0.001, 0.00005), (0.01, 0.0002), (1.0, 0.001))
+_MPI_QUIET_WAIT_S = 0.005
 # A peer that has not ended its workers by then is left behind.
 _END_TIMEOUT_S = 3.0
 _SPIN_S = 0.0002
@@ -112,7 +113,7 @@ class NodeServer:
         self._buffer = bytearray(_RECEIVE_BYTES)
         self._view = memoryview(self._buffer)
         self._settings: dict[str, Any] = {}
-        self._last_event_s = time.monotonic()
+        self._last_mpi_s = time.monotonic()
         self._next_tick_s = 0.0
         self._next_journal_s = 0.0
         self._end_deadline_s: float | None = None
@@ -146,18 +147,20 @@ class NodeServer:
         transport = self._transport
         while self._state != LEFT:
             now_s = time.monotonic()
-            events = epoll.poll(self._wait_s(now_s))
+            wait_s = self._wait_s(now_s)
+            if 0.0 < wait_s < 0.001:
+                select.select((epoll,), (), (), wait_s)
+                wait_s = 0.0
+            events = epoll.poll(wait_s)
             for fd, _ in events:
                 handler = self._handlers.get(fd)
                 if handler is not None:
                     handler(fd)
             now_s = time.monotonic()
-            if events:
-                self._last_event_s = now_s
             if transport is not None:
                 for event in transport.poll():
                     self._on_transport(event)
-                    self._last_event_s = now_s
+                    self._last_mpi_s = now_s
             if self._dead:
                 self._bury()
             self._turn(now_s)
@@ -184,11 +187,14 @@ class NodeServer:
             return tick_s
         if transport.busy():
             return 0.0
-        quiet_s = now_s - self._last_event_s
+        quiet_s = now_s - self._last_mpi_s
         if self._spin and quiet_s < _SPIN_S:
             os.sched_yield()
             return 0.0
-        return min(tick_s, (_MPI_POLL_MS if quiet_s < _QUIET_S else _MPI_QUIET_POLL_MS) / 1000)
+        for since_s, wait_s in _MPI_WAITS_S:
+            if quiet_s < since_s:
+                return min(tick_s, wait_s)
+        return min(tick_s, _MPI_QUIET_WAIT_S)
 
     def _turn(self, now_s: float) -> None:
         machine = self._machine
@@ -368,8 +374,7 @@ class NodeServer:
     def _grant_segment(self, machine: Machine, action: out.GrantSegment) -> None:
         connection = self._connections.get(action.client)
         if connection is None:
-            machine.memory.close(action.segment)
-            return
+            return  # it died meanwhile: its segments went with it (NodeMemory.client_gone)
         fd = self._segments.create(action.segment, action.nbytes)
         self._send_client(
             connection, [messages.SegmentGrant(action.segment, action.nbytes)], (fd,))
@@ -628,6 +633,7 @@ class NodeServer:
         if self._to_peers:
             # The epoch keeps what was sent in one job from being heard in the next.
             prefix = self._epoch.to_bytes(4, "little")
+            self._last_mpi_s = time.monotonic()  # an answer may come at once
             for rank, batch in self._to_peers.items():
                 transport.send(rank, prefix + messages.encode(batch))
             self._to_peers.clear()

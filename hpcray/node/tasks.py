@@ -226,7 +226,9 @@ class Tasks:
             for object_id, dep in zip(ids.split_ids(message.dep_ids), message.deps, strict=True):
                 if type(dep) is Remote:
                     record = directory.hold(object_id)
-                    if record.state == PENDING:
+                    # Our own object becomes ready by its result only, which may be behind this
+                    # message (held back for its refs) and says what it contains.
+                    if record.state == PENDING and not directory.is_home(object_id):
                         record.more().sources = dep.ranks
                         record.nbytes = dep.nbytes
                         directory.object_ready(object_id, dep)

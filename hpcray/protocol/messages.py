@@ -667,12 +667,19 @@ class RecallTask(_Message, tag=36):
     force: bool = False
 
 
+class GiveBack(_Message, tag=37):
+    """Home to executor: others are idle; return up to `count` of my tasks you have not started."""
+
+    shape: tuple[tuple[str, int], ...]
+    count: int
+
+
 ToPeer = (
     Joined | Begin | Ending | Ended | TemplateDef | FetchFunction | FunctionDef | Assign | AssignCall
     | TaskDone | TaskDoneMany | TaskFailed | TaskCrashed | TaskReturned | HolderAdd | HolderAdded
     | HolderDrop | HandedOver | Want | ObjectReady | PullRequest | PullRefused | CopyAdded | FreeCopies
     | Load | Demand | Grant | ActorWhere | ActorIs | ActorStop | ActorDown | PeerRequest | PeerReply
-    | PeerOutput | Notice | RecallTask
+    | PeerOutput | Notice | RecallTask | GiveBack
 )
 
 encode = msgspec.msgpack.Encoder().encode

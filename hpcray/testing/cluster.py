@@ -30,6 +30,8 @@ from hpcray.transport.loopback import LoopbackNetwork
 ROUND_S = 0.0001
 # Longer than any timeout of the machines (memory waits 2 s): after it nothing more comes.
 QUIET_S = 3.0
+# Small, so that many processes share a small store without moving megabytes.
+SEGMENT_BYTES = 16 * 1024
 _BACKGROUND = (m.Load, m.Demand, m.Grant)
 
 
@@ -68,6 +70,7 @@ class SimulatedNode:
         self.machine = Machine(
             rank, cluster.size, resources, capacity_bytes, cluster.job_id,
             {"node_ids": [str(r) for r in range(cluster.size)]})
+        self.machine.memory.budget.minimum_segment_bytes = SEGMENT_BYTES
         self.transport = cluster.network.transport(rank)
         self.memory: dict[int, memoryview] = {}
         self.segments = _Segments(self)
@@ -217,7 +220,6 @@ class SimulatedNode:
         elif kind is out.GrantSegment:
             process = self.processes.get(action.client)
             if process is None or not process.alive:
-                machine.memory.close(action.segment)
                 return
             self.memory[action.segment] = memoryview(bytearray(action.nbytes))
             process.inbox.append(messages.encode([m.SegmentGrant(action.segment, action.nbytes)]))
@@ -284,7 +286,7 @@ class SimulatedCluster:
 
     def __init__(
         self, size: int, bodies: dict[str, Callable[..., Any]], *, seed: int, cpus: int = 2,
-        capacity_bytes: int = 1 << 20, reorder: bool = True, validating: bool = True,
+        capacity_bytes: int = 8 << 20, reorder: bool = True, validating: bool = True,
         lazy: float = 0.2, time_scale: float = 1.0, resources: dict[str, int] | None = None,
     ) -> None:
         self.size = size

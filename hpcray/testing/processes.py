@@ -632,19 +632,19 @@ class Process:
         return template
 
     def _arguments(self, run: m.Run) -> Generator[Any, Any, list[Any]]:
-        found = []
+        # All are taken before any is opened: an error among them must not leave a pin behind.
+        found: list[bytes | View] = []
         for index, dep in enumerate(run.deps):
             object_id = run.ids[index * 28 : index * 28 + 28]
             if type(dep) is m.Located:
-                view = yield from self._view(object_id, dep)
-                found.append(self.open(view))
+                found.append((yield from self._view(object_id, dep)))
             elif dep == b"":
-                packed = yield from self.get_packed([self.intern(object_id)])
-                found.append(self.open(packed[0]))
+                found += yield from self.get_packed([self.intern(object_id)])
             else:
                 assert isinstance(dep, bytes)
-                found.append(self.open(dep))
-        args = self._unpack(run.args, found) if run.args else []
+                found.append(dep)
+        opened = [self.open(item) for item in found]
+        args = self._unpack(run.args, opened) if run.args else []
         assert isinstance(args, list)
         return args
 

@@ -54,7 +54,7 @@ class HostedActor:
         flushed_s = 0.0
         while True:
             if not queue:
-                client.flush()
+                client.flush(drain=True)
                 worker.read_tasks(wait=True)
                 flushed_s = time.monotonic()
                 continue
@@ -155,7 +155,7 @@ class ThreadedActor(HostedActor):
         worker = self.worker
         while True:
             if not queue:
-                worker.client.flush()
+                worker.client.flush(drain=True)
                 worker.read_tasks(wait=True)
                 continue
             item = queue.popleft()
@@ -267,7 +267,7 @@ class AsyncActor(HostedActor):
 
     def _flush(self) -> None:
         self._flush_due = False
-        self.worker.client.flush()
+        self.worker.client.flush(drain=not self._running)
 
     def enter(self, run: Run, template: Template) -> None:
         shared = self.worker.context

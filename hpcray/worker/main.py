@@ -28,6 +28,8 @@ from hpcray.client import context, references, serialization
 from hpcray.client.channel import ChannelClosed
 from hpcray.client.client import Client, Placeholder
 from hpcray.client.context import TaskContext
+# Imported here so that the zygote has them: an actor's start would pay 30 ms for them.
+from hpcray import actor as _actor  # noqa: F401
 from hpcray.protocol import ids, messages, values
 from hpcray.protocol.messages import (
     ACTOR_CREATION, ARGS_IN_DEP, METHOD, NO_ARGS, Blocked, Done, DoneMany, Failed, Located, Return,
@@ -108,7 +110,7 @@ class Worker:
         flushed_s = 0.0
         while True:
             if not queue:
-                client.flush()
+                client.flush(drain=True)
                 self.read_tasks(wait=True)
                 flushed_s = time.monotonic()
                 continue
@@ -350,7 +352,7 @@ class Worker:
         self, run: Run, loaded: Loaded, args: tuple[Any, ...], kwargs: dict[str, Any],
         began_s: float,
     ) -> None:
-        from hpcray.worker.hosting import host
+        from hpcray.worker.hosting import host  # (imported by the zygote: see below)
 
         template = loaded.template
         self.context.actor_id = run.actor_id
@@ -405,3 +407,7 @@ class Worker:
 
 def _us(began_s: float) -> int:
     return int((time.monotonic() - began_s) * 1_000_000)
+
+
+# Last, because it imports from here: what actors need is in the zygote before the first fork.
+import hpcray.worker.hosting  # noqa: E402, F401

@@ -31,7 +31,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -49,6 +49,19 @@ _INIT_OF_BACKEND: dict[str, dict[str, Any]] = {
     "ray": {"include_dashboard": False, "logging_level": "ERROR", "log_to_driver": False},
     "hpcray": {},
 }
+
+
+_FAILED = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed:
+        item.stash[_FAILED] = True
+    return report
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -132,8 +145,11 @@ def _clusters(backend: ModuleType) -> Iterator[Clusters]:
 
 
 @pytest.fixture
-def ray(_clusters: Clusters) -> ModuleType:
-    return _clusters.require(num_cpus=2)
+def ray(_clusters: Clusters, request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    yield _clusters.require(num_cpus=2)
+    if request.node.stash.get(_FAILED, False):
+        # It may have left a task running or an actor dead: one fault must not fail the neighbours.
+        _clusters.stop()
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ def fail(ray):
 
 def catch(ray, ref):
     with pytest.raises(ray.exceptions.RayError) as caught:
-        ray.get(ref, timeout=30)
+        ray.get(ref, timeout=15)
     return caught.value
 
 

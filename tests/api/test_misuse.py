@@ -21,7 +21,7 @@ class Class:
 
 def test_calling_a_remote_function(ray):
     f = ray.remote(function)
-    with pytest.raises(TypeError, match=r"function\.remote\(\)"):
+    with pytest.raises(TypeError, match=r"function\.remote\("):
         f()
 
 
@@ -31,13 +31,13 @@ def test_calling_with_options(ray):
 
 
 def test_instantiating_an_actor_class(ray):
-    with pytest.raises(TypeError, match=r"Class\.remote\(\)"):
+    with pytest.raises(TypeError, match=r"Class\.remote\("):
         ray.remote(Class)()
 
 
 def test_calling_an_actor_method(ray):
     actor = ray.remote(Class).remote()
-    with pytest.raises(TypeError, match=r"m\.remote\(\)"):
+    with pytest.raises(TypeError, match=r"m\.remote\("):
         actor.m()
 
 
@@ -54,8 +54,8 @@ def test_inheriting_from_an_actor_class(ray):
 
 @pytest.mark.parametrize(
     "thing",
-    [len, functools.partial(int, "3"), type("C", (), {"__call__": lambda self: 1})()],
-    ids=["builtin", "partial", "callable object"],
+    [functools.partial(int, "3"), type("C", (), {"__call__": lambda self: 1})()],
+    ids=["partial", "callable object"],
 )
 def test_remote_of_something_else(ray, thing):
     with pytest.raises(TypeError, match="function or a class"):
@@ -68,15 +68,20 @@ def test_remote_of_a_value(ray, thing):
         ray.remote(thing)
 
 
-def test_remote_without_anything(ray):
-    with pytest.raises((AssertionError, TypeError)):
-        ray.remote()
+@pytest.mark.ray_differs("a builtin is a function too; Ray refuses it")
+def test_remote_of_a_builtin(ray):
+    assert ray.get(ray.remote(len).remote([1, 2])) == 2
+
+
+@pytest.mark.ray_differs("harmless parentheses; Ray refuses them")
+def test_remote_with_empty_parentheses(ray):
+    assert ray.get(ray.remote()(function).remote()) == 1
 
 
 def test_remote_twice(ray):
-    with pytest.raises(TypeError, match="function or a class"):
+    with pytest.raises(TypeError, match="remote"):
         ray.remote(ray.remote(function))
-    with pytest.raises(TypeError, match="function or a class"):
+    with pytest.raises(TypeError, match="remote"):
         ray.remote(ray.remote(Class))
 
 
@@ -93,7 +98,7 @@ BAD_FOR_BOTH = [
     ({"num_gpus": -0.5}, ValueError, "num_gpus"),
     ({"memory": -1}, ValueError, "memory"),
     ({"num_cpus": "two"}, TypeError, "num_cpus"),
-    ({"num_cpus": 0.00001}, ValueError, "0.0001"),
+    ({"num_cpus": 0.00001}, ValueError, r"0\.0001|1/10000"),
     ({"resources": 5}, TypeError, "resources"),
     ({"resources": {"lamp": -1}}, ValueError, "lamp"),
     ({"resources": {"CPU": 1}}, ValueError, "num_cpus"),
@@ -147,10 +152,10 @@ def test_actor_options(ray, options, error, text):
 
 
 def test_an_unknown_option_lists_the_known_ones(ray):
-    with pytest.raises(ValueError, match="num_cpus.*max_retries"):
-        ray.remote(num_cpu=1)(function)
-    with pytest.raises(ValueError, match="num_cpus.*max_restarts"):
-        ray.remote(num_cpu=1)(Class)
+    for thing, own in ((function, "max_retries"), (Class, "max_restarts")):
+        with pytest.raises(ValueError, match="num_cpus") as caught:
+            ray.remote(num_cpu=1)(thing)
+        assert own in str(caught.value)
 
 
 def test_method_options(ray):
@@ -175,7 +180,7 @@ def test_kill_of_something_else(ray):
 
 def test_cancel_of_something_else(ray):
     for wrong in (3, None, [ray.put(1)]):
-        with pytest.raises((ValueError, TypeError), match="ref"):
+        with pytest.raises((ValueError, TypeError), match="[Rr]ef"):
             ray.cancel(wrong)
 
 

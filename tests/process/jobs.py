@@ -65,7 +65,7 @@ class Job:
         **environ: str,
     ) -> None:
         # Short: a socket path has 107 bytes.
-        self.directory = Path(tempfile.mkdtemp(prefix="hpcray-job-", dir="/tmp"))
+        self.directory = Path(tempfile.mkdtemp(prefix="job-", dir="/tmp"))
         self.script = self.directory / "script.py"
         self.script.write_text(textwrap.dedent(source))
         self.mark = f"HPCRAY_TEST_JOB={uuid.uuid4().hex}"
@@ -175,8 +175,7 @@ class Job:
 
     def fail(self, what: str) -> None:
         members = "\n".join(f"    {m}" for m in self.members())
-        stacks = ""
-        raise AssertionError(f"the job {what}\n  alive:\n{members}{stacks}\n  output:\n{self.output}")
+        raise AssertionError(f"the job {what}\n  alive:\n{members}\n  output:\n{self.output}")
 
     # --- its processes ---------------------------------------------------------------------------
 

@@ -1,0 +1,117 @@
+"""Any part of a job on several ranks dies: all of it ends, within seconds, and says why."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from ..process.jobs import Start
+
+HEAD = """
+import os, signal, sys, time
+import hpcray as ray
+from hpcray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
+
+@ray.remote
+def echo(x):
+    return x
+
+@ray.remote
+def block(started):
+    open(started, "w").close()
+    while True:
+        time.sleep(0.05)
+
+@ray.remote
+def once(path):
+    first = not os.path.exists(path)
+    open(path, "w").close()
+    while first:
+        time.sleep(0.01)
+    return "retried"
+
+def until(path):
+    while not os.path.exists(path):
+        time.sleep(0.005)
+
+def mark(name):
+    return os.path.join(os.environ["TMPDIR"], name)
+
+ray.init(num_cpus=1)
+on = [On(n["NodeID"], soft=False) for n in sorted(ray.nodes(), key=lambda n: n["Rank"])]
+"""
+PENDING = HEAD + """
+refs = [block.options(scheduling_strategy=on[r]).remote(mark(f"m{r}")) for r in range(2)]
+for r in range(2):
+    until(mark(f"m{r}"))
+print("pending", flush=True)
+ray.get(refs)
+"""
+
+
+@pytest.mark.parametrize(("role", "rank", "number"), [
+    ("node", 0, signal.SIGKILL), ("node", 1, signal.SIGKILL), ("node", 1, signal.SIGTERM),
+    ("driver", None, signal.SIGKILL), ("driver", None, signal.SIGINT),
+    ("launcher", None, signal.SIGTERM), ("launcher", None, signal.SIGINT),
+    ("launcher", None, signal.SIGKILL),
+])
+def test_a_death_ends_the_job(start: Start, role: str, rank: int | None, number: int):
+    job = start(PENDING, ranks=2)
+    job.expect("pending")
+    job.kill(role, rank, number)
+    job.finish(status=None, timeout_s=10)
+
+
+def test_ctrl_c_at_a_terminal(start: Start):
+    job = start(PENDING, ranks=2, pty=True)
+    job.expect("pending")
+    job.say("\x03")
+    job.finish(status=None, timeout_s=10)
+
+
+def test_the_driver_hears_of_its_node_s_death(start: Start):
+    """Under a launcher that lets it: some kill the whole rank first."""
+    job = start(PENDING, ranks=2)
+    job.expect("pending")
+    job.kill("node", 0)
+    output = job.finish(status=None, timeout_s=10)
+    assert "not reached" not in output
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("role", ["worker", "zygote"])
+def test_a_death_that_costs_a_retry(start: Start, role: str, rank: int):
+    job = start(HEAD + f"""
+ref = once.options(scheduling_strategy=on[{rank}]).remote(mark("once"))
+until(mark("once"))
+print("running", flush=True)
+print(ray.get(ref), ray.get([echo.remote(i) for i in range(4)]), flush=True)
+""", ranks=2)
+    job.expect("running")
+    if role == "worker":
+        # The one that runs the task: it has the mark's code in it, the others are idle. Kill all.
+        for member in job.members():
+            if member.role == "worker" and job._rank_of(member) == rank:
+                os.kill(member.pid, signal.SIGKILL)
+    else:
+        job.kill(role, rank)
+    job.expect(r"retried \[0, 1, 2, 3\]")
+    job.finish()
+
+
+def test_a_killed_sidecar_is_reported_once_and_costs_nothing(start: Start):
+    job = start(HEAD + """
+print("up", flush=True)
+sys.stdin.readline()
+assert ray.get([echo.remote(i) for i in range(20)]) == list(range(20))
+print("went on", flush=True)
+""", ranks=2, pty=True)
+    job.expect("up")
+    job.kill("server")
+    job.expect("control store died")
+    job.say("\n")
+    job.expect("went on")
+    output = job.finish()
+    assert output.count("control store") == 1, output

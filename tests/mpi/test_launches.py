@@ -1,0 +1,138 @@
+"""The launches, with the mpirun beside this Python: what the user's script sees of them."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from ..process.jobs import Start
+
+WHO = """
+import os, sys
+import hpcray as ray
+from hpcray.launch.identity import is_identity
+assert __name__ == "__main__" and sys.argv[1:] == ["-n", "b c"], sys.argv
+print("before", flush=True)
+ray.init()
+print("after", flush=True)
+assert not any(map(is_identity, os.environ))
+nodes = ray.nodes()
+assert sorted(n["Rank"] for n in nodes) == list(range(len(nodes)))
+
+@ray.remote(num_cpus=0)
+def who():
+    print("hello", flush=True)
+    assert not any(map(is_identity, os.environ))
+    return ray.get_runtime_context().get_node_id()
+
+from hpcray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
+for node in nodes:
+    where = On(node["NodeID"], soft=False)
+    assert ray.get(who.options(scheduling_strategy=where).remote()) == node["NodeID"]
+print("nodes", len(nodes), flush=True)
+"""
+
+
+@pytest.mark.parametrize(("ranks", "options"), [
+    (1, {}), (2, {}), (4, {}), (2, {"own_mpirun": True}), (1, {"bare": True}), (2, {"bare": True}),
+    (4, {"bare": True}),
+])
+def test_every_launch(start: Start, ranks: int, options: dict[str, bool]):
+    job = start(WHO + "sys.exit(3)\n", "-n", "b c", ranks=ranks, **options)
+    output = job.finish(status=3)
+    assert output.count("before") == (ranks if options.get("bare") else 1)
+    assert output.count("after") == 1
+    assert f"nodes {ranks}" in output
+    said = sorted(int(r) for r in re.findall(r"\(who pid=\d+ rank=(\d)\) hello", output))
+    # The same line from other workers within five seconds is folded into a count.
+    assert said and said[0] in range(ranks) and (ranks == 1 or "repeated" in output)
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_an_exception_is_printed_once(start: Start, bare: bool):
+    job = start("import hpcray as ray\nray.init()\nraise ValueError('mine')\n", ranks=2, bare=bare)
+    output = job.finish(status=1)
+    assert output.count("ValueError: mine") == 1
+    assert "hpcray" not in output.split("Traceback")[1].split("ValueError")[0]
+
+
+def test_sessions_one_after_the_other(start: Start):
+    """`shutdown` parks the nodes; the next `init` finds them."""
+    job = start("""
+import os
+import hpcray as ray
+
+@ray.remote
+def node():
+    return ray.get_runtime_context().get_node_id(), os.getppid()
+
+for i in range(4):
+    ray.init(num_cpus=2)
+    assert ray.cluster_resources()["CPU"] == 4
+    assert len(ray.nodes()) == 2
+    assert len(ray.get([node.remote() for _ in range(30)])) == 30
+    try:
+        ray.get_actor("kept")
+        print("an actor of the last session is still there")
+    except ValueError:
+        pass
+    class A:
+        pass
+    ray.remote(A).options(name="kept").remote()
+    ray.shutdown()
+print("done")
+""", ranks=2)
+    output = job.finish()
+    assert "done" in output and "still there" not in output
+
+
+def test_mpi_in_the_driver_and_in_tasks_is_a_world_of_its_own(start: Start):
+    job = start("""
+import hpcray as ray
+
+@ray.remote
+def world():
+    from mpi4py import MPI
+    return MPI.COMM_WORLD.size, MPI.COMM_WORLD.allreduce(5)
+
+ray.init()
+assert ray.get([world.remote() for _ in range(4)]) == [(1, 5)] * 4
+from mpi4py import MPI
+assert MPI.COMM_WORLD.size == 1
+MPI.COMM_WORLD.Barrier()
+assert ray.get(world.remote()) == (1, 5)
+print("worlds")
+""", ranks=2, bare=True)
+    assert "worlds" in job.finish()
+
+
+def test_mpi_before_init_is_refused(start: Start):
+    job = start("""
+from mpi4py import MPI
+import hpcray as ray
+MPI.COMM_WORLD.Barrier()
+try:
+    ray.init()
+except ray.exceptions.LaunchError as error:
+    MPI.COMM_WORLD.Barrier()
+    if MPI.COMM_WORLD.rank == 0:
+        print("refused:", error, flush=True)
+""", ranks=2, bare=True)
+    output = job.finish()
+    assert re.search("refused: .*hpcray run", output)
+
+
+def test_a_rank_that_never_arrives(start: Start):
+    """It ends with a sentence that says what to look at, and not in a hang."""
+    job = start("""
+import os
+if os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK")) == "1":
+    import signal
+    signal.pause()
+import hpcray as ray
+ray.init()
+""", ranks=2, bare=True, HPCRAY_START_TIMEOUT_S="2")
+    output = job.finish(status=None)
+    assert "MPI_Init has not returned after 2 s" in output
+    assert "never arrived" in output
