@@ -32,7 +32,7 @@ from hpcray.client.memory import ClientMemory
 from hpcray.client.references import LOCAL, READY, ObjectRef, ReferenceTable
 from hpcray.protocol import ids, messages, values
 from hpcray.protocol.messages import (
-    CancelTask, DefineFunction, DefineTemplate, Drop, Get, Hold, JobEnded, Output, PinForJob,
+    CancelTask, DefineFunction, DefineTemplate, Drop, Get, Hold, InlineLimit, JobEnded, Output, PinForJob,
     PutInline, PutLocated, Ready, Released, Reply, Request, SegmentClosed, SegmentDenied,
     SegmentGrant, SegmentOpened, SegmentReclaim, SubmitCall, SubmitTask, Template, TemplateIs,
     Value, ValueAt, Watch, Welcome,
@@ -93,6 +93,8 @@ class Client:
         # A worker gives its CPU back around a wait; set by worker/main.
         self.before_wait: Callable[[], bool] | None = None
         self.after_wait: Callable[[], None] | None = None
+        # Values up to this size travel in messages; the node lowers it when they fill its memory.
+        self.inline_max_bytes = values.INLINE_MAX_BYTES
         # Set by Welcome.
         self.job_id = b""
         self.rank = 0
@@ -277,7 +279,7 @@ class Client:
 
     def put_serialized(self, serialized: serialization.Serialized) -> ObjectRef[Any]:
         pickled, buffers, contained = serialized
-        if serialized.nbytes <= values.INLINE_MAX_BYTES:
+        if serialized.nbytes <= self.inline_max_bytes:
             packed = values.pack(pickled, buffers)
             with self._lock:
                 self._check()
@@ -783,6 +785,9 @@ class Client:
         self._tail = ids.id_tail(message.rank, message.job_id)
         self._welcome.remaining = 0
 
+    def _on_inline_limit(self, message: InlineLimit, _: list[int]) -> None:
+        self.inline_max_bytes = message.nbytes
+
     def _on_ended(self, _message: JobEnded, _: list[int]) -> None:
         self._ended.remaining = 0
 
@@ -810,6 +815,7 @@ _HANDLERS: dict[type, Callable[[Client, Any, list[int]], None]] = {
     Output: Client._on_output,
     CancelTask: Client._on_cancel,
     Welcome: Client._on_welcome,
+    InlineLimit: Client._on_inline_limit,
     JobEnded: Client._on_ended,
 }
 

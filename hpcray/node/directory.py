@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from hpcray.node.machine import Machine
 
 _IDS_PER_MESSAGE = 2000
+# Inline values of this size and less cost about as much as their record: not counted.
+_COUNTED_BYTES = 1024
 
 
 class Directory:
@@ -43,6 +45,8 @@ class Directory:
         self._rank_bytes = machine.rank.to_bytes(4, "big")
         self.records: dict[bytes, ObjectRecord] = {}
         self.holders = Holders(outbox)
+        # Bytes of inline values that are worth counting.
+        self.inline_bytes = 0
         # Clients' messages of this turn, coalesced: who became ready for whom.
         self._ready: dict[int, list[bytes]] = {}
         self._wants: dict[int, list[bytes]] = {}
@@ -151,6 +155,9 @@ class Directory:
                 extra.copies = None
         if object_id[:8] == b"\0\0\0\0\0\0\0\0" and ids.is_creation_object(object_id):
             self.on_freed_creation(object_id)
+        if record.value is not None and len(record.value) > _COUNTED_BYTES:
+            self.inline_bytes -= len(record.value)
+            record.value = None
         if record.pins or (extra is not None and extra.pulling):
             record.state = FREED
             return
@@ -167,8 +174,21 @@ class Directory:
             return  # nobody waits any more, or an earlier attempt delivered
         record.state = READY
         record.value = value
+        if len(value) > _COUNTED_BYTES:
+            self.inline_bytes += len(value)
         if record.waiters is not None or record.extra is not None:
             self._announce_ready(record)
+
+    def put_inline(self, object_id: bytes, value: bytes, contained: bytes) -> None:
+        """A small value that a client here has put."""
+        record = self.created(object_id)
+        record.value = value
+        record.state = READY
+        if len(value) > _COUNTED_BYTES:
+            self.inline_bytes += len(value)
+        if contained:
+            self.hold_all(contained)
+            record.more().contained = contained
 
     def resolve_return(self, object_id: bytes, returned: Return) -> None:
         """A value made by a worker of this node, for an object homed here."""

@@ -30,6 +30,7 @@ from hpcray.protocol import messages as m
 
 DRIVER = 0
 _FOREIGN_WAIT_S = 0.1
+_SQUEEZED_INLINE_BYTES = 4096
 
 
 class Machine:
@@ -57,6 +58,7 @@ class Machine:
         self.requests = Requests(self, self.outbox)
         self.directory.on_freed_creation = self.actors.last_handle_gone
         self._foreign_since_s: float | None = None
+        self._squeezed = False
 
     # --- clients ----------------------------------------------------------------------------------------
 
@@ -69,6 +71,8 @@ class Machine:
         client.welcomed = True
         self.outbox.clients[number].append(
             m.Welcome(self.job_id, self.rank, self.size, number, self.session))
+        if self._squeezed:
+            self.outbox.clients[number].append(m.InlineLimit(_SQUEEZED_INLINE_BYTES))
 
     def client_messages(self, number: int, batch: list[Any]) -> None:
         client = self.clients.get(number)
@@ -134,13 +138,8 @@ class Machine:
             message.function_id, m.FunctionDef(message.function_id, "", b"")))
 
     def _put_inline(self, client: ClientRecord, message: m.PutInline) -> None:
-        record = self.directory.created(message.object_id)
         client.held.add(message.object_id)
-        record.value = message.value
-        record.state = 1
-        if message.contained:
-            self.directory.hold_all(message.contained)
-            record.more().contained = message.contained
+        self.directory.put_inline(message.object_id, message.value, message.contained)
 
     def _put_located(self, client: ClientRecord, message: m.PutLocated) -> None:
         self.directory.created(message.object_id)
@@ -233,7 +232,18 @@ class Machine:
         self.memory.tick(now_s)
         if self.size > 1:
             self._give_back_foreign(now_s)
+        self._limit_inline()
         self._report_impossible()
+
+    def _limit_inline(self) -> None:
+        """Inline values may fill a tenth of the store's budget; beyond, larger ones go to it."""
+        tenth = self.memory.budget.capacity_bytes // 10
+        inline_bytes = self.directory.inline_bytes
+        if inline_bytes > tenth if not self._squeezed else inline_bytes < tenth // 2:
+            self._squeezed = not self._squeezed
+            limit = _SQUEEZED_INLINE_BYTES if self._squeezed else values.INLINE_MAX_BYTES
+            for number in self.clients:
+                self.outbox.clients[number].append(m.InlineLimit(limit))
 
     def _give_back_foreign(self, now_s: float) -> None:
         # Others' tasks that wait here for long go back even unasked: somebody may have room.
@@ -269,6 +279,7 @@ class Machine:
         return bool(
             self.dispatcher.piled or self.memory.waiting or self._foreign_since_s is not None
             or self.cluster.load_is_stale
+            or self.directory.inline_bytes > self.memory.budget.capacity_bytes // 10
             or (self.size > 1 and (self.dispatcher.queued() or self.cluster.actors_waiting)))
 
     def statistics(self) -> dict[str, Any]:

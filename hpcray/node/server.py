@@ -37,6 +37,7 @@ from hpcray.node.journal import Journal
 from hpcray.node.machine import DRIVER, Machine
 from hpcray.node.pool import WorkerPool, ZygoteLost
 from hpcray.node.transfers import Segments, Transfers
+from hpcray.objects.budget import MINIMUM_SEGMENT_BYTES
 from hpcray.observe.logs import LogFolder, LogSource
 from hpcray.protocol import ids, messages, values
 from hpcray.transport.base import (
@@ -147,7 +148,7 @@ class NodeServer:
         transport = self._transport
         while self._state != LEFT:
             now_s = time.monotonic()
-            wait_s = self._wait_s(now_s)
+            wait_s = 0.0 if self._segments.touching else self._wait_s(now_s)
             if 0.0 < wait_s < 0.001:
                 select.select((epoll,), (), (), wait_s)
                 wait_s = 0.0
@@ -161,6 +162,8 @@ class NodeServer:
                 for event in transport.poll():
                     self._on_transport(event)
                     self._last_mpi_s = now_s
+            if not events and self._segments.touching:
+                self._segments.touch_some()
             if self._dead:
                 self._bury()
             self._turn(now_s)
@@ -376,6 +379,11 @@ class NodeServer:
         if connection is None:
             return  # it died meanwhile: its segments went with it (NodeMemory.client_gone)
         fd = self._segments.create(action.segment, action.nbytes)
+        if action.nbytes <= machine.memory.budget.free_bytes:
+            if action.nbytes <= MINIMUM_SEGMENT_BYTES:
+                self._segments.prepare_spare(action.nbytes)
+        else:
+            self._segments.drop_spare()
         self._send_client(
             connection, [messages.SegmentGrant(action.segment, action.nbytes)], (fd,))
 

@@ -10,16 +10,20 @@ Decides nothing: which copy, and what a failure means, is the directory's busine
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from hpcray.node.outbox import ServePull, StartPull
-from hpcray.objects.segments import Mapping, SegmentArena, create_segment
+from hpcray.objects.segments import Mapping, SegmentArena, create_segment, prefault_steps
 from hpcray.protocol import values
 from hpcray.protocol.messages import Located, PullRequest
 
 if TYPE_CHECKING:
     from hpcray.node.machine import Machine
     from hpcray.transport.base import Transport
+
+# First touches run at about 1.3 GB/s: a step takes less than a millisecond.
+_TOUCH_BYTES = 1024 * 1024
 
 
 class Segments:
@@ -30,9 +34,44 @@ class Segments:
         self._sizes: dict[int, int] = {}
         self._mappings: dict[int, Mapping] = {}
         self.arena = SegmentArena()
+        # One segment ahead, touched while the node idles: the first touch of memory runs at a
+        # ninth of the speed of the second. (descriptor, bytes), and the touching still to do.
+        self._spare: tuple[int, int] | None = None
+        self._touching: Iterator[int] | None = None
+
+    def prepare_spare(self, nbytes: int) -> None:
+        """Have a segment of this size ready for the next grant."""
+        if self._spare is not None:
+            return
+        fd = create_segment(nbytes, "hpcray-spare")
+        mapping = Mapping(os.dup(fd), nbytes, writable=True)
+        self._spare = (fd, nbytes)
+        self._touching = prefault_steps(mapping, 0, nbytes, step_bytes=_TOUCH_BYTES)
+
+    def touch_some(self) -> bool:
+        """About a millisecond of touching; False when there is nothing (more) to do."""
+        if self._touching is None:
+            return False
+        if next(self._touching, None) is None:
+            self._touching = None
+        return self._touching is not None
+
+    @property
+    def touching(self) -> bool:
+        return self._touching is not None
+
+    def drop_spare(self) -> None:
+        if self._spare is not None:
+            os.close(self._spare[0])
+        self._spare = self._touching = None
 
     def create(self, segment: int, nbytes: int) -> int:
-        fd = create_segment(nbytes, f"hpcray-{segment}")
+        spare = self._spare
+        if spare is not None and spare[1] == nbytes:
+            fd = spare[0]
+            self._spare = self._touching = None
+        else:
+            fd = create_segment(nbytes, f"hpcray-{segment}")
         self._descriptors[segment] = fd
         self._sizes[segment] = nbytes
         return fd
@@ -64,6 +103,7 @@ class Segments:
             del self._sizes[segment]
 
     def close_all(self) -> None:
+        self.drop_spare()
         self._mappings.clear()
         for fd in self._descriptors.values():
             os.close(fd)

@@ -373,6 +373,12 @@ class CancelTask(_Message, tag=14):
     task_id: bytes
 
 
+class InlineLimit(_Message, tag=16):
+    """Values larger than this go to shared memory from now on: inline ones fill the node."""
+
+    nbytes: int
+
+
 class JobEnded(_Message, tag=15):
     """Everything of the job is gone; nodes are parked (or leave)."""
 
@@ -381,7 +387,8 @@ from hpcray.protocol.values import Failure  # noqa: E402  (after _Message, befor
 
 ToClient = (
     Welcome | Value | ValueAt | Ready | Released | SegmentGrant | SegmentDenied | SegmentOpened
-    | SegmentClosed | SegmentReclaim | TemplateIs | Reply | Output | CancelTask | JobEnded
+    | SegmentClosed | SegmentReclaim | TemplateIs | Reply | Output | CancelTask | InlineLimit
+    | JobEnded
 )
 
 # --- node -> worker, the task channel -----------------------------------------------------------

@@ -282,7 +282,7 @@ class Worker:
             if result is None:
                 return Done(run.task_id, run.attempt, _us(began_s), _NONE)
             serialized = serialization.serialize(result)
-            if not serialized.contained and serialized.nbytes <= values.INLINE_MAX_BYTES:
+            if not serialized.contained and serialized.nbytes <= self.client.inline_max_bytes:
                 packed = values.pack(serialized.pickled, serialized.buffers)
                 return Done(run.task_id, run.attempt, _us(began_s), packed)
             parts = (self._return(serialized),)
@@ -301,7 +301,7 @@ class Worker:
 
     def _return(self, serialized: serialization.Serialized) -> Return:
         contained = b"".join(serialized.contained)
-        if serialized.nbytes <= values.INLINE_MAX_BYTES:
+        if serialized.nbytes <= self.client.inline_max_bytes:
             return Return(values.pack(serialized.pickled, serialized.buffers), contained)
         return Return(self.client.memory.write(serialized), contained)
 
