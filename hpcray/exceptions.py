@@ -63,7 +63,7 @@ class TaskError(RayError):
         # The dual class made by as_instanceof_cause has no importable name: pickle what it is made of.
         plain = (self.function_name, self.traceback_str, self.cause, self.pid, self.ip,
                  self.rank, self.actor_id)
-        return (_load_task_error, (isinstance(self, _Dual), plain))
+        return (_load_task_error, (_is_dual(self), plain))
 
     def make_dual_exception_type(self) -> type:
         return type(self.as_instanceof_cause())
@@ -74,7 +74,7 @@ class TaskError(RayError):
         A class that refuses to be subclassed or built leaves a plain `TaskError` with the cause.
         """
         cause = self.cause
-        if cause is None or isinstance(self, _Dual):
+        if cause is None or _is_dual(self):
             return self
         while isinstance(cause, TaskError) and cause.cause is not None:
             cause = cause.cause  # a task that failed because of a task: the first cause counts
@@ -83,7 +83,7 @@ class TaskError(RayError):
             return self  # TaskError itself, RayError or Exception: nothing to add
         try:
             dual = _dual_class(cause_class)
-            error: TaskError = dual.__new__(dual)
+            error: TaskError = TaskError.__new__(dual)
             # The cause's own attributes first, so that e.errno and friends work; ours win.
             error.__dict__.update(getattr(cause, "__dict__", {}))
             error.__dict__.update(self.__dict__)
@@ -112,10 +112,14 @@ class _Dual:
         return str(self.__dict__["traceback_str"])
 
 
-_dual_classes: dict[type, type] = {}
+def _is_dual(error: BaseException) -> bool:
+    return isinstance(error, _Dual)
 
 
-def _dual_class(cause_class: type) -> type:
+_dual_classes: dict[type, type[TaskError]] = {}
+
+
+def _dual_class(cause_class: type[BaseException]) -> type[TaskError]:
     dual = _dual_classes.get(cause_class)
     if dual is None:
         dual = type(f"RayTaskError({cause_class.__name__})", (_Dual, TaskError, cause_class),

@@ -32,10 +32,35 @@ from hpcray.client.memory import ClientMemory
 from hpcray.client.references import LOCAL, READY, ObjectRef, ReferenceTable
 from hpcray.protocol import ids, messages, values
 from hpcray.protocol.messages import (
-    CancelTask, DefineFunction, DefineTemplate, Drop, Get, Hold, InlineLimit, JobEnded, Output, PinForJob,
-    PutInline, PutLocated, Ready, Released, Reply, Request, SegmentClosed, SegmentDenied,
-    SegmentGrant, SegmentOpened, SegmentReclaim, SubmitCall, SubmitTask, Template, TemplateIs,
-    Value, ValueAt, Watch, Welcome,
+    CancelTask,
+    DefineFunction,
+    DefineTemplate,
+    Drop,
+    Get,
+    Hold,
+    InlineLimit,
+    JobEnded,
+    Output,
+    PinForJob,
+    PutInline,
+    PutLocated,
+    Ready,
+    Released,
+    Reply,
+    Request,
+    SegmentClosed,
+    SegmentDenied,
+    SegmentGrant,
+    SegmentOpened,
+    SegmentReclaim,
+    SubmitCall,
+    SubmitTask,
+    Template,
+    TemplateIs,
+    Value,
+    ValueAt,
+    Watch,
+    Welcome,
 )
 
 # A datagram of this many messages is long enough to amortise its system call.
@@ -488,7 +513,7 @@ class Client:
             except BaseException as error:
                 future.set_exception(error)
 
-    # --- the slow path ------------------------------------------------------------------------------
+    # --- the slow path ----------------------------------------------------------------------------
 
     def request(self, name: str, arguments: Any = None, timeout_s: float | None = None) -> Any:
         """Ask the node something rare; the reply or its error."""
@@ -535,7 +560,7 @@ class Client:
         self._templates.pop(template_id, None)
         return answer
 
-    # --- reporting (workers) ------------------------------------------------------------------------
+    # --- reporting (workers) ----------------------------------------------------------------------
 
     def report(self, message: Any) -> None:
         """Queue a task's outcome; `flush` sends it."""
@@ -562,7 +587,7 @@ class Client:
                 return True
             return False
 
-    # --- inside, with the lock held -------------------------------------------------------------------
+    # --- inside, with the lock held ---------------------------------------------------------------
 
     def _check(self) -> None:
         if self._lost is not None:

@@ -43,7 +43,7 @@ class ClientMemory:
         self._arrivals: dict[bytes, Located] = {}
         self._unpins: deque[bytes] = deque()
 
-    # --- writing ------------------------------------------------------------------------------------
+    # --- writing ----------------------------------------------------------------------------------
 
     def write(self, serialized: Serialized) -> Located:
         """Copy a value into shared memory.
@@ -111,7 +111,7 @@ class ClientMemory:
         self._arena.remove(segment)
         outbox.append(SegmentReturn(segment))
 
-    # --- reading ------------------------------------------------------------------------------------
+    # --- reading ----------------------------------------------------------------------------------
 
     def arrived(self, object_id: bytes, location: Located, *, wanted: bool) -> None:
         """The node has pinned the object for us."""

@@ -170,12 +170,15 @@ def load_error(data: Any) -> BaseException:
 
 
 def failure_to_exception(failure: values.Failure) -> BaseException:
-    kind = getattr(exceptions, failure.kind, None) or {
+    kind: Any = getattr(exceptions, failure.kind, None) or {
         "ValueError": ValueError, "TypeError": TypeError, "RuntimeError": RuntimeError,
     }.get(failure.kind, exceptions.RaySystemError)
+    error: BaseException
     if issubclass(kind, exceptions.RayActorError):
-        return kind(failure.subject or None, failure.message,  # type: ignore[no-any-return]
-                    actor_init_failed="constructor" in failure.message)
-    if issubclass(kind, (exceptions.TaskCancelledError, exceptions.ObjectLostError)):
-        return kind(failure.subject, failure.message)  # type: ignore[no-any-return]
-    return kind(failure.message)  # type: ignore[no-any-return]
+        error = kind(failure.subject or None, failure.message,
+                     actor_init_failed="constructor" in failure.message)
+    elif issubclass(kind, (exceptions.TaskCancelledError, exceptions.ObjectLostError)):
+        error = kind(failure.subject, failure.message)
+    else:
+        error = kind(failure.message)
+    return error

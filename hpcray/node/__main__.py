@@ -26,6 +26,8 @@ from hpcray.protocol.messages import UNIT, Joined
 from hpcray.transport.base import Transport
 
 _CLOSE_S = 5.0
+# A job that fails may have lost a rank, and then nothing is to be waited for.
+_FAILED_CLOSE_S = 2.0
 _EXIT_S = 5.0
 
 # Files the MPI library keeps in /dev/shm and would leave there if this process were killed.
@@ -83,7 +85,14 @@ def main() -> int:
         server.close()
         journal.close()
     if transport is not None:
-        transport.close(_CLOSE_S)
+        if server.left_behind:
+            # MPI could only be ended together with them.
+            ranks = ", ".join(map(str, server.left_behind))
+            print(f"hpcray: rank {ranks} did not end with the job (dead or hanging); rank "
+                  f"{launch.rank} leaves without MPI_Finalize", file=sys.stderr, flush=True)
+            _drop_shared_files()
+            os._exit(status or 1)
+        transport.close(_CLOSE_S if status == 0 else _FAILED_CLOSE_S)
     return status
 
 
@@ -92,6 +101,12 @@ def _find_shared_files() -> list[str]:
     with open("/proc/self/maps") as maps:
         paths = {line.split(None, 5)[5].rstrip("\n") for line in maps if "/dev/shm/" in line}
     return sorted(path for path in paths if not path.endswith(" (deleted)"))
+
+
+def _drop_shared_files() -> None:
+    for path in _shared_files:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
 
 
 def _leave(status: int) -> None:
@@ -115,8 +130,6 @@ if __name__ == "__main__":
         print(f"hpcray: the node (pid {os.getpid()}) failed:", file=sys.stderr)
         traceback.print_exc()
         sys.stderr.flush()
-        for path in _shared_files:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
+        _drop_shared_files()
         os._exit(70)
     _leave(code)

@@ -29,12 +29,26 @@ from typing import TYPE_CHECKING, Any
 
 from hpcray.node.outbox import Outbox
 from hpcray.node.records import (
-    ASSIGNED, FETCHING, QUEUED, WAITING, ClientRecord, TaskRecord,
+    ASSIGNED,
+    FETCHING,
+    QUEUED,
+    WAITING,
+    ClientRecord,
+    TaskRecord,
 )
 from hpcray.protocol import ids, values
 from hpcray.protocol.messages import (
-    ActorDown, ActorIs, ActorStop, ActorWhere, AssignCall, CreateActor, SubmitCall, TaskCrashed,
-    TaskFailed, TaskReturned, Template,
+    ActorDown,
+    ActorIs,
+    ActorStop,
+    ActorWhere,
+    AssignCall,
+    CreateActor,
+    SubmitCall,
+    TaskCrashed,
+    TaskFailed,
+    TaskReturned,
+    Template,
 )
 
 if TYPE_CHECKING:
@@ -131,7 +145,7 @@ class Actors:
         # Changes for the control store: (actor, facts).
         self.changes: list[tuple[bytes, dict[str, Any]]] = []
 
-    # --- home: creation ---------------------------------------------------------------------------------
+    # --- home: creation ---------------------------------------------------------------------------
 
     def create(self, client: ClientRecord, message: CreateActor) -> None:
         tasks = self._machine.tasks
@@ -190,7 +204,7 @@ class Actors:
                 ids.creation_object_id(home.actor_id),
                 values.pack_failure(home.failure or failure))
 
-    # --- home: life and death ---------------------------------------------------------------------------
+    # --- home: life and death ---------------------------------------------------------------------
 
     def went_down(self, home: ActorHome, failure: values.Failure, *, intended: bool) -> None:
         """The worker is gone."""
@@ -304,7 +318,7 @@ class Actors:
         self._outbox.peers[rank].append(ActorIs(
             actor_id, int(home.state), home.rank, home.incarnation, home.failure))
 
-    # --- caller: routes -----------------------------------------------------------------------------------
+    # --- caller: routes ---------------------------------------------------------------------------
 
     def call(self, client: ClientRecord, message: SubmitCall) -> None:
         tasks = self._machine.tasks
@@ -445,7 +459,7 @@ class Actors:
                 del self.routes[actor_id]
         self._machine.directory.release(ids.creation_object_id(actor_id))
 
-    # --- host -----------------------------------------------------------------------------------------------
+    # --- host -------------------------------------------------------------------------------------
 
     def creating(self, task: TaskRecord, worker: int, devices: tuple[int, ...]) -> None:
         """The dispatcher has given the creation task to a worker, which is the actor's from now on."""

@@ -73,7 +73,7 @@ class Cluster:
         self._last_load_s = 0.0
         self.scheduler = GlobalScheduler() if self._rank == SCHEDULER_RANK else None
 
-    # --- binding what waits here --------------------------------------------------------------------------
+    # --- binding what waits here ------------------------------------------------------------------
 
     def place_elsewhere(self, task: TaskRecord) -> bool:
         """Whether the task was bound to the node that has most of its input."""
@@ -199,7 +199,7 @@ class Cluster:
             if lease.open <= 0:
                 del self._leases[key]
 
-    # --- end of turn and time -------------------------------------------------------------------------------
+    # --- end of turn and time ---------------------------------------------------------------------
 
     def end_turn(self, now_s: float) -> None:
         if self._machine.size == 1:

@@ -21,12 +21,30 @@ from typing import TYPE_CHECKING, Any
 from hpcray.node.holders import Holders
 from hpcray.node.outbox import Outbox, StartPull
 from hpcray.node.records import (
-    FREED, PENDING, READY, WAIT_LOCAL, WAIT_VALUE, ClientRecord, ObjectExtra, ObjectRecord,
+    FREED,
+    PENDING,
+    READY,
+    WAIT_LOCAL,
+    WAIT_VALUE,
+    ClientRecord,
+    ObjectExtra,
+    ObjectRecord,
 )
 from hpcray.protocol import ids, values
 from hpcray.protocol.messages import (
-    CopyAdded, FreeCopies, Located, ObjectReady, PeerReturn, PullRefused, PullRequest, Ready,
-    Remote, Return, Value, ValueAt, Want,
+    CopyAdded,
+    FreeCopies,
+    Located,
+    ObjectReady,
+    PeerReturn,
+    PullRefused,
+    PullRequest,
+    Ready,
+    Remote,
+    Return,
+    Value,
+    ValueAt,
+    Want,
 )
 
 if TYPE_CHECKING:
@@ -44,7 +62,7 @@ class Directory:
         self._rank = machine.rank
         self._rank_bytes = machine.rank.to_bytes(4, "big")
         self.records: dict[bytes, ObjectRecord] = {}
-        self.holders = Holders(outbox)
+        self.holders: Holders = Holders(outbox)
         # Bytes of inline values that are worth counting.
         self.inline_bytes = 0
         # Clients' messages of this turn, coalesced: who became ready for whom.
@@ -72,12 +90,8 @@ class Directory:
         if record is None:
             record = self.records[object_id] = ObjectRecord(object_id)
             if object_id[16:20] == self._rank_bytes:
-                failure = values.Failure(
-                    "ReferenceCountingAssertionError",
-                    "it was freed when its last counted ref went away", object_id.hex(),
-                )
                 record.state = READY
-                record.value = values.pack_failure(failure)
+                record.value = freed_value(object_id)
         return record
 
     def created(self, object_id: bytes) -> ObjectRecord:
@@ -165,7 +179,7 @@ class Directory:
             self._machine.memory.free(record.location)
             record.location = None
 
-    # --- becoming ready -----------------------------------------------------------------------------
+    # --- becoming ready ---------------------------------------------------------------------------
 
     def resolve_inline(self, object_id: bytes, value: bytes) -> None:
         """The common case: one small value without refs."""
@@ -295,7 +309,7 @@ class Directory:
             for task in dependents:
                 self._machine.tasks.dependency_ready(task, record)
 
-    # --- clients that wait ----------------------------------------------------------------------------
+    # --- clients that wait ------------------------------------------------------------------------
 
     def get(self, client: int, joined: bytes, how: int) -> None:
         code = client * 4 + how
@@ -349,7 +363,7 @@ class Directory:
         client.held.clear()
         # Its waits would be answered into the void: they are skipped by the loop.
 
-    # --- pins -----------------------------------------------------------------------------------------
+    # --- pins -------------------------------------------------------------------------------------
 
     def pin(self, record: ObjectRecord, client: int) -> None:
         record.pins += 1
@@ -384,7 +398,7 @@ class Directory:
             self._machine.memory.free(record.location)
             record.location = None
 
-    # --- other nodes ----------------------------------------------------------------------------------
+    # --- other nodes ------------------------------------------------------------------------------
 
     def want(self, record: ObjectRecord) -> None:
         """Ask the home of a foreign object to say when it is ready."""
@@ -398,8 +412,10 @@ class Directory:
 
     def wanted_by(self, rank: int, joined: bytes) -> None:
         for object_id in ids.split_ids(joined):
-            record = self.record(object_id)
-            if record.state == PENDING:
+            record = self.records.get(object_id)
+            if record is None:  # asked by a process that has died since, or miscounted
+                self._outbox.peers[rank].append(ObjectReady(object_id, freed_value(object_id)))
+            elif record.state == PENDING:
                 extra = record.more()
                 if extra.wanters is None:
                     extra.wanters = []
@@ -449,7 +465,7 @@ class Directory:
     def handed_over(self, number: int) -> None:
         self.release_all(self._handovers.pop(number, b""))
 
-    # --- copies ---------------------------------------------------------------------------------------
+    # --- copies -----------------------------------------------------------------------------------
 
     def is_local(self, record: ObjectRecord) -> bool:
         return record.value is not None or record.location is not None
@@ -498,6 +514,8 @@ class Directory:
         extra.pulling = False
         if record.state == FREED:
             self._finish_free(record)
+        elif record.count <= 0 and not self.is_home(object_id):
+            self._unheld(record)  # who wanted it is gone: nobody here may ask for it any more
         elif failure is not None:
             record.value = values.pack_failure(failure)
             record.state = READY
@@ -546,7 +564,7 @@ class Directory:
             self._machine.memory.free(record.location)
             record.location = None
 
-    # --- end of turn ----------------------------------------------------------------------------------
+    # --- end of turn ------------------------------------------------------------------------------
 
     def end_turn(self) -> None:
         outbox = self._outbox
@@ -581,3 +599,9 @@ class Directory:
             elif self.is_home(object_id):
                 assert record.count > 0 or extra.holders, record
             assert record.count >= 0, record
+
+
+def freed_value(object_id: bytes) -> bytes:
+    return values.pack_failure(values.Failure(
+        "ReferenceCountingAssertionError", "it was freed when its last counted ref went away",
+        object_id.hex()))

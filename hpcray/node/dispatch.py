@@ -102,7 +102,7 @@ class Dispatcher:
         # How many forked workers died before they said hello, in a row.
         self._stillborn = 0
 
-    # --- tasks in -------------------------------------------------------------------------------------
+    # --- tasks in ---------------------------------------------------------------------------------
 
     def enqueue(self, task: TaskRecord, *, front: bool = False) -> None:
         template = task.template
@@ -125,7 +125,7 @@ class Dispatcher:
     def queued(self) -> int:
         return sum(len(queue.tasks) for queue in self.queues.values())
 
-    # --- workers come and go ----------------------------------------------------------------------------
+    # --- workers come and go ----------------------------------------------------------------------
 
     def start_workers(self, count: int) -> None:
         for _ in range(count):
@@ -187,7 +187,7 @@ class Dispatcher:
         for queue in self.queues.values():
             queue.leased.pop(worker.number, None)
 
-    # --- scheduling -------------------------------------------------------------------------------------
+    # --- scheduling -------------------------------------------------------------------------------
 
     def end_turn(self, now_s: float) -> None:
         """Give work to whoever can take it. Once per turn of the loop."""
@@ -338,7 +338,7 @@ class Dispatcher:
         else:
             self._make_idle(worker, now_s)
 
-    # --- outcomes -----------------------------------------------------------------------------------------
+    # --- outcomes ---------------------------------------------------------------------------------
 
     def finished(self, task: TaskRecord) -> None:
         """A task of this node's workers has an outcome."""
@@ -417,7 +417,7 @@ class Dispatcher:
         self._machine.tasks.unrun(task)
         self.enqueue(task, front=True)
 
-    # --- time -----------------------------------------------------------------------------------------------
+    # --- time -------------------------------------------------------------------------------------
 
     def tick(self, now_s: float) -> None:
         """About every 10 ms while anything is piled, else every second."""

@@ -65,7 +65,7 @@ class Journal:
     def address_bytes(self) -> bytes:
         return b"" if self._address is None else self._address.to_bytes()
 
-    # --- one job ------------------------------------------------------------------------------------------
+    # --- one job ----------------------------------------------------------------------------------
 
     def begin(
         self, job_id: bytes, secret: bytes, address: bytes, machine: Machine,

@@ -60,7 +60,7 @@ class Machine:
         self._foreign_since_s: float | None = None
         self._squeezed = False
 
-    # --- clients ----------------------------------------------------------------------------------------
+    # --- clients ----------------------------------------------------------------------------------
 
     def connect(self, number: int) -> None:
         """A process (the driver, or a worker being forked) may talk to us as client `number`."""
@@ -186,7 +186,7 @@ class Machine:
     def _end_job(self, client: ClientRecord, message: m.EndJob) -> None:
         self.outbox.actions.append(StopJob(message.park, message.status))
 
-    # --- peers ------------------------------------------------------------------------------------------
+    # --- peers ------------------------------------------------------------------------------------
 
     def peer_messages(self, rank: int, batch: list[Any]) -> None:
         handlers = _PEER_HANDLERS
@@ -214,7 +214,7 @@ class Machine:
     def _notice(self, rank: int, message: m.Notice) -> None:
         self.outbox.notices.append(message.text)
 
-    # --- turns ------------------------------------------------------------------------------------------
+    # --- turns ------------------------------------------------------------------------------------
 
     def end_turn(self, now_s: float) -> None:
         """Decide what follows from this turn's messages."""

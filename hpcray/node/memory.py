@@ -19,7 +19,11 @@ from hpcray.node.outbox import CloseSegment, FreeNodeRange, GrantSegment, OpenSe
 from hpcray.node.records import ClientRecord
 from hpcray.objects.budget import NODE, SegmentBudget, SegmentGrant, StoreFull
 from hpcray.protocol.messages import (
-    Located, Released, SegmentClosed, SegmentDenied, SegmentReclaim,
+    Located,
+    Released,
+    SegmentClosed,
+    SegmentDenied,
+    SegmentReclaim,
 )
 
 if TYPE_CHECKING:
@@ -49,7 +53,7 @@ class NodeMemory:
         # (client, nbytes, deadline) of requests that wait for memory.
         self._waiting: deque[tuple[int, int, float]] = deque()
 
-    # --- objects ----------------------------------------------------------------------------------------
+    # --- objects ----------------------------------------------------------------------------------
 
     def used(self, location: Located) -> None:
         """A value was placed there."""
@@ -107,7 +111,7 @@ class NodeMemory:
         self._outbox.actions.append(CloseSegment(segment))
         self._retry_waiting()
 
-    # --- clients ----------------------------------------------------------------------------------------
+    # --- clients ----------------------------------------------------------------------------------
 
     def request(self, client: ClientRecord, nbytes: int, now_s: float) -> None:
         """A client has no room for an object of `nbytes`."""
@@ -183,7 +187,7 @@ class NodeMemory:
         self._waiting = deque(entry for entry in self._waiting if entry[0] != number)
         self._retry_waiting()
 
-    # --- time -------------------------------------------------------------------------------------------
+    # --- time -------------------------------------------------------------------------------------
 
     def _retry_waiting(self) -> None:
         still: deque[tuple[int, int, float]] = deque()

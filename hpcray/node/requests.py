@@ -57,7 +57,7 @@ class Requests:
             "statistics": lambda _: self._machine.statistics(),
         }
 
-    # --- routing ----------------------------------------------------------------------------------------
+    # --- routing ----------------------------------------------------------------------------------
 
     def asked(self, client: int, message: Request) -> None:
         rank = self._rank_for(message.name, message.arguments)
@@ -101,7 +101,7 @@ class Requests:
         except RequestError as error:
             return None, error.failure
 
-    # --- facts ------------------------------------------------------------------------------------------
+    # --- facts ------------------------------------------------------------------------------------
 
     def _nodes(self, _: Any) -> list[dict[str, Any]]:
         session = self._machine.session
@@ -131,7 +131,7 @@ class Requests:
                         free[name] = free.get(name, 0) + max(amount, 0)
         return {name: amount for name, amount in free.items() if amount > 0}
 
-    # --- names ------------------------------------------------------------------------------------------
+    # --- names ------------------------------------------------------------------------------------
 
     def _reserve_name(self, arguments: Any) -> dict[str, Any] | None:
         key = (arguments["namespace"], arguments["name"])
@@ -186,7 +186,7 @@ class Requests:
             if everywhere or namespace == arguments.get("namespace")
         ]
 
-    # --- acts -------------------------------------------------------------------------------------------
+    # --- acts -------------------------------------------------------------------------------------
 
     def _actor_handle(self, arguments: Any) -> dict[str, Any]:
         home = self._machine.actors.homes.get(arguments["actor_id"])

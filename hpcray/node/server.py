@@ -27,13 +27,13 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from hpcray.client.channel import split_batch
 from hpcray.node import outbox as out
 from hpcray.node.actors import class_name
 from hpcray.node.journal import Journal
-
 from hpcray.node.machine import DRIVER, Machine
 from hpcray.node.pool import WorkerPool, ZygoteLost
 from hpcray.node.transfers import Segments, Transfers
@@ -41,7 +41,12 @@ from hpcray.objects.budget import MINIMUM_SEGMENT_BYTES
 from hpcray.observe.logs import LogFolder, LogSource
 from hpcray.protocol import ids, messages, values
 from hpcray.transport.base import (
-    DataCancelled, DataReceived, DataSent, PeerLost, Received, Transport,
+    DataCancelled,
+    DataReceived,
+    DataSent,
+    PeerLost,
+    Received,
+    Transport,
 )
 from hpcray.worker.zygote import Exited, ForkRefused, Ready
 
@@ -98,7 +103,7 @@ class NodeServer:
         self._job_count = 0
         self._epoch = 0
         self._epoll = select.epoll()
-        self._handlers: dict[int, Callable[[int], None]] = {}
+        self._handlers: dict[int, Callable[[int], Any]] = {}
         self._connections: dict[int, _Connection] = {}
         self._task_backlog: dict[int, deque[bytes]] = {}
         self._dead: list[tuple[int, values.Failure]] = []
@@ -107,6 +112,8 @@ class NodeServer:
         self._transfers: Transfers | None = None
         self._joined: dict[int, messages.Joined] = {}
         self._ended: set[int] = set()
+        # Ranks that did not say within the time that they have ended: MPI_Finalize would wait.
+        self.left_behind: tuple[int, ...] = ()
         self._config: dict[str, Any] | None = None
         self._early: list[tuple[int, list[Any]]] = []
         self._folder = LogFolder(time.monotonic())
@@ -134,7 +141,7 @@ class NodeServer:
         for fd, handler in journal.descriptors():
             self._watch(fd, handler)
 
-    # --- the loop -----------------------------------------------------------------------------------------
+    # --- the loop ---------------------------------------------------------------------------------
 
     def run(self) -> int:
         """Serve until the job is over; the exit status of this process."""
@@ -232,7 +239,7 @@ class NodeServer:
             machine.tasks.lineage or machine.new_functions or machine.actors.changes
             or machine.requests.name_changes)
 
-    # --- carrying out -------------------------------------------------------------------------------------
+    # --- carrying out -----------------------------------------------------------------------------
 
     def _carry_out(self, machine: Machine) -> bool:
         """Send and do what the machine left in its outbox; whether it should decide again."""
@@ -327,10 +334,10 @@ class NodeServer:
             backlog = self._task_backlog[number] = deque()
             self._watch(
                 self._pool.handle(number).task_socket.fileno(),
-                lambda fd, number=number: self._drain_tasks(number), select.EPOLLOUT)
+                partial(self._drain_tasks, number), select.EPOLLOUT)
         backlog.append(encoded)
 
-    def _drain_tasks(self, number: int) -> None:
+    def _drain_tasks(self, number: int, _fd: int) -> None:
         backlog = self._task_backlog[number]
         while backlog and self._pool.send_task(number, backlog[0]):
             backlog.popleft()
@@ -346,9 +353,9 @@ class NodeServer:
             handle.client_socket.setsockopt(socket.SOL_SOCKET, option, 4 * 1024 * 1024)
             handle.task_socket.setsockopt(socket.SOL_SOCKET, option, 4 * 1024 * 1024)
         self._connections[number] = _Connection(number, handle.client_socket)
-        self._watch(handle.client_socket.fileno(), lambda fd: self._on_client(number))
+        self._watch(handle.client_socket.fileno(), partial(self._on_client, number))
         for stream, fd in (("stdout", handle.stdout_fd), ("stderr", handle.stderr_fd)):
-            self._watch(fd, lambda fd, stream=stream: self._on_output(number, fd, stream))
+            self._watch(fd, partial(self._on_output, number, stream))
         if self._pool.wants_write:
             self._watch_zygote()
 
@@ -411,9 +418,9 @@ class NodeServer:
     def _stop_job(self, machine: Machine, action: out.StopJob) -> None:
         self._end_job(park=action.park)
 
-    # --- what happens on this host ------------------------------------------------------------------------
+    # --- what happens on this host ----------------------------------------------------------------
 
-    def _watch(self, fd: int, handler: Callable[[int], None], mask: int = select.EPOLLIN) -> None:
+    def _watch(self, fd: int, handler: Callable[[int], Any], mask: int = select.EPOLLIN) -> None:
         self._handlers[fd] = handler
         self._epoll.register(fd, mask)
 
@@ -427,7 +434,7 @@ class NodeServer:
         with contextlib.suppress(BlockingIOError):
             os.read(fd, 4096)
 
-    def _on_client(self, number: int) -> None:
+    def _on_client(self, number: int, _fd: int) -> None:
         connection = self._connections.get(number)
         if connection is not None and not self._read_client(connection):
             # A worker that hung up is dying: its exit follows.
@@ -555,7 +562,7 @@ class NodeServer:
                     break
                 del before
             for stream, fd in (("stdout", handle.stdout_fd), ("stderr", handle.stderr_fd)):
-                while self._on_output(number, fd, stream):
+                while self._on_output(number, stream, fd):
                     pass
                 self._unwatch(fd)
             self._unwatch(connection.socket.fileno())
@@ -575,7 +582,7 @@ class NodeServer:
         except OSError:
             return False
 
-    def _on_output(self, number: int, fd: int, stream: str) -> bool:
+    def _on_output(self, number: int, stream: str, fd: int) -> bool:
         """Pass worker output on towards the driver; False when there is no more."""
         try:
             chunk = os.read(fd, _OUTPUT_BYTES)
@@ -628,7 +635,7 @@ class NodeServer:
         else:
             self._to_peer(0, [messages.Notice(text)])
 
-    # --- other ranks --------------------------------------------------------------------------------------
+    # --- other ranks ------------------------------------------------------------------------------
 
     def _to_peer(self, rank: int, batch: list[Any]) -> None:
         self._to_peers.setdefault(rank, []).extend(batch)
@@ -679,6 +686,8 @@ class NodeServer:
                 self._end_job(park=message.park)
             elif kind is messages.Ended:
                 self._ended.add(message.rank)
+                if self.rank == 0 and self._state == RUNNING and epoch == self._epoch:
+                    self._peer_left(message.rank)
             elif kind is messages.PeerOutput:
                 source = LogSource(
                     message.name, message.pid, rank, "stderr" if message.stream else "stdout")
@@ -702,7 +711,13 @@ class NodeServer:
         self.exit_status = 1
         self._end_job(park=False)
 
-    # --- the job's life -----------------------------------------------------------------------------------
+    def _peer_left(self, rank: int) -> None:
+        """It ended on its own: its launcher told it to (SIGTERM)."""
+        self._notice(f"Error: rank {rank} was told to end (SIGTERM); the job ends")
+        self.exit_status = 1
+        self._end_job(park=False)
+
+    # --- the job's life ---------------------------------------------------------------------------
 
     def _join(self) -> None:
         if self.rank == 0:
@@ -806,7 +821,7 @@ class NodeServer:
             connection = self._connections.pop(number)
             handle = self._pool.handle(number)
             for stream, fd in (("stdout", handle.stdout_fd), ("stderr", handle.stderr_fd)):
-                while self._on_output(number, fd, stream):
+                while self._on_output(number, stream, fd):
                     pass
                 self._unwatch(fd)
             self._unwatch(connection.socket.fileno())
@@ -842,8 +857,11 @@ class NodeServer:
             self._to_peer(0, [messages.Ended(self.rank)])
             self._flush_peers()
             self._finish_ending()
-        elif len(self._ended - {0}) >= self.size - 1 or now_s >= self._end_deadline_s:
-            self._finish_ending()
+        else:
+            missing = tuple(r for r in range(1, self.size) if r not in self._ended)
+            if not missing or now_s >= self._end_deadline_s:
+                self.left_behind = missing
+                self._finish_ending()
 
     def _finish_ending(self) -> None:
         self._end_deadline_s = None

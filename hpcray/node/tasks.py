@@ -20,14 +20,39 @@ from typing import TYPE_CHECKING, Any
 
 from hpcray.node.outbox import Outbox
 from hpcray.node.records import (
-    ASSIGNED, FETCHING, PENDING, QUEUED, RUNNING, WAITING, ClientRecord, ObjectRecord, TaskRecord,
+    ASSIGNED,
+    FETCHING,
+    PENDING,
+    QUEUED,
+    RUNNING,
+    WAITING,
+    ClientRecord,
+    ObjectRecord,
+    TaskRecord,
     TemplateStatistics,
 )
 from hpcray.protocol import ids, values
 from hpcray.protocol.messages import (
-    ACTOR_CREATION, METHOD, Assign, Done, DoneMany, Failed, Located, PeerReturn, RecallTask,
-    Remote, Return, Run, SubmitTask, TaskCrashed, TaskDone, TaskDoneMany, TaskFailed,
-    TaskReturned, Template, TemplateDef,
+    ACTOR_CREATION,
+    METHOD,
+    Assign,
+    Done,
+    DoneMany,
+    Failed,
+    Located,
+    PeerReturn,
+    RecallTask,
+    Remote,
+    Return,
+    Run,
+    SubmitTask,
+    TaskCrashed,
+    TaskDone,
+    TaskDoneMany,
+    TaskFailed,
+    TaskReturned,
+    Template,
+    TemplateDef,
 )
 
 if TYPE_CHECKING:
@@ -54,7 +79,7 @@ class Tasks:
         self.submitted = 0
         self.finished = 0
 
-    # --- submission -----------------------------------------------------------------------------------
+    # --- submission -------------------------------------------------------------------------------
 
     def define(self, template: Template) -> None:
         if template.template_id not in self.templates:
@@ -167,7 +192,7 @@ class Tasks:
                 return
         self._machine.dispatcher.enqueue(task)
 
-    # --- binding to another rank ------------------------------------------------------------------------
+    # --- binding to another rank ------------------------------------------------------------------
 
     def tell_template(self, rank: int, template: Template) -> None:
         told = self._told.setdefault(rank, set())
@@ -203,7 +228,7 @@ class Tasks:
                 deps.append(Remote(record.nbytes, tuple(copies)))
         return tuple(deps)
 
-    # --- running for another home ---------------------------------------------------------------------
+    # --- running for another home -----------------------------------------------------------------
 
     def assigned(self, home: int, message: Assign) -> None:
         template = self.templates[message.template_id]
@@ -295,7 +320,7 @@ class Tasks:
         task.state = QUEUED
         task.worker = -1
 
-    # --- outcomes, from workers of this node ------------------------------------------------------------
+    # --- outcomes, from workers of this node ------------------------------------------------------
 
     def done(self, client: ClientRecord, message: Done) -> None:
         task = self.records.get(message.task_id)
@@ -387,7 +412,7 @@ class Tasks:
         self._outbox.peers[task.home].append(TaskReturned(task.task_id, task.attempt))
         self.forget_foreign(task)
 
-    # --- outcomes, at the home ----------------------------------------------------------------------
+    # --- outcomes, at the home --------------------------------------------------------------------
 
     def complete(self, task: TaskRecord, value: bytes) -> None:
         self._machine.directory.resolve_inline(task.task_id + ids.FIRST_RETURN, value)
@@ -514,7 +539,7 @@ class Tasks:
         if task.refs:
             self._machine.directory.release_all(task.refs)
 
-    # --- cancellation -----------------------------------------------------------------------------------
+    # --- cancellation -----------------------------------------------------------------------------
 
     def cancel(self, object_id: bytes, *, force: bool) -> str:
         """Cancel the task that makes the object; what was done, for the log.

@@ -22,6 +22,8 @@ from typing import Any
 
 import msgspec
 
+from hpcray.protocol.values import Failure
+
 NO_ARGS = b""
 ARGS_IN_DEP = b"*"
 
@@ -43,7 +45,7 @@ ACTOR_CREATION = 1
 METHOD = 2
 
 
-class Template(_Message, frozen=True):
+class Template(msgspec.Struct, array_like=True, gc=False, frozen=True):
     """What the calls of one remote function with the same options have in common.
 
     Sent once per channel before its first use; afterwards tasks name it by `template_id`.
@@ -76,7 +78,7 @@ class Template(_Message, frozen=True):
     max_calls: int = 0  # TASK: the worker exits after this many; 0 without limit
 
 
-class Located(_Message, frozen=True):
+class Located(msgspec.Struct, array_like=True, gc=False, frozen=True):
     """A value in this host's shared memory."""
 
     segment: int
@@ -84,14 +86,14 @@ class Located(_Message, frozen=True):
     nbytes: int
 
 
-class Remote(_Message, frozen=True):
+class Remote(msgspec.Struct, array_like=True, gc=False, frozen=True):
     """A value that lies on other nodes."""
 
     nbytes: int
     ranks: tuple[int, ...]
 
 
-class Return(_Message, frozen=True):
+class Return(msgspec.Struct, array_like=True, gc=False, frozen=True):
     """One return value (or yield) of a task, as its worker reports it."""
 
     value: bytes | Located
@@ -383,8 +385,6 @@ class JobEnded(_Message, tag=15):
     """Everything of the job is gone; nodes are parked (or leave)."""
 
 
-from hpcray.protocol.values import Failure  # noqa: E402  (after _Message, before the unions)
-
 ToClient = (
     Welcome | Value | ValueAt | Ready | Released | SegmentGrant | SegmentDenied | SegmentOpened
     | SegmentClosed | SegmentReclaim | TemplateIs | Reply | Output | CancelTask | InlineLimit
@@ -494,7 +494,7 @@ class TaskDone(_Message, tag=10):
     value: bytes
 
 
-class PeerReturn(_Message, frozen=True):
+class PeerReturn(msgspec.Struct, array_like=True, gc=False, frozen=True):
     value: bytes  # empty: the executor keeps `nbytes` in its shared memory
     nbytes: int = 0
     contained: bytes = b""

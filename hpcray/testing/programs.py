@@ -10,7 +10,8 @@ value, and a body draws all its choices from its seed.
 
 A program must not deadlock by itself, and refs travel everywhere through values and actors: a
 task may find its own ref on a shelf. So everybody waits only for what comes before it in the
-post-order of the tree of submissions (`may_wait`), and actors wait for nothing.
+post-order of the tree of submissions (`may_wait`), and actors wait for nothing. The same rule for
+what a value contains keeps objects from containing each other: no reference count frees a cycle.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 from hpcray.protocol.messages import UNIT
 from hpcray.testing.processes import Large, Process, Ref, Script, SystemFailed, TaskFailed
 
-Pair = list[Any]  # [Ref, label, path]; the path of a put is []
+Pair = list[Any]  # [Ref, label, path in the tree of submissions]
 
 # What may befall an object when workers are killed.
 _DEATHS = ("WorkerCrashedError", "ActorDiedError", "ActorUnavailableError")
@@ -33,7 +34,7 @@ def may_wait(waiter: list[int], path: list[int]) -> bool:
     for mine, other in zip(waiter, path, strict=False):
         if mine != other:
             return other < mine
-    return not path or len(path) > len(waiter)
+    return len(path) > len(waiter)
 
 
 class Body:
@@ -56,7 +57,7 @@ class Body:
         return some(self.rng, things)
 
     def waitable(self) -> list[Pair]:
-        return [pair for pair in self.pairs if may_wait(self.path, pair[2])]
+        return before(self.path, self.pairs)
 
     def child(self) -> list[int]:
         self.children += 1
@@ -72,8 +73,9 @@ class Body:
         waitable = self.waitable()
         if choice < 0.2:
             label = rng.getrandbits(30)
-            ref = yield from p.put(self.mix.value(rng, label, self.some(self.pairs)))
-            self.pairs.append([ref, label, []])
+            path = self.child()
+            ref = yield from p.put(self.mix.value(rng, label, self.some(before(path, self.pairs))))
+            self.pairs.append([ref, label, path])
         elif choice < 0.5:
             self.submit()
         elif choice < 0.7 and waitable:
@@ -105,7 +107,7 @@ class Body:
             ref = p.submit("leaf", [label, path, *deps], **options)[0]
         else:
             ref, second = p.submit(
-                "two", [label, self.some(self.pairs)], return_count=2, **options)
+                "two", [label, self.some(before(path, self.pairs))], return_count=2, **options)
             self.pairs.append([second, label + 1, path])
         self.pairs.append([ref, label, path])
 
@@ -117,12 +119,13 @@ class Body:
                 "Shelf", [rng.getrandbits(30)], max_restarts=restarts))
             return
         label = rng.getrandbits(30)
+        path = self.child()
         handle = rng.choice(self.handles)
         if rng.random() < 0.5:
-            ref = p.call(handle, "keep", [label, self.some(self.pairs)])[0]
+            ref = p.call(handle, "keep", [label, path, self.some(self.pairs)])[0]
         else:
-            ref = p.call(handle, "give", [label])[0]
-        self.pairs.append([ref, label, self.child()])
+            ref = p.call(handle, "give", [label, path])[0]
+        self.pairs.append([ref, label, path])
         if rng.random() < 0.1:
             self.handles.remove(handle)
 
@@ -182,7 +185,7 @@ class Mix:
         value = [label, pairs]
         return Large(value, rng.randint(600, 3000)) if rng.random() < self.large else value
 
-    # --- tasks ------------------------------------------------------------------------------------------
+    # --- tasks ------------------------------------------------------------------------------------
 
     def mixed(
         self, p: Process, seed: int, path: list[int], depth: int, pairs: list[Pair],
@@ -193,7 +196,7 @@ class Mix:
             body.pairs += dep[1]
         del deps, pairs, handles
         yield from body.steps(body.rng.randint(1, self.step_count))
-        return self.value(body.rng, seed, body.some(body.pairs))
+        return self.value(body.rng, seed, body.some(body.waitable()))
 
     def leaf(self, p: Process, seed: int, path: list[int], *deps: Any) -> Script:
         body = Body(self, p, seed, path, 0, [], [])
@@ -209,30 +212,35 @@ class Mix:
         rng = random.Random(seed)
         return [self.value(rng, seed, pairs), self.value(rng, seed + 1, [])]
 
-    # --- the actor ----------------------------------------------------------------------------------------
+    # --- the actor --------------------------------------------------------------------------------
 
     def shelf(self, p: Process, seed: int) -> None:
         assert p.actor is not None
         p.actor["pairs"] = []
 
-    def keep(self, p: Process, seed: int, pairs: list[Pair]) -> Script:
+    def keep(self, p: Process, seed: int, path: list[int], pairs: list[Pair]) -> Script:
         assert p.actor is not None
         rng = random.Random(seed)
         p.actor["pairs"] += pairs
         if self.slow and rng.random() < 0.2:
             yield from p.sleep(rng.random() * 0.01)
         if rng.random() < 0.3:
-            ref = yield from p.put(self.value(rng, seed + 1, some(rng, pairs)))
-            p.actor["pairs"].append([ref, seed + 1, []])
+            own = [*path, 1]
+            ref = yield from p.put(self.value(rng, seed + 1, some(rng, before(own, pairs))))
+            p.actor["pairs"].append([ref, seed + 1, own])
         return [seed, []]
 
-    def give(self, p: Process, seed: int) -> list[Any]:
+    def give(self, p: Process, seed: int, path: list[int]) -> list[Any]:
         assert p.actor is not None
         rng = random.Random(seed)
-        pairs = some(rng, p.actor["pairs"])
+        pairs = some(rng, before(path, p.actor["pairs"]))
         if rng.random() < 0.5:
             p.actor["pairs"] = some(rng, p.actor["pairs"])
         return [seed, pairs]
+
+
+def before(path: list[int], pairs: list[Pair]) -> list[Pair]:
+    return [pair for pair in pairs if may_wait(path, pair[2])]
 
 
 def some(rng: random.Random, things: list[Any]) -> list[Any]:

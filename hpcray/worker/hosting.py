@@ -1,4 +1,4 @@
-"""Hosting an actor in a worker: sequential, threaded or asyncio. 
+"""Hosting an actor in a worker: sequential, threaded or asyncio.
 
     sequential  one call after the other, in the order given (per caller: the order submitted)
     threaded    max_concurrency > 1: a pool of threads; started in order, finished in any

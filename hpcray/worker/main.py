@@ -23,17 +23,29 @@ from collections import deque
 from types import GeneratorType
 from typing import Any
 
+# Imported here so that the zygote has them: an actor's start would pay 30 ms for them.
+from hpcray import actor as _actor  # noqa: F401
 from hpcray import exceptions
 from hpcray.client import context, references, serialization
 from hpcray.client.channel import ChannelClosed
 from hpcray.client.client import Client, Placeholder
 from hpcray.client.context import TaskContext
-# Imported here so that the zygote has them: an actor's start would pay 30 ms for them.
-from hpcray import actor as _actor  # noqa: F401
 from hpcray.protocol import ids, messages, values
 from hpcray.protocol.messages import (
-    ACTOR_CREATION, ARGS_IN_DEP, METHOD, NO_ARGS, Blocked, Done, DoneMany, Failed, Located, Return,
-    Run, Stop, Template, Unblocked,
+    ACTOR_CREATION,
+    ARGS_IN_DEP,
+    METHOD,
+    NO_ARGS,
+    Blocked,
+    Done,
+    DoneMany,
+    Failed,
+    Located,
+    Return,
+    Run,
+    Stop,
+    Template,
+    Unblocked,
 )
 
 _RECEIVE_BYTES = 512 * 1024
@@ -102,7 +114,7 @@ class Worker:
         client.after_wait = self._after_wait
         self.actor: Any = None  # worker.hosting.HostedActor, once created
 
-    # --- the loop -----------------------------------------------------------------------------------------
+    # --- the loop ---------------------------------------------------------------------------------
 
     def serve(self) -> int:
         queue = self._queue
@@ -156,7 +168,7 @@ class Worker:
         self._queue.extend(messages.decode_to_worker(self._view[:nbytes]))
         return True
 
-    # --- one task -----------------------------------------------------------------------------------------
+    # --- one task ---------------------------------------------------------------------------------
 
     def _run_task(self, run: Run) -> None:
         began_s = time.monotonic()
@@ -273,7 +285,7 @@ class Worker:
             return self.client.get_packed([self.client.intern(object_id)], None)[0]
         return dep
 
-    # --- outcomes -----------------------------------------------------------------------------------------
+    # --- outcomes ---------------------------------------------------------------------------------
 
     def outcome(self, run: Run, template: Template, result: Any, began_s: float) -> Any:
         """The message that delivers a result. Large values are in shared memory when it returns."""
@@ -285,7 +297,7 @@ class Worker:
             if not serialized.contained and serialized.nbytes <= self.client.inline_max_bytes:
                 packed = values.pack(serialized.pickled, serialized.buffers)
                 return Done(run.task_id, run.attempt, _us(began_s), packed)
-            parts = (self._return(serialized),)
+            parts: tuple[Return, ...] = (self._return(serialized),)
         elif count == 0:
             parts = ()
         else:
@@ -346,7 +358,7 @@ class Worker:
         sys.stderr.flush()
         os._exit(code if isinstance(code, int) else (0 if code is None else 1))
 
-    # --- actors -------------------------------------------------------------------------------------------
+    # --- actors -----------------------------------------------------------------------------------
 
     def _create_actor(
         self, run: Run, loaded: Loaded, args: tuple[Any, ...], kwargs: dict[str, Any],
@@ -384,7 +396,7 @@ class Worker:
         if run.actor_id:
             self.failed_creation = True  # this process was meant for the actor: it ends
 
-    # --- waiting ------------------------------------------------------------------------------------------
+    # --- waiting ----------------------------------------------------------------------------------
 
     def _before_wait(self) -> bool:
         """By the client, with its lock held, before the running task really waits."""

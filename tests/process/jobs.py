@@ -271,7 +271,7 @@ def _describe(pid: int, command: str, environ: str) -> Member:
         role = "guard"
     elif re.search(r"(redis|valkey)-server", command):
         role = "server"
-    elif "script.py" in command and "mpirun" not in command and "hydra" not in command:
+    elif "script.py" in command and "python" in os.path.basename(command.split(" ")[0]):
         role = "driver"
     else:
         role = "other"
