@@ -354,6 +354,8 @@ class Client:
         """
         if timeout_s is None and len(refs) == 1:
             value = refs[0]._value
+            if value is None:
+                value = self._get_one(refs[0])
             if value is not None:  # known already: no lock, no message
                 return [self._open(value)]
         data = self.get_packed(refs, timeout_s)
@@ -365,6 +367,23 @@ class Client:
         if data[0] >= values.ERROR:
             raise value
         return value
+
+    def _get_one(self, ref: ObjectRef[Any]) -> bytes | None:
+        """`get_packed` of one ref without a timeout, for a small value; None: it is not one."""
+        object_id = ref._id
+        with self._lock:
+            if ref._value is None and not (
+                ref._view is not None or self.memory.has_arrived(object_id)
+            ):
+                waiter = Waiter(1)
+                if object_id not in self._asked:
+                    self._asked.add(object_id)
+                    outbox = self._channel.outbox
+                    if self._refs.new_holds:
+                        self._send_holds(outbox)
+                    outbox.append(Get(object_id))
+                self._await_ids(self._waiters, (object_id,), waiter, None)
+            return ref._value
 
     def get_packed(self, refs: Sequence[ObjectRef[Any]], timeout_s: float | None) -> list[Any]:
         """The packed values: `bytes`, or pinned arrays over shared memory."""
@@ -413,7 +432,8 @@ class Client:
             outbox.append(message(b"".join(ask[start : start + _IDS_PER_MESSAGE]), *rest))
 
     def _await_ids(
-        self, table: dict[bytes, Any], absent: list[bytes], waiter: Waiter, deadline: float | None
+        self, table: dict[bytes, Any], absent: Sequence[bytes], waiter: Waiter,
+        deadline: float | None,
     ) -> bool:
         for id_ in absent:
             other = table.get(id_)

@@ -79,6 +79,7 @@ def main() -> int:
         transport=transport, pool=pool, driver=driver, joined=joined,
         journal=journal,
         job_key=secrets.token_bytes(16), spin=spin, notices=notices)
+    server.drop_shared_files = _drop_shared_files
     try:
         status = server.run()
     finally:
@@ -90,7 +91,6 @@ def main() -> int:
             ranks = ", ".join(map(str, server.left_behind))
             print(f"hpcray: rank {ranks} did not end with the job (dead or hanging); rank "
                   f"{launch.rank} leaves without MPI_Finalize", file=sys.stderr, flush=True)
-            _drop_shared_files()
             os._exit(status or 1)
         transport.close(_CLOSE_S if status == 0 else _FAILED_CLOSE_S)
     return status
@@ -104,6 +104,7 @@ def _find_shared_files() -> list[str]:
 
 
 def _drop_shared_files() -> None:
+    """Every rank has them mapped, so the names are of no more use than to be left behind."""
     for path in _shared_files:
         with contextlib.suppress(OSError):
             os.unlink(path)

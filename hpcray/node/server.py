@@ -55,6 +55,7 @@ _RECEIVE_BYTES = 512 * 1024
 _DATAGRAMS_PER_TURN = 64
 # After a datagram this large another one is likely there already.
 _LIKELY_MORE_BYTES = 1024
+_SEND_FLAGS = int(socket.MSG_NOSIGNAL)
 _OUTPUT_BYTES = 64 * 1024
 _TICK_S = 0.01
 _SLOW_TICK_S = 1.0
@@ -114,6 +115,8 @@ class NodeServer:
         self._ended: set[int] = set()
         # Ranks that did not say within the time that they have ended: MPI_Finalize would wait.
         self.left_behind: tuple[int, ...] = ()
+        # Called once the job ends for good, before the zygote stops watching over them.
+        self.drop_shared_files: Callable[[], None] = lambda: None
         self._config: dict[str, Any] | None = None
         self._early: list[tuple[int, list[Any]]] = []
         self._folder = LogFolder(time.monotonic())
@@ -293,7 +296,7 @@ class NodeServer:
                 if descriptors:
                     socket.send_fds(connection.socket, [datagram], descriptors)
                 else:
-                    connection.socket.send(datagram, socket.MSG_NOSIGNAL)
+                    connection.socket.send(datagram, _SEND_FLAGS)
                 return
             except BlockingIOError:
                 pass
@@ -314,7 +317,7 @@ class NodeServer:
                 if descriptors:
                     socket.send_fds(connection.socket, [datagram], descriptors)
                 else:
-                    connection.socket.send(datagram, socket.MSG_NOSIGNAL)
+                    connection.socket.send(datagram, _SEND_FLAGS)
             except BlockingIOError:
                 return
             except OSError:
@@ -831,6 +834,8 @@ class NodeServer:
                     os.close(fd)
         self._task_backlog.clear()
         self._unwatch(self._zygote_fd)
+        if not park:
+            self.drop_shared_files()
         self._pool.close(2.0)
         if park:
             self._pool = self._pool.again()
@@ -844,6 +849,7 @@ class NodeServer:
 
     def close(self) -> None:
         """After `run`: end what is left, whatever the state."""
+        self.drop_shared_files()
         self._pool.close(2.0)
         self._segments.close_all()
         if self._driver is not None:

@@ -447,11 +447,21 @@ class Process:
                 return ref.packed
             return ref.view() if ref.view is not None else None
 
+        position = 0
+
         def arrived() -> bool:
-            return all(known(ref) is not None or ref.id in self._arrivals for ref in refs)
+            # What has been seen once stays: `refs` keeps the inline values, arrivals their pins.
+            nonlocal position
+            while position < len(refs):
+                ref = refs[position]
+                if known(ref) is None and ref.id not in self._arrivals:
+                    return False
+                position += 1
+            return True
 
         result: dict[int, bytes | View] = {}
         while len(result) < len(refs):
+            position = 0
             ask = [r.id for i, r in enumerate(refs) if i not in result and known(r) is None
                    and r.id not in self._arrivals and r.id not in self._asked]
             if ask:

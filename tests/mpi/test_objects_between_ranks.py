@@ -1,0 +1,180 @@
+"""Objects, actors and tasks between two real ranks."""
+
+from __future__ import annotations
+
+from ..process.jobs import Start
+
+HEAD = """
+import os, sys, time
+import numpy as np
+import hpcray as ray
+from hpcray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
+
+def mark(name):
+    return os.path.join(os.environ["TMPDIR"], name)
+
+def start(**options):
+    global on, ids
+    ray.init(**options)
+    ids = [n["NodeID"] for n in sorted(ray.nodes(), key=lambda n: n["Rank"])]
+    on = [On(i, soft=False) for i in ids]
+"""
+
+
+def test_sizes_both_ways_and_refs_that_outlive_their_makers(start: Start):
+    job = start(HEAD + """
+@ray.remote
+def make(n, salt):
+    return (np.arange(n, dtype=np.uint32) * salt).astype(np.uint8)
+
+@ray.remote
+def check(data, n, salt):
+    assert data.nbytes == n and not data.flags.writeable or n < 200_000
+    expected = (np.arange(n, dtype=np.uint32) * salt).astype(np.uint8)
+    return bool((data == expected).all())
+
+@ray.remote
+def nested(salt):
+    inner = ray.put((np.arange(300_000, dtype=np.uint32) * salt).astype(np.uint8))
+    return {"big": inner, "small": ray.put(salt), "task": make.options(
+        scheduling_strategy=On(ray.get_runtime_context().get_node_id(), False)).remote(5, 3)}
+
+@ray.remote
+class Holder:
+    def make(self, salt):
+        return [ray.put((np.arange(300_000, dtype=np.uint32) * salt).astype(np.uint8))]
+
+start(num_cpus=2, object_store_memory=500_000_000)
+KIB = 1 << 10
+for salt, n in enumerate([1, 100 * KIB - 1, 100 * KIB, 100 * KIB + 1, 4096 * KIB - 1, 4096 * KIB,
+                          4096 * KIB + 1, 65536 * KIB], 1):
+    for a, b in ((0, 1), (1, 0)):
+        ref = make.options(scheduling_strategy=on[a]).remote(n, salt)
+        assert ray.get(check.options(scheduling_strategy=on[b]).remote(ref, n, salt)), (n, a, b)
+        del ref
+print("sizes", flush=True)
+mine = ray.put(np.arange(3_000_000, dtype=np.uint8))
+assert ray.get(check.options(scheduling_strategy=on[1]).remote(mine, 3_000_000, 1))
+
+found = ray.get(nested.options(scheduling_strategy=on[1]).remote(7))
+# By now that worker has run other things, and no process over there names these refs.
+ray.get([make.options(scheduling_strategy=on[1]).remote(10, 1) for _ in range(10)])
+for rank in (0, 1):
+    assert ray.get(check.options(scheduling_strategy=on[rank]).remote(found["big"], 300_000, 7))
+assert ray.get(found["small"]) == 7 and ray.get(found["task"]).tolist() == [0, 3, 6, 9, 12]
+holder = Holder.options(scheduling_strategy=on[1]).remote()
+[kept] = ray.get(holder.make.remote(9))
+ray.kill(holder)
+assert ray.get(check.remote(kept, 300_000, 9))
+print("refs", flush=True)
+""", ranks=2)
+    job.expect("^sizes$")
+    job.expect("^refs$")
+    job.finish()
+
+
+def test_an_object_larger_than_the_store_is_an_error(start: Start):
+    job = start(HEAD + """
+@ray.remote(max_retries=0)
+def make(n):
+    return np.ones(n, np.uint8)
+
+start(num_cpus=1, object_store_memory=150_000_000)
+for rank in (0, 1):
+    try:
+        ray.get(make.options(scheduling_strategy=on[rank]).remote(400_000_000), timeout=20)
+        print("no error")
+    except ray.exceptions.ObjectStoreFullError as error:
+        print("full", rank, str(error).splitlines()[-1], flush=True)
+    except ray.exceptions.RayTaskError as error:
+        assert isinstance(error, ray.exceptions.ObjectStoreFullError), repr(error)
+        print("full", rank, flush=True)
+try:
+    ray.put(np.ones(400_000_000, np.uint8))
+    print("no error")
+except ray.exceptions.ObjectStoreFullError as error:
+    print("full put", flush=True)
+assert int(ray.get(make.options(scheduling_strategy=on[1]).remote(50_000_000)).sum()) == 50_000_000
+print("still works")
+""", ranks=2)
+    output = job.finish(timeout_s=60)
+    assert "no error" not in output
+    for line in ("full 0", "full 1", "full put", "still works"):
+        assert line in output
+
+
+def test_actors_order_and_placement(start: Start):
+    job = start(HEAD + """
+@ray.remote
+class Log:
+    def __init__(self):
+        self.seen = []
+    def add(self, who, i):
+        self.seen.append((who, i))
+    def all(self):
+        return self.seen, ray.get_runtime_context().get_node_id()
+
+@ray.remote
+def call(log, who, n):
+    for i in range(n):
+        log.add.remote(who, i)
+    return ray.get(log.all.remote())[1]
+
+@ray.remote
+def where():
+    return ray.get_runtime_context().get_node_id()
+
+start(num_cpus=2)
+log = Log.options(scheduling_strategy=on[1]).remote()
+calls = [call.options(scheduling_strategy=on[r]).remote(log, f"task{r}", 300) for r in (0, 1)]
+for i in range(300):
+    log.add.remote("driver", i)
+assert ray.get(calls) == [ids[1]] * 2
+seen, node = ray.get(log.all.remote())
+assert node == ids[1]
+for who in ("driver", "task0", "task1"):
+    assert [i for w, i in seen if w == who] == list(range(300)), who
+
+for rank in (0, 1):
+    for soft in (False, True):
+        there = where.options(scheduling_strategy=On(ids[rank], soft))
+        assert ray.get([there.remote() for _ in range(20)]) == [ids[rank]] * 20
+nowhere = "f" * len(ids[0])
+assert ray.get(where.options(scheduling_strategy=On(nowhere, True)).remote()) in ids
+try:
+    ray.get(where.options(scheduling_strategy=On(nowhere, False)).remote(), timeout=10)
+    print("ran nowhere")
+except ray.exceptions.GetTimeoutError:
+    print("hangs")
+except (ray.exceptions.RayError, ValueError) as error:
+    print("refused", type(error).__name__)
+""", ranks=2)
+    output = job.finish(timeout_s=60)
+    assert "refused" in output, output
+
+
+def test_sleeping_tasks_spread_near_the_ideal(start: Start):
+    job = start(HEAD + """
+import random
+
+@ray.remote
+def nap(s):
+    time.sleep(s)
+    return ray.get_runtime_context().get_node_id()
+
+start(num_cpus=4)
+@ray.remote
+class Gate:
+    pass
+naps = [random.Random(i).uniform(0.001, 0.020) for i in range(2_000)]
+ray.get([nap.remote(0.05) for _ in range(64)])  # workers exist on every rank
+began = time.monotonic()
+where = ray.get([nap.remote(s) for s in naps])
+took = time.monotonic() - began
+ideal = sum(naps) / 16
+counts = sorted(where.count(i) for i in ids)
+print(f"took {took:.2f} ideal {ideal:.2f} counts {counts}")
+assert counts[0] > 200, counts
+assert took < 2.5 * ideal + 0.5, (took, ideal)
+""", ranks=4)
+    job.finish(timeout_s=60)

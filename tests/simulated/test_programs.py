@@ -1,0 +1,55 @@
+"""Random programs on simulated clusters: right values, nothing lost, nothing left (tier 2).
+
+A failure names its seed; `HPCRAY_SEED=1000 pytest tests/simulated` runs other programs.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from hpcray.testing.cluster import SimulatedCluster
+from hpcray.testing.programs import Mix
+
+
+def run(
+    seed: int, *, nodes: int, mix: Mix, death_rate: float = 0.0, time_scale: float = 1.0,
+    capacity_bytes: int = 8 << 20,
+) -> SimulatedCluster:
+    cluster = SimulatedCluster(
+        nodes, mix.bodies(), seed=seed, time_scale=time_scale, capacity_bytes=capacity_bytes)
+    cluster.death_rate = death_rate
+    cluster.run(mix.driver(cluster.driver, seed))
+    cluster.check_nothing_is_left()
+    return cluster
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 3, 4])
+@pytest.mark.parametrize("block", range(3))
+def test_programs_without_failures(nodes: int, block: int, seed_shift: int) -> None:
+    """Every task runs exactly once, every get finds its value, every record goes."""
+    for seed in range(seed_shift + 8 * block, seed_shift + 8 * block + 8):
+        # Long tasks go one by one; short ones share datagrams and are prefetched.
+        cluster = run(seed, nodes=nodes, mix=Mix(steps=14), time_scale=(1.0, 0.02)[seed % 2])
+        cluster.check_each_ran_once()
+        cluster.check_calls_in_order()
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 3])
+@pytest.mark.parametrize("block", range(3))
+def test_programs_with_deaths_of_workers(nodes: int, block: int, seed_shift: int) -> None:
+    """Never more attempts than retries allow, failures only where they may be, nothing left."""
+    deaths = 0
+    for seed in range(seed_shift + 8 * block, seed_shift + 8 * block + 8):
+        cluster = run(
+            seed, nodes=nodes, mix=Mix(steps=12, deaths=True, restarts=True), death_rate=0.03,
+            time_scale=(1.0, 0.02)[seed % 2])
+        deaths += cluster.deaths
+    assert deaths > 5
+
+
+def test_the_same_seed_gives_the_same_run() -> None:
+    runs = []
+    for _ in range(2):
+        cluster = run(7, nodes=3, mix=Mix(steps=12, deaths=True), death_rate=0.02)
+        runs.append((cluster.now_s, cluster.starts, cluster.ran_on, cluster.deaths))
+    assert runs[0] == runs[1]
