@@ -115,6 +115,8 @@ class Client:
         self.on_output: Callable[[Sequence[str]], None] = lambda lines: None
         self.on_lost: Callable[[str], None] = lambda reason: None
         self.on_cancel: Callable[[bytes], None] = lambda task: None
+        # Called between two reads of a wait; may raise (a worker's cancelled task).
+        self.check_interrupt: Callable[[], None] | None = None
         # A worker gives its CPU back around a wait; set by worker/main.
         self.before_wait: Callable[[], bool] | None = None
         self.after_wait: Callable[[], None] | None = None
@@ -705,6 +707,8 @@ class Client:
                             self._dispatch(message, descriptors)
                         self.last_read_s = time.monotonic()
                     self._changed.notify_all()
+                if self.check_interrupt is not None:
+                    self.check_interrupt()
             return True
         finally:
             if gave_back and self.after_wait is not None:
@@ -717,6 +721,17 @@ class Client:
         except ChannelClosed as closed:
             self._set_lost(str(closed))
         self._changed.notify_all()
+
+    def read_now(self) -> bool:
+        """From a signal handler: read what is there; False if the client is in use this moment."""
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            if not self._reading and self._lost is None:
+                self._read_available()
+        finally:
+            self._lock.release()
+        return True
 
     def read_idle(self) -> bool:
         """By the helper: read if nobody else does; whether the helper should keep watching the socket."""

@@ -148,7 +148,7 @@ def connect(config: InitConfig) -> Client:
         _end_node()
         raise
     node.in_use = True
-    # A driver that only computes or sleeps still shows what workers print, and that it lost its node.
+    # A driver that only computes or sleeps shows what workers print, and that it lost its node.
     client._helper.start()
     from hpcray.protocol import ids
 

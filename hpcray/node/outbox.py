@@ -22,6 +22,12 @@ class KillWorker(msgspec.Struct, frozen=True):
     number: int
 
 
+class InterruptWorker(msgspec.Struct, frozen=True):
+    """Make the worker's main thread look at its client channel now (a CancelTask is there)."""
+
+    number: int
+
+
 class TakeBack(msgspec.Struct, frozen=True):
     """Read the worker's unread datagrams back; answer with `Dispatcher.taken_back`."""
 
@@ -75,7 +81,7 @@ class StopJob(msgspec.Struct, frozen=True):
 
 
 Action = (
-    StartWorker | KillWorker | TakeBack | GrantSegment | OpenSegment | CloseSegment | StartPull
+    StartWorker | KillWorker | InterruptWorker | TakeBack | GrantSegment | OpenSegment | CloseSegment | StartPull
     | ServePull | FreeNodeRange | StopJob
 )
 

@@ -351,6 +351,13 @@ class WorkerPool:
         elif not handle.dead:
             handle.kill_when_forked = True
 
+    def interrupt(self, number: int) -> None:
+        """Ring the worker's bell: a signal whose handler reads its client channel."""
+        handle = self._handles[number]
+        if handle.pid and not handle.dead:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(handle.pid, zygote.INTERRUPT_SIGNAL)
+
     def forget(self, number: int) -> None:
         """Close everything of a dead worker, once its sockets have been read dry.
 

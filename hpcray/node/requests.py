@@ -200,4 +200,5 @@ class Requests:
 
     def _cancel(self, arguments: Any) -> str:
         return self._machine.tasks.cancel(
-            arguments["object_id"], force=bool(arguments.get("force")))
+            ids.task_of_object(arguments["object_id"]), force=bool(arguments.get("force")),
+            recursive=bool(arguments.get("recursive")))

@@ -366,6 +366,10 @@ class NodeServer:
         if action.number in self._connections:
             self._pool.kill(action.number)
 
+    def _interrupt_worker(self, machine: Machine, action: out.InterruptWorker) -> None:
+        if action.number in self._connections:
+            self._pool.interrupt(action.number)
+
     def _take_back(self, machine: Machine, action: out.TakeBack) -> None:
         number = action.number
         if number not in self._connections:
@@ -903,6 +907,7 @@ def _resources(detected: dict[str, int], config: dict[str, Any]) -> dict[str, in
 _ACTIONS: dict[type, Callable[[NodeServer, Machine, Any], None]] = {
     out.StartWorker: NodeServer._start_worker,
     out.KillWorker: NodeServer._kill_worker,
+    out.InterruptWorker: NodeServer._interrupt_worker,
     out.TakeBack: NodeServer._take_back,
     out.GrantSegment: NodeServer._grant_segment,
     out.OpenSegment: NodeServer._open_segment,

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hpcray.node.outbox import Outbox
+from hpcray.node.outbox import InterruptWorker, KillWorker, Outbox
 from hpcray.node.records import (
     ASSIGNED,
     FETCHING,
@@ -36,6 +36,7 @@ from hpcray.protocol.messages import (
     ACTOR_CREATION,
     METHOD,
     Assign,
+    CancelTask,
     Done,
     DoneMany,
     Failed,
@@ -490,6 +491,8 @@ class Tasks:
         """The task raised; retried only if it asks for that."""
         if retry and task.retries_left != 0 and not task.cancelled:
             self._try_again(task)
+        elif task.cancelled:
+            self.fail(task, values.pack_failure(cancelled_failure(task)))
         else:
             self.fail(task, error)
 
@@ -541,12 +544,13 @@ class Tasks:
 
     # --- cancellation -----------------------------------------------------------------------------
 
-    def cancel(self, object_id: bytes, *, force: bool) -> str:
-        """Cancel the task that makes the object; what was done, for the log.
+    def cancel(self, task_id: bytes, *, force: bool, recursive: bool) -> str:
+        """Cancel a task; what was done, for the log.
 
-        A queued task ends at once. A running one is interrupted; with `force` its worker is killed.
+        A queued task ends at once. A running one is interrupted (KeyboardInterrupt in the worker);
+        with `force` its worker is killed. `recursive`: so are the tasks it has submitted.
         """
-        task = self.records.get(ids.task_of_object(object_id))
+        task = self.records.get(task_id)
         if task is None or task.home != self._rank:
             return "finished"
         if task.template.kind == ACTOR_CREATION:
@@ -556,15 +560,18 @@ class Tasks:
             self.fail(task, values.pack_failure(cancelled_failure(task)))
             return "queued"
         if task.state == ASSIGNED and task.rank not in (-1, self._rank):
-            self._outbox.peers[task.rank].append(RecallTask(task.task_id, force))
+            self._outbox.peers[task.rank].append(RecallTask(task.task_id, force, recursive))
             return "elsewhere"
-        return self.cancel_here(task, force=force)
+        return self.cancel_here(task, force=force, recursive=recursive)
 
-    def cancel_here(self, task: TaskRecord, *, force: bool) -> str:
-        from hpcray.node.outbox import KillWorker
-        from hpcray.protocol.messages import CancelTask
-
+    def cancel_here(self, task: TaskRecord, *, force: bool, recursive: bool) -> str:
+        """Cancel a task that is bound to this node."""
         task.cancelled = True
+        if recursive and task.state == RUNNING:
+            # Its children's ids begin with the prefix this attempt gave them.
+            prefix = ids.task_prefix(task.task_id, task.attempt)
+            for child in [i for i in self.records if i.startswith(prefix)]:
+                self.cancel(child, force=force, recursive=True)
         if task.state != RUNNING:
             failure = cancelled_failure(task)
             if task.home == self._rank:
@@ -578,12 +585,13 @@ class Tasks:
             self._outbox.actions.append(KillWorker(task.worker))
             return "killed"
         self._outbox.clients[task.worker].append(CancelTask(task.task_id))
+        self._outbox.actions.append(InterruptWorker(task.worker))
         return "interrupted"
 
     def recalled(self, message: RecallTask) -> None:
         task = self.records.get(message.task_id)
         if task is not None and task.home != self._rank:
-            self.cancel_here(task, force=message.force)
+            self.cancel_here(task, force=message.force, recursive=message.recursive)
 
     def validate(self) -> None:
         for task_id, task in self.records.items():

@@ -668,10 +668,11 @@ class Notice(_Message, tag=35):
 
 
 class RecallTask(_Message, tag=36):
-    """Home to executor: the task was cancelled; drop it if unstarted (`force`: even if running)."""
+    """Home to executor: the task was cancelled; drop it if unstarted, else interrupt it."""
 
     task_id: bytes
     force: bool = False
+    recursive: bool = False
 
 
 class GiveBack(_Message, tag=37):

@@ -17,6 +17,7 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hpcray import exceptions
@@ -72,16 +73,18 @@ class HostedActor:
 
         worker = self.worker
         began_s = time.monotonic()
+        if run.task_id in worker.cancelled:
+            worker.client.report(worker.cancellation(run, began_s))
+            return
         template = None
         try:
             template = worker.load(run).template
             args, kwargs = worker.arguments(run)
             method = self.method(template.method)
             self.enter(run, template)
-            result = method(*args, **kwargs)
+            result = worker.settled(template, method(*args, **kwargs))
             del args, kwargs
             message = worker.outcome(run, template, result, began_s)
-            del result
         except FailedDependency as failed:
             message = Failed(run.task_id, run.attempt, _us(began_s), failed.error)
         except BaseException as error:
@@ -186,6 +189,7 @@ class AsyncActor(HostedActor):
         super().__init__(worker, template, instance, actor_id)
         self._flush_due = False
         self._running: set[asyncio.Task[None]] = set()
+        self._by_id: dict[bytes, asyncio.Task[None]] = {}
         self._stopping: asyncio.Future[None] | None = None
 
     def serve(self, queue: deque[Run | Stop]) -> int:
@@ -200,6 +204,7 @@ class AsyncActor(HostedActor):
         channel: socket.socket = worker.client._channel.socket
         loop.add_reader(worker._tasks, self._readable, queue)
         loop.add_reader(channel, self._client_readable, channel)
+        worker.client.on_cancel = self._cancel
         worker.client.flush()
         self._start_calls(queue)
         await self._stopping
@@ -234,14 +239,40 @@ class AsyncActor(HostedActor):
             assert isinstance(item, Run)
             task = self._loop.create_task(self._call_async(item))
             self._running.add(task)
-            task.add_done_callback(self._running.discard)
+            self._by_id[item.task_id] = task
+            task.add_done_callback(partial(self._over, item.task_id))
+
+    def _over(self, task_id: bytes, task: asyncio.Task[None]) -> None:
+        self._running.discard(task)
+        self._by_id.pop(task_id, None)
+
+    def _cancel(self, task_id: bytes) -> None:
+        """By whoever reads the client channel."""
+        self.worker.note_cancelled(task_id)
+        self._loop.call_soon_threadsafe(self._cancel_now, task_id)
+
+    def _cancel_now(self, task_id: bytes) -> None:
+        task = self._by_id.get(task_id)
+        if task is not None:
+            task.cancel()
 
     async def _call_async(self, run: Run) -> None:
+        worker = self.worker
+        began_s = time.monotonic()
+        try:
+            await self._call_within_limit(run)
+        except asyncio.CancelledError:
+            worker.client.report(worker.cancellation(run, began_s))
+            self._flush()
+
+    async def _call_within_limit(self, run: Run) -> None:
         from hpcray.worker.main import FailedDependency
 
         async with self._limit:
             worker = self.worker
             began_s = time.monotonic()
+            if run.task_id in worker.cancelled:
+                raise asyncio.CancelledError
             template = None
             message: Any
             try:
@@ -252,12 +283,15 @@ class AsyncActor(HostedActor):
                 result = method(*args, **kwargs)
                 if inspect.isawaitable(result):
                     result = await result
+                result = worker.settled(template, result)
                 message = worker.outcome(run, template, result, began_s)
             except FailedDependency as failed:
                 message = Failed(run.task_id, run.attempt, _us(began_s), failed.error)
             except BaseException as error:
                 if self.is_exit(error):
                     self.exit_by_itself()
+                if isinstance(error, asyncio.CancelledError) and run.task_id in worker.cancelled:
+                    raise
                 name = template.name if template is not None else "method"
                 message = worker.failure(run, name, began_s, error, template)
             worker.client.report(message)

@@ -47,6 +47,7 @@ from hpcray.protocol.messages import (
     Template,
     Unblocked,
 )
+from hpcray.worker.zygote import INTERRUPT_SIGNAL
 
 _RECEIVE_BYTES = 512 * 1024
 _WELCOME_S = 60.0
@@ -112,6 +113,13 @@ class Worker:
         self._replaced: dict[str, str | None] = {}  # variables as they were before the task
         client.before_wait = self._before_wait
         client.after_wait = self._after_wait
+        # Cancelled tasks, of which some may not have been read yet; the newest thousand.
+        self.cancelled: dict[bytes, None] = {}
+        # The task whose user code runs in the main thread: what a cancel may interrupt.
+        self.interruptible = b""
+        client.on_cancel = self.note_cancelled
+        client.check_interrupt = self._check_interrupt
+        signal.signal(INTERRUPT_SIGNAL, self._on_interrupt)
         self.actor: Any = None  # worker.hosting.HostedActor, once created
 
     # --- the loop ---------------------------------------------------------------------------------
@@ -172,6 +180,9 @@ class Worker:
 
     def _run_task(self, run: Run) -> None:
         began_s = time.monotonic()
+        if run.task_id in self.cancelled:
+            self.client.report(self.cancellation(run, began_s))
+            return
         try:
             loaded = self.load(run)
             template = loaded.template
@@ -188,16 +199,53 @@ class Worker:
             self._create_actor(run, loaded, args, kwargs, began_s)
             return
         try:
-            result = loaded.function(*args, **kwargs)
+            self.interruptible = run.task_id
+            try:
+                result = self.settled(template, loaded.function(*args, **kwargs))
+            finally:
+                self.interruptible = b""
             del args, kwargs
             message = self.outcome(run, template, result, began_s)
-            del result
         except SystemExit as request:
             self._exit(request)
         except BaseException as error:
-            self._report_failure(run, template.name, began_s, error, template)
+            if run.task_id in self.cancelled or isinstance(error, KeyboardInterrupt):
+                self.client.report(self.cancellation(run, began_s))
+            else:
+                self._report_failure(run, template.name, began_s, error, template)
             return
         self.client.report(message)
+        # Not before: were refs in it dropped first (by the helper thread), the node would free
+        # their objects before it hears that the result holds them.
+        del result
+
+    # --- cancellation -------------------------------------------------------------------------------
+
+    def note_cancelled(self, task_id: bytes) -> None:
+        """By whoever reads the client channel, with its lock held."""
+        self.cancelled[task_id] = None
+        if len(self.cancelled) > 1000:
+            del self.cancelled[next(iter(self.cancelled))]
+
+    def _on_interrupt(self, *_: Any) -> None:
+        """The node rang: a CancelTask lies in the client channel. In the main thread, anywhere."""
+        if not self.client.read_now():
+            # The client is in the middle of something, perhaps under this very frame: ring again.
+            again = threading.Timer(0.005, os.kill, (os.getpid(), INTERRUPT_SIGNAL))
+            again.daemon = True
+            again.start()
+        self._check_interrupt()
+
+    def _check_interrupt(self) -> None:
+        """Stop the running task if it is cancelled; one that is over is left alone."""
+        task = self.interruptible
+        if task and task in self.cancelled and threading.get_ident() == self._main:
+            self.interruptible = b""  # once
+            raise KeyboardInterrupt
+
+    def cancellation(self, run: Run, began_s: float) -> Failed:
+        failure = values.Failure("TaskCancelledError", "", run.task_id.hex())
+        return Failed(run.task_id, run.attempt, _us(began_s), values.pack_failure(failure))
 
     def enter(self, run: Run, template: Template) -> None:
         """This is what the process runs from now on."""
@@ -287,6 +335,13 @@ class Worker:
 
     # --- outcomes ---------------------------------------------------------------------------------
 
+    @staticmethod
+    def settled(template: Template, result: Any) -> Any:
+        """Several values that a generator yields, as one tuple that keeps them alive."""
+        if template.return_count > 1 and isinstance(result, GeneratorType):
+            return tuple(result)
+        return result
+
     def outcome(self, run: Run, template: Template, result: Any, began_s: float) -> Any:
         """The message that delivers a result. Large values are in shared memory when it returns."""
         count = template.return_count
@@ -301,8 +356,6 @@ class Worker:
         elif count == 0:
             parts = ()
         else:
-            if isinstance(result, GeneratorType):
-                result = tuple(result)
             if not isinstance(result, (tuple, list)) or len(result) != count:
                 got = (f"{len(result)} objects" if isinstance(result, (tuple, list))
                        else f"an object of type {type(result).__name__}")

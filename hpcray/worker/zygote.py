@@ -43,6 +43,9 @@ from typing import Any, NoReturn, TypedDict
 
 import msgspec
 
+# Rings a worker's bell. Ignored by default, so a worker that is not listening yet takes no harm.
+INTERRUPT_SIGNAL = signal.SIGURG
+
 DEFAULT_TARGET = "hpcray.worker.main:run_worker"
 
 # What a worker runs: (number, task_fd, client_fd, settings) -> exit code, None is 0.

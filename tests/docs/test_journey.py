@@ -101,7 +101,7 @@ ray.shutdown()
 '''
 
 
-# --- the page --------------------------------------------------------------------------------------------
+# --- the page -------------------------------------------------------------------------------------
 
 
 def sections() -> dict[str, str]:
@@ -157,7 +157,7 @@ def test_messages_on_the_page_exist_and_go_where_they_can() -> None:
                 assert message in union_of(union), f"{sender} → {receiver}: {message}"
 
 
-# --- the real thing ----------------------------------------------------------------------------------------
+# --- the real thing -------------------------------------------------------------------------------
 
 
 def environment(folder: Path) -> dict[str, str]:

@@ -19,8 +19,8 @@ PACKAGE = Path(__file__).resolve().parents[2] / "hpcray"
 # From the top floor down. A room imports rooms of lower floors, and of its own floor only what
 # NEIGHBOURS allows. The modules of the face are one room.
 FLOORS = (
-    ("testing",),
-    ("observe", "__main__"),
+    ("testing", "__main__"),
+    ("observe",),
     ("face",),
     ("client", "worker", "node", "launch"),
     ("objects", "recovery", "collective", "gpu"),
@@ -33,12 +33,12 @@ NEIGHBOURS = {
     ("worker", "client"): "a worker is a client of its node",
     ("launch", "client"): "connecting a driver makes its client",
     ("node", "launch"): "a node reads its own identity and resources before it exists",
-    ("node", "worker"): "the zygote's messages, and only those: see EXCEPTIONS of the other kind",
+    ("node", "worker"): "the zygote's messages, and only those: see NODE_KNOWS_OF_WORKER",
 }
 # (importing module, imported module) -> why it is so in spite of the floors.
 EXCEPTIONS = {
     ("node.server", "client.channel"):
-        "split_batch: cutting a batch into datagrams is the protocol's business and should move there",
+        "split_batch: cutting a batch into datagrams is the protocol's and should move there",
     ("node.server", "observe.logs"):
         "the folder of worker output runs in node 0; it imports nothing and could live in node/",
     ("node.pool", "__init__"): "hpcray.__file__: where the zygote finds the package",

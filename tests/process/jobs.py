@@ -1,4 +1,4 @@
-"""A whole job under test: a script, the launcher it runs under, and every process that belongs to it.
+"""A whole job under test: a script, the launcher it runs under, and every process of it.
 
     Job(source)                      python script.py
     Job(source, ranks=2)             mpirun -n 2 hpcray run script.py
@@ -9,7 +9,8 @@ directory (the sidecar keeps neither the environment nor the parent). `gone` is 
 every test here: within `GONE_S` of the end, whatever ended it, no process of the job is left, none
 of the files that its MPI library had in /dev/shm, and nothing of ours in its temporary directory.
 
-A script tells the test where it is by printing; the test `expect`s that. Nothing sleeps to be in time.
+A script tells the test where it is by printing, and the test `expect`s that: nothing sleeps to be
+in time.
 """
 
 from __future__ import annotations
@@ -153,7 +154,8 @@ class Job:
         self.gone()
         code = self.process.returncode
         if (code == 0) if status is None else (code != status):
-            self.fail(f"ended with status {code}, expected {'a failure' if status is None else status}")
+            wanted = "any failure" if status is None else status
+            self.fail(f"ended with status {code}, expected {wanted}")
         return self.output
 
     def gone(self, timeout_s: float = GONE_S) -> None:
@@ -210,12 +212,12 @@ class Job:
     def pid(self, role: str, rank: int | None = None) -> int:
         """The one process of that role; of a zygote or worker, `rank` is its node's."""
         for member in self.members():
-            if member.role == role and (rank is None or self._rank_of(member) == rank):
+            if member.role == role and (rank is None or self.rank_of(member) == rank):
                 return member.pid
         self.fail(f"has no {role} (rank {rank})")
         raise AssertionError
 
-    def _rank_of(self, member: Member) -> int:
+    def rank_of(self, member: Member) -> int:
         if member.role == "node":
             return member.rank
         nodes = {m.pid: m.rank for m in self.members() if m.role == "node"}

@@ -1,4 +1,4 @@
-"""The driver is the user's own process: debuggers, profilers, event loops, threads, forks, stdin."""
+"""The driver is the user's own process: debugger, profiler, event loop, threads, forks, stdin."""
 
 from __future__ import annotations
 
@@ -43,11 +43,13 @@ def test_under_a_profiler(start: Start):
 
 
 def test_standard_input_is_the_driver_s(start: Start):
-    job = start(HEAD + "ray.init()\nprint(ray.get(echo.remote(sys.stdin.read())))\n", stdin="mine\n")
+    job = start(HEAD + "ray.init()\nprint(ray.get(echo.remote(sys.stdin.read())))\n",
+                stdin="mine\n")
     assert "mine" in job.finish()
 
 
-@pytest.mark.skipif(not (Path(sys.executable).parent / "ipython").exists(), reason="no IPython here")
+@pytest.mark.skipif(
+    not (Path(sys.executable).parent / "ipython").exists(), reason="no IPython here")
 def test_in_ipython(start: Start):
     job = start(HEAD + "ray.init()\nprint('ipython', ray.get(echo.remote(5)))\n",
                 program=("-m", "IPython", "--simple-prompt", "--no-banner"))
