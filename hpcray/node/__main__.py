@@ -27,7 +27,7 @@ from hpcray.transport.base import Transport
 
 _CLOSE_S = 5.0
 # A job that fails may have lost a rank, and then nothing is to be waited for.
-_FAILED_CLOSE_S = 2.0
+_FAILED_CLOSE_S = 1.0
 _EXIT_S = 5.0
 
 # Files the MPI library keeps in /dev/shm and would leave there if this process were killed.

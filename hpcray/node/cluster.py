@@ -363,10 +363,10 @@ class GlobalScheduler:
                     break
             for rank, slots in given.items():
                 grants.append((home, Grant(rank, shape, slots, actor)))
-            if left:
-                self._demands[key] = Demand(shape, left, actor, demand.spread)
-            else:
+            if given or not left:
                 del self._demands[key]
+            if given and left:  # it goes behind the others: whoever asked first starves nobody
+                self._demands[key] = Demand(shape, left, actor, demand.spread)
         return grants
 
     def _choose(self, home: int, shape: Shape, actor: bool, now_s: float) -> int | None:

@@ -107,6 +107,8 @@ class NodeServer:
         self._handlers: dict[int, Callable[[int], Any]] = {}
         self._connections: dict[int, _Connection] = {}
         self._task_backlog: dict[int, deque[bytes]] = {}
+        # What each worker was given last: its output may be read after its result.
+        self._last_template: dict[int, bytes] = {}
         self._dead: list[tuple[int, values.Failure]] = []
         self._machine: Machine | None = None
         self._segments = Segments()
@@ -330,6 +332,8 @@ class NodeServer:
 
     def _send_tasks(self, number: int, batch: list[Any]) -> None:
         encoded = messages.encode(batch)
+        if type(batch[-1]) is messages.Run:
+            self._last_template[number] = batch[-1].template_id
         backlog = self._task_backlog.get(number)
         if backlog is None:
             if number not in self._connections or self._pool.send_task(number, encoded):
@@ -500,6 +504,7 @@ class NodeServer:
         self._unwatch(connection.socket.fileno())
         connection.socket.close()
         self._driver = None
+        self.exit_status = self.exit_status or 1  # it did not say that it ends
         self._end_job(park=False)
 
     def _on_zygote(self, _fd: int) -> None:
@@ -579,6 +584,7 @@ class NodeServer:
                 for fd in descriptors:
                     os.close(fd)
             self._pool.forget(number)
+            self._last_template.pop(number, None)
             if self._machine is not None:
                 self._machine.worker_exited(number, failure)
 
@@ -618,7 +624,8 @@ class NodeServer:
             return class_name(hosted.template).split(".")[-1], worker.pid
         if worker.datagrams and worker.datagrams[0]:
             return worker.datagrams[0][0].template.name.split(".")[-1], worker.pid
-        return "worker", worker.pid
+        last = machine.tasks.templates.get(self._last_template.get(number, b""))
+        return "worker" if last is None else last.name.split(".")[-1], worker.pid
 
     def _show(self, lines: list[str]) -> None:
         """Print what the folder let go, and note when it wants to be asked again."""
@@ -837,6 +844,7 @@ class NodeServer:
                 for fd in descriptors:
                     os.close(fd)
         self._task_backlog.clear()
+        self._last_template.clear()
         self._unwatch(self._zygote_fd)
         if not park:
             self.drop_shared_files()

@@ -304,7 +304,6 @@ class SimulatedCluster:
         self.death_rate = 0.0
         self.deaths = 0
         self.network = LoopbackNetwork(size, seed=seed, reorder=reorder)
-        self.interrupted: list[bytes] = []
         self.templates: dict[bytes, m.Template] = {}
         self.starts: dict[bytes, list[int]] = {}
         self.ends: dict[bytes, int] = {}

@@ -173,6 +173,7 @@ class Process:
         self.actor: dict[str, Any] | None = None  # state of the hosted actor
         self.exit_status = 0
         self._began_s = 0.0
+        self._cancelled = False
         self._arena = Arena()
         self._live: dict[bytes, weakref.ref[Ref]] = {}
         self._holds: dict[bytes, None] = {}
@@ -209,7 +210,7 @@ class Process:
         if self.inbox or self.outbox or self._dropped or self._unpins or self._holds:
             return True
         if self.script is not None:
-            return self.waiting is None or self.waiting()
+            return self.waiting is None or self._cancelled or self.waiting()
         return bool(self.queue or self.tasks)
 
     def step(self) -> bool:
@@ -222,7 +223,7 @@ class Process:
             if rng.random() < 0.3:
                 return True
         if self.script is not None:
-            if self.waiting is None or self.waiting():
+            if self.waiting is None or self._cancelled or self.waiting():
                 self._resume()
         elif self.queue:
             self._start(self.queue.popleft())
@@ -241,7 +242,11 @@ class Process:
         assert self.script is not None
         self.wake_s = None
         try:
-            self.waiting = self.script.send(None)
+            if self._cancelled and self.waiting is not None:  # it has begun, and waits
+                self._cancelled = False
+                self.waiting = self.script.throw(TaskFailed("TaskCancelledError: interrupted"))
+            else:
+                self.waiting = self.script.send(None)
         except StopIteration:
             self.script = None
             self.waiting = None
@@ -274,7 +279,9 @@ class Process:
         self.alive = False
         self.exit_status = status
         self.outbox.clear()
-        self.script = None
+        script, self.script = self.script, None
+        if script is not None and not script.gi_running:
+            script.close()
         self.actor = None
         self.waiting = None
         self.node.exited(self)
@@ -304,6 +311,8 @@ class Process:
             if entry is None or entry() is not None:
                 continue
             del self._live[object_id]
+            if self._arrivals.pop(object_id, None) is not None:
+                self._unpins.append(object_id)  # it came too late: nobody will open it
             if object_id in self._holds:
                 del self._holds[object_id]
             else:
@@ -504,11 +513,20 @@ class Process:
                 self.queue = deque(i for i in self.queue if type(i) is m.Stop)
             self.outbox.append(m.Blocked(unstarted))
             self.flush()
-        while not condition():
-            yield condition
-        if worker:
-            self.outbox.append(m.Unblocked())
-            self.flush()
+        try:
+            while not condition():
+                yield condition
+        finally:
+            if worker and self.alive:
+                self.outbox.append(m.Unblocked())
+                self.flush()
+
+    def ask(self, ref: Ref) -> None:
+        """A get that is given up at once (as one that timed out): the answer finds nobody."""
+        if ref.packed is None and ref.id not in self._asked:
+            self._asked.add(ref.id)
+            self._send_holds()
+            self.outbox.append(m.Get(ref.id))
 
     def sleep(self, seconds: float) -> Script:
         """Compute for that long, without giving anything back."""
@@ -600,6 +618,7 @@ class Process:
     def _execute(self, run: m.Run) -> Script:
         self._began_s = self.cluster.now_s
         report: Any
+        template = None
         try:
             template = yield from self._load(run)
             args = yield from self._arguments(run)
@@ -621,11 +640,14 @@ class Process:
             if run.actor_id and ids.creation_task_id(run.actor_id) == run.task_id:
                 packed = values.pack_failure(values.Failure("ActorDiedError", str(error)))
                 self.queue.append(m.Stop())
-            report = m.Failed(run.task_id, run.attempt, self._run_us(), packed)
+            retry = template is not None and template.retry_exceptions \
+                and "TaskCancelledError" not in str(error)
+            report = m.Failed(run.task_id, run.attempt, self._run_us(), packed, retry)
         self._send_holds()
         self.outbox.append(report)
         self.cluster.finished(run, self)
         self.run = None
+        self._cancelled = False
 
     def _run_us(self) -> int:
         return int((self.cluster.now_s - self._began_s) * 1e6 * self.cluster.time_scale) + 5
@@ -717,7 +739,8 @@ class Process:
         elif kind is m.Reply:
             self._replies[message.request] = message
         elif kind is m.CancelTask:
-            self.cluster.interrupted.append(message.task_id)
+            if self.run is not None and self.run.task_id == message.task_id:
+                self._cancelled = True
 
     def _ref(self, object_id: bytes) -> Ref | None:
         entry = self._live.get(object_id)

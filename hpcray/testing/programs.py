@@ -20,6 +20,7 @@ import random
 from collections.abc import Generator
 from typing import Any
 
+from hpcray.protocol import ids
 from hpcray.protocol.messages import UNIT
 from hpcray.testing.processes import Large, Process, Ref, Script, SystemFailed, TaskFailed
 
@@ -27,6 +28,8 @@ Pair = list[Any]  # [Ref, label, path in the tree of submissions]
 
 # What may befall an object when workers are killed.
 _DEATHS = ("WorkerCrashedError", "ActorDiedError", "ActorUnavailableError")
+# And what a wild program does to itself.
+_WILD = (*_DEATHS, "TaskCancelledError", "boom")
 
 
 def may_wait(waiter: list[int], path: list[int]) -> bool:
@@ -86,8 +89,28 @@ class Body:
             yield from p.wait([pair[0] for pair in self.some(waitable)], rng.random() < 0.5)
         elif choice < 0.86 and self.mix.slow:
             yield from p.sleep(rng.random() * 0.02)
+        elif choice < 0.9 and self.mix.wild:
+            yield from self.harm()
         elif self.mix.actors:
             self.act()
+
+    def harm(self) -> Script:
+        """Cancel, kill, give up waiting."""
+        p, rng = self.p, self.rng
+        choice = rng.random()
+        if choice < 0.3 and self.handles:
+            handle = rng.choice(self.handles)
+            yield from p.request("kill_actor", {
+                "actor_id": ids.actor_of_object(handle.id), "no_restart": rng.random() < 0.5})
+        elif choice < 0.6 and self.pairs:
+            pair = rng.choice(self.pairs)
+            yield from p.request("cancel", {
+                "object_id": pair[0].id, "force": rng.random() < 0.3})
+        elif self.pairs:
+            pair = self.pairs.pop(rng.randrange(len(self.pairs)))
+            p.ask(pair[0])
+            if rng.random() < 0.5:
+                yield from p.sleep(0.01)
 
     def submit(self) -> None:
         p, rng = self.p, self.rng
@@ -99,10 +122,15 @@ class Body:
             options["rank"] = rng.randrange(p.cluster.size)
         if rng.random() < 0.1:
             options["resources"] = (("CPU", UNIT // 2),)
+        if self.mix.wild:
+            options["retry_exceptions"] = rng.random() < 0.3
+            options["max_calls"] = rng.choice((0, 0, 0, 1, 3))
         deps = [pair[0] for pair in self.some(self.pairs)[:2] if may_wait(path, pair[2])]
         if self.depth > 0 and kind < 0.5:
             ref = p.submit("mixed", [label, path, self.depth - 1, self.some(self.pairs),
                                      self.some(self.handles), *deps], **options)[0]
+        elif kind < 0.6 and self.mix.wild:
+            ref = p.submit("boom", [label, path, self.some(self.pairs), *deps], **options)[0]
         elif kind < 0.8:
             ref = p.submit("leaf", [label, path, *deps], **options)[0]
         else:
@@ -115,6 +143,9 @@ class Body:
         p, rng = self.p, self.rng
         if not self.handles or rng.random() < 0.3:
             restarts = rng.choice((0, 0, 2)) if self.mix.restarts else 0
+            if self.mix.wild and rng.random() < 0.2:
+                self.handles.append(p.create_actor("boom", [0, [], self.some(self.pairs)]))
+                return
             self.handles.append(p.create_actor(
                 "Shelf", [rng.getrandbits(30)], max_restarts=restarts))
             return
@@ -135,7 +166,8 @@ class Body:
         try:
             value = yield from p.get(pair[0])
         except (SystemFailed, TaskFailed) as error:
-            if not self.mix.deaths or not any(kind in str(error) for kind in _DEATHS):
+            allowed = _WILD if self.mix.wild else _DEATHS if self.mix.deaths else ()
+            if not any(kind in str(error) for kind in allowed):
                 p.cluster.fault(f"{p!r} got {error!r} from {pair[0]!r}", error)
             return None
         if value[0] != pair[1]:
@@ -161,7 +193,7 @@ class Mix:
 
     def __init__(
         self, *, steps: int = 8, depth: int = 2, actors: bool = True, restarts: bool = False,
-        deaths: bool = False, slow: bool = True, large: float = 0.3,
+        deaths: bool = False, slow: bool = True, large: float = 0.3, wild: bool = False,
     ) -> None:
         self.step_count = steps
         self.depth = depth
@@ -170,9 +202,11 @@ class Mix:
         self.deaths = deaths
         self.slow = slow
         self.large = large
+        # Programs that cancel, kill, raise and give up.
+        self.wild = wild
 
     def bodies(self) -> dict[str, Any]:
-        return {"mixed": self.mixed, "leaf": self.leaf, "two": self.two,
+        return {"mixed": self.mixed, "leaf": self.leaf, "two": self.two, "boom": self.boom,
                 "Shelf": self.shelf, "keep": self.keep, "give": self.give}
 
     def driver(self, p: Process, seed: int) -> Script:
@@ -207,6 +241,9 @@ class Mix:
                 if may_wait(path, pair[2]):
                     yield from body.follow(pair)
         return self.value(body.rng, seed, [])
+
+    def boom(self, p: Process, seed: int, path: list[int], pairs: list[Pair], *deps: Any) -> Any:
+        raise TaskFailed("boom")
 
     def two(self, p: Process, seed: int, pairs: list[Pair]) -> list[Any]:
         rng = random.Random(seed)

@@ -135,13 +135,13 @@ class HostedActor:
 
     def finish(self) -> int:
         """A graceful end: atexit handlers run (by the zygote's exit), and `__del__`."""
-        import atexit
+        from hpcray.worker.main import end_user_code
 
         self.worker.client.flush()
         self._methods.clear()
         self.instance = None
         gc.collect()
-        atexit._run_exitfuncs()
+        end_user_code()
         sys.stdout.flush()
         sys.stderr.flush()
         self.worker.client.flush()

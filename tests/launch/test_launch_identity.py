@@ -148,7 +148,7 @@ with open(os.path.join(sys.argv[1], str(launch.rank)), "w") as file:
 """
 
 
-@pytest.mark.mpi
+@pytest.mark.mpirun
 def test_stripped_child_is_alone_and_a_child_may_be_the_rank(run_ranks, mpirun, tmp_path: Path):
     done = run_ranks(2, [sys.executable, "-c", RANK, str(tmp_path)])
     assert done.returncode == 0, done.stdout + done.stderr
@@ -164,7 +164,7 @@ def test_stripped_child_is_alone_and_a_child_may_be_the_rank(run_ranks, mpirun, 
     assert said[0]["launch"]["job_key"] == said[1]["launch"]["job_key"] is not None
 
 
-@pytest.mark.mpi
+@pytest.mark.mpirun
 def test_one_rank_under_mpirun_is_mpi(run_ranks):
     code = ("import os; from hpcray.launch.identity import read_launch\n"
             "print(read_launch(os.environ))")

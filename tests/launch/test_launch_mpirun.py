@@ -115,7 +115,7 @@ def test_no_ranks_are_refused():
         plan_mpirun(0, ["py"], os.environ)
 
 
-@pytest.mark.mpi
+@pytest.mark.mpirun
 def test_the_plan_works_with_more_ranks_than_cores(run_ranks, mpirun, tmp_path: Path):
     """Each rank writes what it is; nobody is bound; stdin is nobody's business but rank 0's."""
     code = ("import os, sys; from hpcray.launch.identity import read_launch\n"

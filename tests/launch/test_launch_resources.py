@@ -235,7 +235,7 @@ with open(os.path.join(sys.argv[1], str(launch.rank)), "w") as file:
 """
 
 
-@pytest.mark.mpi
+@pytest.mark.mpirun
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs to bind to one")
 @pytest.mark.parametrize("cpus", [1, 2])
 def test_binding_is_undone_up_to_what_mpirun_itself_has(mpirun, python, tmp_path: Path, cpus: int):

@@ -33,7 +33,7 @@ def test_grants_fit_and_stay_within_demand(
     for home, shape, count, actor, spread in asked:
         s.demand(home, Demand(shape, count, actor, spread))
         demanded[(home, shape, actor)] = count
-    for home, grant in s.match():
+    for home, grant in s.match(0.0):
         demanded[(home, grant.shape, grant.actor)] -= grant.slots
         free[grant.rank] -= dict(grant.shape).get("CPU", 0) * grant.slots
         assert grant.actor or grant.rank != home, "a home needs no grant of itself for tasks"
@@ -49,7 +49,7 @@ def test_grants_fit_and_stay_within_demand(
 def test_actors_spread() -> None:
     s = scheduler(4, 4, 4, 4)
     s.demand(0, Demand((), 8, actor=True))
-    placed = [grant.rank for _, grant in s.match() for _ in range(grant.slots)]
+    placed = [grant.rank for _, grant in s.match(0.0) for _ in range(grant.slots)]
     assert sorted(placed) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
@@ -58,7 +58,7 @@ def test_tasks_go_where_the_queue_is_shortest() -> None:
     s.load(1, Load(CPU, 50, 0, 0))
     s.load(2, Load(CPU, 0, 0, 0))
     s.demand(0, Demand(CPU, 1))
-    assert [grant.rank for _, grant in s.match()] == [2]
+    assert [grant.rank for _, grant in s.match(0.0)] == [2]
 
 
 def test_every_home_gets_its_turn() -> None:
@@ -71,7 +71,7 @@ def test_every_home_gets_its_turn() -> None:
         s.load(2, Load(CPU, 0, 0, 0))
         for rank in (0, 1):
             s.load(rank, Load((("CPU", 0),), 1000, 0, 0))
-        served |= {home for home, _ in s.match()}
+        served |= {home for home, _ in s.match(0.0)}
     assert served == {0, 1}
 
 

@@ -14,6 +14,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:
         if here in item.path.parents:
-            item.add_marker(pytest.mark.mpi)
+            item.add_marker(pytest.mark.mpirun)
             if not MPIRUN.exists():
                 item.add_marker(pytest.mark.skip(reason=f"no mpirun at {MPIRUN}"))
