@@ -180,7 +180,10 @@ class Actors:
 
     def creation_failed_at_home(self, task: TaskRecord, error: bytes) -> None:
         """The constructor raised: never retried, as in Ray."""
-        home = self.homes[task.actor_id]
+        home = self.homes.get(task.actor_id)
+        if home is None:  # killed while it was being created, and forgotten since
+            self._machine.tasks.fail(task, error)
+            return
         failure = (values.unpack_failure(error) if error[0] == values.FAILURE
                    else values.Failure("ActorDiedError", "its constructor raised",
                                        task.actor_id.hex()))
@@ -190,8 +193,11 @@ class Actors:
     def creation_crashed(
         self, task: TaskRecord, failure: values.Failure, *, started: bool
     ) -> None:
-        home = self.homes[task.actor_id]
+        home = self.homes.get(task.actor_id)
         tasks = self._machine.tasks
+        if home is None:  # killed while it was being created, and forgotten since
+            tasks.fail(task, values.pack_failure(failure))
+            return
         if not started and home.state is not ActorState.DEAD:
             tasks._requeue(task)
             return
@@ -413,7 +419,9 @@ class Actors:
 
     def call_ready(self, task: TaskRecord) -> None:
         """Its dependencies exist: it and those behind it may go."""
-        route = self.routes[task.actor_id]
+        route = self.routes.get(task.actor_id)
+        if route is None:
+            return
         queue = route.blocked.get(task.client)
         while queue and (queue[0].missing == 0 or queue[0].cancelled):
             head = queue.popleft()
@@ -421,6 +429,12 @@ class Actors:
                 self._send_or_wait(route, head)
         if not queue:
             route.blocked.pop(task.client, None)
+
+    def call_cancelled(self, task: TaskRecord) -> None:
+        """Unstarted, and it has its outcome: those behind it must not wait for its dependencies."""
+        if task.home == self._rank:
+            self.call_ready(task)
+        self.call_fetched(task)
 
     def call_returned(self, task: TaskRecord) -> None:
         """The host does not have this incarnation (any more): resolve again."""
@@ -449,8 +463,11 @@ class Actors:
         actor_id = task.actor_id
         if task.template.kind != 2:
             home = self.homes.get(actor_id)
+            rank = self._rank if task.rank < 0 else task.rank
             if home is not None and home.state in (ActorState.PENDING, ActorState.RESTARTING):
-                self._created(home, self._rank if task.rank < 0 else task.rank)
+                self._created(home, rank)
+            else:  # killed while it was being created
+                self._stop_at(rank, actor_id, task.attempt, kill=True)
             return
         route = self.routes.get(actor_id)
         if route is not None:
@@ -523,8 +540,8 @@ class Actors:
             return
         caller = (task.home, task.client)
         queue = hosted.blocked.get(caller)
-        while queue and queue[0].missing == 0:
-            hosted.calls.append(queue.popleft())
+        while queue and (queue[0].missing == 0 or queue[0].cancelled):
+            hosted.calls.append(queue.popleft())  # cancelled ones are skipped there
         if not queue:
             hosted.blocked.pop(caller, None)
         self._pump[hosted.actor_id] = hosted

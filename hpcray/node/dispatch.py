@@ -415,7 +415,10 @@ class Dispatcher:
 
     def _take(self, task: TaskRecord) -> None:
         self._machine.tasks.unrun(task)
-        self.enqueue(task, front=True)
+        if task.cancelled:
+            self._machine.tasks.drop_cancelled(task)
+        else:
+            self.enqueue(task, front=True)
 
     # --- time -------------------------------------------------------------------------------------
 
@@ -437,7 +440,7 @@ class Dispatcher:
         if queue is None:
             return
         for task in [t for t in reversed(queue.tasks) if t.home == home and t.state == QUEUED
-                     and t.template.rank < 0][:count]:
+                     and t.template.rank < 0 and not t.cancelled][:count]:
             queue.tasks.remove(task)
             self._machine.tasks.give_back(task)
 
@@ -447,6 +450,8 @@ class Dispatcher:
             if queue.tasks and not self.ledger.fits(queue.shape):
                 kept: deque[TaskRecord] = deque()
                 for task in queue.tasks:
+                    if task.cancelled:
+                        continue
                     if (task.home != self._machine.rank and task.state == QUEUED
                             and task.template.rank < 0 and task.template.kind != METHOD):
                         self._machine.tasks.give_back(task)

@@ -388,7 +388,8 @@ class Tasks:
         self.forget_foreign(task)
 
     def forget_foreign(self, task: TaskRecord) -> None:
-        self.records.pop(task.task_id, None)
+        if self.records.pop(task.task_id, None) is None:
+            return
         if task.values is not None:
             for index, object_id in enumerate(ids.split_ids(task.refs)):
                 if task.values[index] is None:
@@ -468,6 +469,11 @@ class Tasks:
     def peer_returned(self, rank: int, message: TaskReturned) -> None:
         task = self._current(rank, message)
         if task is None:
+            return
+        if task.cancelled:  # unstarted: the RecallTask behind it will find nothing
+            if task.template.kind != METHOD:
+                self._machine.cluster.returned(rank, task)
+            self.fail(task, values.pack_failure(cancelled_failure(task)))
             return
         if task.template.kind == METHOD:
             task.attempt += 1
@@ -557,7 +563,7 @@ class Tasks:
             return "actor"
         task.cancelled = True
         if task.state in (WAITING, QUEUED, FETCHING):
-            self.fail(task, values.pack_failure(cancelled_failure(task)))
+            self.drop_cancelled(task)
             return "queued"
         if task.state == ASSIGNED and task.rank not in (-1, self._rank):
             self._outbox.peers[task.rank].append(RecallTask(task.task_id, force, recursive))
@@ -573,13 +579,7 @@ class Tasks:
             for child in [i for i in self.records if i.startswith(prefix)]:
                 self.cancel(child, force=force, recursive=True)
         if task.state != RUNNING:
-            failure = cancelled_failure(task)
-            if task.home == self._rank:
-                self.fail(task, values.pack_failure(failure))
-            else:
-                self._outbox.peers[task.home].append(TaskFailed(
-                    task.task_id, task.attempt, 0, values.pack_failure(failure), False))
-                self.forget_foreign(task)
+            self.drop_cancelled(task)
             return "queued"
         if force and not task.actor_id:
             self._outbox.actions.append(KillWorker(task.worker))
@@ -587,6 +587,18 @@ class Tasks:
         self._outbox.clients[task.worker].append(CancelTask(task.task_id))
         self._outbox.actions.append(InterruptWorker(task.worker))
         return "interrupted"
+
+    def drop_cancelled(self, task: TaskRecord) -> None:
+        """It has not started (or came back unread) and never will: this is its outcome."""
+        error = values.pack_failure(cancelled_failure(task))
+        if task.home == self._rank:
+            self.fail(task, error)
+        else:
+            self._outbox.peers[task.home].append(
+                TaskFailed(task.task_id, task.attempt, 0, error, False))
+            self.forget_foreign(task)
+        if task.template.kind == METHOD:
+            self._machine.actors.call_cancelled(task)
 
     def recalled(self, message: RecallTask) -> None:
         task = self.records.get(message.task_id)

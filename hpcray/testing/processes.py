@@ -666,19 +666,30 @@ class Process:
     def _arguments(self, run: m.Run) -> Generator[Any, Any, list[Any]]:
         # All are taken before any is opened: an error among them must not leave a pin behind.
         found: list[bytes | View] = []
+        pinned = [run.ids[i * 28 : i * 28 + 28] for i, dep in enumerate(run.deps)
+                  if type(dep) is m.Located]
+        try:
+            yield from self._take_dependencies(run, pinned, found)
+        finally:
+            self._unpins.extend(pinned)  # interrupted half-way: what was not taken
+        opened = [self.open(item) for item in found]
+        args = self._unpack(run.args, opened) if run.args else []
+        assert isinstance(args, list)
+        return args
+
+    def _take_dependencies(
+        self, run: m.Run, pinned: list[bytes], found: list[bytes | View]
+    ) -> Script:
         for index, dep in enumerate(run.deps):
             object_id = run.ids[index * 28 : index * 28 + 28]
             if type(dep) is m.Located:
                 found.append((yield from self._view(object_id, dep)))
+                del pinned[0]
             elif dep == b"":
                 found += yield from self.get_packed([self.intern(object_id)])
             else:
                 assert isinstance(dep, bytes)
                 found.append(dep)
-        opened = [self.open(item) for item in found]
-        args = self._unpack(run.args, opened) if run.args else []
-        assert isinstance(args, list)
-        return args
 
     def _outcome(self, run: m.Run, template: m.Template, result: Any) -> Script:
         if template.kind == m.ACTOR_CREATION or result is None:

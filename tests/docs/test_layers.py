@@ -191,19 +191,16 @@ def test_importing_hpcray_loads_nothing_heavy() -> None:
     assert not heavy & set(found.split())
 
 
-# Without other packages on the way in: 0.10 s here. A driver, a node and a zygote all pay it.
-IMPORT_S = 0.25
-TRIES = 8
+# 0.09 s here. A driver, a node and a zygote all pay it. CPU time and not wall time: on a quiet
+# machine they are the same, and on a loaded one only the first is the import's own.
+IMPORT_CPU_S = 0.25
+TRIES = 5
 
 
 @pytest.mark.timeout(100)
 def test_importing_hpcray_is_quick() -> None:
-    """The best of several: a loaded machine slows all down but rarely every single one."""
-    code = ("import time; began_s = time.perf_counter(); import hpcray; "
-            "print(time.perf_counter() - began_s)")
-    best_s = float("inf")
-    for _ in range(TRIES):
-        best_s = min(best_s, float(run(code)))
-        if best_s < IMPORT_S:
-            return
-    pytest.fail(f"import hpcray took {best_s:.3f} s at best, more than {IMPORT_S} s")
+    """The best of several: neighbours that empty the caches slow an import as well."""
+    code = ("import time; began_s = time.process_time(); import hpcray; "
+            "print(time.process_time() - began_s)")
+    best_s = min(float(run(code)) for _ in range(TRIES))
+    assert best_s < IMPORT_CPU_S, f"import hpcray took {best_s:.3f} s of CPU at best"
