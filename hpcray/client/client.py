@@ -99,7 +99,7 @@ class Client:
         self._refs = ReferenceTable()
         self.memory = ClientMemory(self)
         self._asked: set[bytes] = set()
-        self._watched: set[bytes] = set()
+        self._watched: dict[bytes, int] = {}  # what was asked: READY or LOCAL
         self._waiters: dict[bytes, Any] = {}  # id -> Waiter or list of Waiters, for values
         self._ready_waiters: dict[bytes, Any] = {}
         self._replies: dict[int, Waiter] = {}
@@ -467,9 +467,11 @@ class Client:
         if len(ready) < count:
             with self._lock:
                 watched = self._watched
-                ask = [r._id for r in refs if r._ready < level and r._id not in watched]
+                ask = [
+                    r._id for r in refs if r._ready < level and watched.get(r._id, 0) < level
+                ]
                 if ask:
-                    watched.update(ask)
+                    watched.update(dict.fromkeys(ask, level))
                     self._ask(Watch, ask, fetch)
                 absent = [r._id for r in refs if r._ready < level]
                 waiter = Waiter(count - (len(refs) - len(absent)))
@@ -788,12 +790,15 @@ class Client:
     def _on_ready(self, message: Ready, _: list[int]) -> None:
         table = self._refs
         waiters = self._ready_waiters
+        level = LOCAL if message.local else READY
+        watched = self._watched
         for object_id in ids.split_ids(message.ids):
-            self._watched.discard(object_id)
             ref = table.get(object_id)
-            if ref is not None and ref._ready < LOCAL:
-                # Watches of this process ask for one level at a time; READY may be LOCAL already.
-                ref._ready = LOCAL
+            if ref is not None and ref._ready < level:
+                ref._ready = level
+            if watched.get(object_id, 0) > level:
+                continue  # somebody waits for more than this; that answer comes too
+            watched.pop(object_id, None)
             waiter = waiters.pop(object_id, None)
             if waiter is not None:
                 _count_down(waiter)

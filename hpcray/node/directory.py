@@ -66,7 +66,7 @@ class Directory:
         # Bytes of inline values that are worth counting.
         self.inline_bytes = 0
         # Clients' messages of this turn, coalesced: who became ready for whom.
-        self._ready: dict[int, list[bytes]] = {}
+        self._ready: dict[tuple[int, bool], list[bytes]] = {}
         self._wants: dict[int, list[bytes]] = {}
         self._frees: dict[int, list[bytes]] = {}
         # Handovers of refs inside results: number -> joined ids held until HandedOver.
@@ -348,7 +348,7 @@ class Directory:
                 self._outbox.clients[client].append(ValueAt(record.object_id, record.location))
                 return
         elif how != WAIT_LOCAL or value is not None or record.location is not None:
-            self._ready.setdefault(client, []).append(record.object_id)
+            self._ready.setdefault((client, how == WAIT_LOCAL), []).append(record.object_id)
             return
         self._enqueue(record, code)
         self.pull(record)
@@ -570,10 +570,10 @@ class Directory:
         outbox = self._outbox
         if self._ready:
             ready, self._ready = self._ready, {}
-            for client, found in ready.items():
+            for (client, local), found in ready.items():
                 for start in range(0, len(found), _IDS_PER_MESSAGE):
                     outbox.clients[client].append(
-                        Ready(b"".join(found[start : start + _IDS_PER_MESSAGE])))
+                        Ready(b"".join(found[start : start + _IDS_PER_MESSAGE]), local))
         if self._wants:
             wants, self._wants = self._wants, {}
             self._to_peers(wants, Want)

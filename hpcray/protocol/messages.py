@@ -315,6 +315,7 @@ class ValueAt(_Message, tag=3):
 
 class Ready(_Message, tag=4):
     ids: bytes
+    local: bool  # on this node, and not only somewhere
 
 
 class Released(_Message, tag=5):

@@ -84,7 +84,7 @@ def test_wait_refuses_what_cannot_be(node: Any) -> None:
 
 def test_wait_keeps_the_order(node: Any) -> None:
     refs = [nothing.remote() for _ in range(4)]
-    node.send(Ready(refs[3].binary() + refs[1].binary()))
+    node.send(Ready(refs[3].binary() + refs[1].binary(), True))
     assert ray.wait(refs, num_returns=2) == ([refs[1], refs[3]], [refs[0], refs[2]])
     assert ray.wait([refs[0]], timeout=0.01) == ([], [refs[0]])
 
