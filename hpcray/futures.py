@@ -10,8 +10,8 @@ queued here and not on the nodes, because there is no way to take back a submitt
 has not started: what is queued here can be cancelled exactly, as a `Future` promises.
 
 The window is as many calls as the cluster can run at once. Short calls would leave it idle for a
-round trip each, so it grows by one for each call that is back within `PREFETCH_S` and shrinks by
-one for each that is not: a queue on the nodes is never worth more than about that time.
+round trip each, so it grows by one for each call that is back within `PREFETCH_S` and what it has
+grown is halved by each that is not: a queue on the nodes is worth about that time at most.
 
 Inside tasks and actors everything is in flight at once, as what waits there should be a ref that
 gives back the waiter's CPU.
@@ -121,8 +121,8 @@ class Executor(concurrent.futures.Executor):
             return super().map(fn, *iterables, timeout=timeout, **others)
         shared = ray.put(fn)  # the chunks share one copy
         results = super().map(
-            _call_chunk, itertools.repeat(shared), _chunks(zip(*iterables), chunksize),
-            timeout=timeout, **others)
+            _call_chunk, itertools.repeat(shared),
+            _chunks(zip(*iterables, strict=False), chunksize), timeout=timeout, **others)
         return _flatten(results)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -219,7 +219,9 @@ class Executor(concurrent.futures.Executor):
             if time.monotonic() - call.launched_s < PREFETCH_S:
                 self._prefetch = min(self._prefetch + 1, MAX_PREFETCH)
             else:
-                self._prefetch = max(self._prefetch - 1, 0)
+                self._prefetch //= 2
+            if len(self._in_flight) == 1 and not self._queue:
+                self._prefetch = 0  # the last one: what comes next may be of another kind
         error = done.exception()
         self._settle(call, None if error is not None else done.result(), error)
         self._launch()

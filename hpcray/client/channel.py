@@ -33,17 +33,6 @@ class ChannelClosed(Exception):
     """The node hung up."""
 
 
-def split_batch(batch: list[Any], encoded: bytes) -> list[bytes]:
-    """Datagrams of at most DATAGRAM_MAX_BYTES for a batch whose one encoding is too large."""
-    if len(encoded) <= messages.DATAGRAM_MAX_BYTES or len(batch) == 1:
-        return [encoded]
-    middle = len(batch) // 2
-    first, second = batch[:middle], batch[middle:]
-    return split_batch(first, messages.encode(first)) + split_batch(
-        second, messages.encode(second)
-    )
-
-
 class Channel:
     def __init__(self, sock: socket.socket) -> None:
         self.socket = sock
@@ -70,7 +59,7 @@ class Channel:
         if len(encoded) <= messages.DATAGRAM_MAX_BYTES:
             self._send(encoded, dispatch)
         else:
-            for datagram in split_batch(batch, encoded):
+            for datagram in messages.split_batch(batch, encoded):
                 self._send(datagram, dispatch)
 
     def _send(self, datagram: bytes, dispatch: Callable[[Any, list[int]], None]) -> None:

@@ -18,9 +18,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -148,7 +147,8 @@ class Client:
             self._channel.outbox.append(messages.Hello(os.getpid(), config))
             try:
                 self._flush()
-                done = self._wait(self._welcome, time.monotonic() + timeout_s)
+                deadline_s = time.monotonic() + timeout_s
+                done = self._wait(self._welcome, deadline_s, giving_back=False)
             except exceptions.RaySystemError as error:
                 raise exceptions.LaunchError(f"the node could not start: {error}") from None
         if not done:
@@ -338,9 +338,6 @@ class Client:
         """The ref of an object met in a value being unpickled."""
         with self._lock:
             return self._refs.intern(object_id)
-
-    def intern_unlocked(self, object_id: bytes) -> ObjectRef[Any]:
-        return self._refs.intern(object_id)
 
     def pin_for_job(self, object_id: bytes) -> None:
         with self._lock:
@@ -907,5 +904,3 @@ def _after_fork_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
-
-__all__ = ["Client", "Placeholder", "Waiter", "Iterable", "weakref"]

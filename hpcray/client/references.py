@@ -1,7 +1,7 @@
 """Object references of this process.
 
 One `ObjectRef` per id per process, interned, so identity is equality and hash. The node
-is told when the first local ref to an object appears and when the last one goes (DESIGN 3).
+is told when the first local ref to an object appears and when the last one goes.
 
 Life of an entry in `live`:
 

@@ -38,6 +38,7 @@ from hpcray.node.records import (
 )
 from hpcray.protocol import ids, values
 from hpcray.protocol.messages import (
+    METHOD,
     ActorDown,
     ActorIs,
     ActorStop,
@@ -461,7 +462,7 @@ class Actors:
     def home_call_finished(self, task: TaskRecord) -> None:
         """The outcome of a call of ours, or of a creation, has been delivered."""
         actor_id = task.actor_id
-        if task.template.kind != 2:
+        if task.template.kind != METHOD:
             home = self.homes.get(actor_id)
             rank = self._rank if task.rank < 0 else task.rank
             if home is not None and home.state in (ActorState.PENDING, ActorState.RESTARTING):
@@ -502,7 +503,7 @@ class Actors:
         hosted = self.hosted.get(task.actor_id)
         if hosted is None:
             return
-        if task.template.kind != 2:
+        if task.template.kind != METHOD:
             hosted.alive = True
             held = hosted.template.held_resources
             self._machine.dispatcher.actor_holds(

@@ -262,7 +262,7 @@ class Cluster:
             return
         self._last_load = (dict(facts[0]), facts[1], facts[2])
         self._last_load_s = now_s
-        self._to_scheduler(Load(tuple(sorted(facts[0].items())), facts[1], facts[2], 0))
+        self._to_scheduler(Load(tuple(sorted(facts[0].items())), facts[1], facts[2]))
 
     def load_changed(self) -> None:
         """Work came by a grant: the scheduler has counted it, and must hear how it turned out."""

@@ -150,9 +150,19 @@ class Directory:
             extra.added = False
             self.holders.drop(object_id)
         # The copy stays until the home says so (the home counts on it); a bare record goes.
-        # Whoever waits for it holds it: waiters left over are of processes that died or gave up.
-        if record.location is None and not record.pins and not (extra and extra.pulling):
+        # A client that gave up waiting and dropped its ref still gets its answer: it may meet the
+        # ref again, and would not ask twice.
+        if (record.location is None and not record.pins and not (extra and extra.pulling)
+                and not self._is_awaited(record)):
             del self.records[object_id]
+
+    def _is_awaited(self, record: ObjectRecord) -> bool:
+        waiters = record.waiters
+        if waiters is None:
+            return False
+        clients = self._machine.clients
+        return any(code >> 2 in clients
+                   for code in (waiters if type(waiters) is list else (waiters,)))
 
     def _free(self, record: ObjectRecord) -> None:
         """No ref is left anywhere."""
@@ -167,6 +177,11 @@ class Directory:
                     if rank != self._rank:
                         self._frees.setdefault(rank, []).append(object_id)
                 extra.copies = None
+            if extra.wanters:  # who asked has dropped it since: there will be no other answer
+                for rank in extra.wanters:
+                    self._outbox.peers[rank].append(
+                        ObjectReady(object_id, freed_value(object_id)))
+                extra.wanters = None
         if object_id[:8] == b"\0\0\0\0\0\0\0\0" and ids.is_creation_object(object_id):
             self.on_freed_creation(object_id)
         if record.value is not None and len(record.value) > _COUNTED_BYTES:
@@ -290,6 +305,8 @@ class Directory:
             record.value = value
             record.state = READY
         self._announce_ready(record)
+        if record.count <= 0 and not self.is_home(object_id):
+            self._unheld(record)  # it was kept for those who waited
 
     def _announce_ready(self, record: ObjectRecord) -> None:
         waiters = record.waiters
@@ -514,7 +531,8 @@ class Directory:
         extra.pulling = False
         if record.state == FREED:
             self._finish_free(record)
-        elif record.count <= 0 and not self.is_home(object_id):
+        elif (record.count <= 0 and not self.is_home(object_id)
+                and not self._is_awaited(record)):
             self._unheld(record)  # who wanted it is gone: nobody here may ask for it any more
         elif failure is not None:
             record.value = values.pack_failure(failure)

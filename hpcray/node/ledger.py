@@ -6,7 +6,7 @@ RL-1  held + free == total, for every resource.
 RL-2  a GPU index is held by at most UNIT in all.
 
 `free` may go negative: a worker that wakes from `get` takes its CPU back at once, and nothing
-new starts until the balance has recovered (DESIGN 5).
+new starts until the balance has recovered (ARCHITECTURE.md).
 """
 
 from __future__ import annotations

@@ -166,9 +166,6 @@ class Machine:
                 held.remove(object_id)
                 release(object_id)
 
-    def _pin(self, client: ClientRecord, message: m.Pin) -> None:
-        self.directory.pin(self.directory.record(message.object_id), client.number)
-
     def _unpin(self, client: ClientRecord, message: m.Unpin) -> None:
         self.directory.client_unpinned(client, message.object_id, message.count)
 
@@ -314,7 +311,6 @@ _CLIENT_HANDLERS: dict[type, Callable[[Machine, ClientRecord, Any], None]] = {
     m.PutLocated: Machine._put_located,
     m.Hold: Machine._hold,
     m.Drop: Machine._drop,
-    m.Pin: Machine._pin,
     m.Unpin: Machine._unpin,
     m.PinForJob: Machine._pin_for_job,
     m.Get: Machine._get,

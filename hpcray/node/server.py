@@ -6,7 +6,7 @@
       worker output
 
 One thread; no call in it blocks. Waiting: in `epoll` until something happens on this host; with
-other ranks at most 50 us to 5 ms, by how long ago MPI last brought something, because MPI has
+other ranks at most 50 us to 10 ms, by how long ago MPI last brought something, because MPI has
 no descriptor to wait for; not at all while data is moving.
 
 The job's life at a node:
@@ -21,25 +21,22 @@ import contextlib
 import gc
 import os
 import secrets
-import select
 import signal
 import socket
-import sys
 import time
-from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from hpcray.client.channel import split_batch
 from hpcray.node import outbox as out
-from hpcray.node.actors import class_name
+from hpcray.node.connections import Connection, Connections, enlarge_buffers
 from hpcray.node.journal import Journal
 from hpcray.node.machine import DRIVER, Machine
+from hpcray.node.output import WorkerOutput
 from hpcray.node.pool import WorkerPool, ZygoteLost
 from hpcray.node.transfers import Segments, Transfers
+from hpcray.node.watcher import READ, WRITE, Watcher
 from hpcray.objects.budget import MINIMUM_SEGMENT_BYTES
-from hpcray.observe.logs import LogFolder, LogSource
 from hpcray.protocol import ids, messages, values
 from hpcray.transport.base import (
     DataCancelled,
@@ -51,38 +48,19 @@ from hpcray.transport.base import (
 )
 from hpcray.worker.zygote import Exited, ForkRefused, Ready
 
-_RECEIVE_BYTES = 512 * 1024
-# Datagrams read from one client per turn: bounds a turn, keeps clients equal.
-_DATAGRAMS_PER_TURN = 64
-# After a datagram this large another one is likely there already.
-_LIKELY_MORE_BYTES = 1024
-_SEND_FLAGS = int(socket.MSG_NOSIGNAL)
-_OUTPUT_BYTES = 64 * 1024
 _TICK_S = 0.01
 _SLOW_TICK_S = 1.0
 # Lineage may be this old in the control store: one command for many tasks.
 _JOURNAL_S = 0.1
 # How long to sleep between looks at MPI, by how long ago it last brought something: a reply is
 # most likely at once. (since, sleep) in seconds; epoll alone knows milliseconds only.
-_MPI_WAITS_S = ((0.001, 0.00005), (0.01, 0.0002), (1.0, 0.001))
-_MPI_QUIET_WAIT_S = 0.005
+_MPI_WAITS_S = ((0.001, 0.00005), (0.01, 0.0002), (1.0, 0.001), (10.0, 0.005))
+_MPI_QUIET_WAIT_S = 0.01
 # A peer that has not ended its workers by then is left behind.
 _END_TIMEOUT_S = 3.0
 _SPIN_S = 0.0002
 
 JOINING, RUNNING, ENDING, PARKED, LEFT = range(5)
-
-
-class _Connection:
-    """A client's channel at the node's side: what could not be sent yet waits here."""
-
-    __slots__ = ("backlog", "number", "socket", "waiting")
-
-    def __init__(self, number: int, sock: socket.socket) -> None:
-        self.number = number
-        self.socket = sock
-        self.backlog: deque[tuple[bytes, tuple[int, ...]]] = deque()
-        self.waiting = False
 
 
 class NodeServer:
@@ -104,12 +82,9 @@ class NodeServer:
         self._state = JOINING
         self._job_count = 0
         self._epoch = 0
-        self._epoll = select.epoll()
-        self._handlers: dict[int, Callable[[int], Any]] = {}
-        self._connections: dict[int, _Connection] = {}
-        self._task_backlog: dict[int, deque[bytes]] = {}
-        # What each worker was given last: its output may be read after its result.
-        self._last_template: dict[int, bytes] = {}
+        self._watcher = Watcher()
+        self._connections = Connections(self._watcher, pool)
+        self._output = WorkerOutput(self.rank, self._connections, self._to_node0)
         self._dead: list[tuple[int, values.Failure]] = []
         self._machine: Machine | None = None
         self._segments = Segments()
@@ -122,30 +97,26 @@ class NodeServer:
         self.drop_shared_files: Callable[[], None] = lambda: None
         self._config: dict[str, Any] | None = None
         self._early: list[tuple[int, list[Any]]] = []
-        self._folder = LogFolder(time.monotonic())
-        self._folder_deadline_s: float | None = None
-        self._buffer = bytearray(_RECEIVE_BYTES)
-        self._view = memoryview(self._buffer)
         self._settings: dict[str, Any] = {}
         self._last_mpi_s = time.monotonic()
         self._next_tick_s = 0.0
+        # Until then a turn without events would do nothing.
+        self._next_due_s = 0.0
         self._next_journal_s = 0.0
         self._end_deadline_s: float | None = None
         self._ending_park = False
         self._stop_reason: str | None = None
         self._to_peers: dict[int, list[Any]] = {}
         self.exit_status = 0
-        self._watch(pool.fileno(), self._on_zygote)
+        self._watcher.watch(pool.fileno(), self._on_zygote)
         self._zygote_fd = pool.fileno()
         self._driver = driver
         if driver is not None:
             driver.setblocking(False)
-            for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-                driver.setsockopt(socket.SOL_SOCKET, option, 4 * 1024 * 1024)
-            self._connections[DRIVER] = _Connection(DRIVER, driver)
-            self._watch(driver.fileno(), self._on_driver)
+            self._connections.add(DRIVER, driver)
+            self._watcher.watch(driver.fileno(), self._on_driver)
         for fd, handler in journal.descriptors():
-            self._watch(fd, handler)
+            self._watcher.watch(fd, handler)
 
     # --- the loop ---------------------------------------------------------------------------------
 
@@ -159,50 +130,50 @@ class NodeServer:
         wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
         signal.signal(signal.SIGTERM, lambda *_: self._terminate("SIGTERM"))
-        self._watch(wake_read, lambda fd: self._drain(fd))
+        self._watcher.watch(wake_read, lambda fd: self._drain(fd))
         self._join()
-        epoll = self._epoll
         transport = self._transport
+        watcher = self._watcher
         while self._state != LEFT:
             now_s = time.monotonic()
-            wait_s = 0.0 if self._segments.touching else self._wait_s(now_s)
-            if 0.0 < wait_s < 0.001:
-                select.select((epoll,), (), (), wait_s)
-                wait_s = 0.0
-            events = epoll.poll(wait_s)
-            for fd, _ in events:
-                handler = self._handlers.get(fd)
-                if handler is not None:
-                    handler(fd)
+            events = watcher.handle(0.0 if self._segments.touching else self._wait_s(now_s))
             now_s = time.monotonic()
             if transport is not None:
                 for event in transport.poll():
                     self._on_transport(event)
                     self._last_mpi_s = now_s
+                    events = True
+                if not events and now_s < self._next_due_s and self._state == RUNNING:
+                    continue  # one of the many looks at MPI that find nothing
             if not events and self._segments.touching:
                 self._segments.touch_some()
             if self._dead:
                 self._bury()
             self._turn(now_s)
+            self._next_due_s = now_s + self._due_in_s(now_s)
         signal.set_wakeup_fd(-1)
         os.close(wake_read)
         os.close(wake_write)
         return self.exit_status
 
+    def _due_in_s(self, now_s: float) -> float:
+        """How long nothing has to be done for the sake of time alone."""
+        machine = self._machine
+        due_s = max(self._next_tick_s - now_s, 0.0)
+        if machine is not None and machine.wants_ticks:
+            due_s = min(due_s, _TICK_S)
+        if machine is not None and self._journal_pending():
+            due_s = min(due_s, max(self._next_journal_s - now_s, 0.001))
+        if self._output.deadline_s is not None:
+            due_s = min(due_s, max(self._output.deadline_s - now_s, 0.001))
+        if self._end_deadline_s is not None:
+            due_s = min(due_s, max(self._end_deadline_s - now_s, 0.0))
+        return due_s
+
     def _wait_s(self, now_s: float) -> float:
         """How long to sleep for want of events. Every wait ends by itself."""
         transport = self._transport
-        machine = self._machine
-        tick_s = max(self._next_tick_s - now_s, 0.0)
-        if machine is not None and machine.wants_ticks:
-            tick_s = min(tick_s, _TICK_S)
-        if machine is not None and self._journal_pending():
-            tick_s = min(tick_s, _JOURNAL_S)
-        deadline_s = self._folder_deadline_s
-        if deadline_s is not None:
-            tick_s = min(tick_s, max(deadline_s - now_s, 0.001))
-        if self._end_deadline_s is not None:
-            tick_s = min(tick_s, max(self._end_deadline_s - now_s, 0.0))
+        tick_s = max(self._next_due_s - now_s, 0.0)
         if transport is None:
             return tick_s
         if transport.busy():
@@ -220,7 +191,7 @@ class NodeServer:
         machine = self._machine
         if self._notices and self._state == RUNNING:
             for text in self._notices:
-                self._notice(text)
+                self._output.notice(text)
             self._notices.clear()
         if machine is not None:
             if now_s >= self._next_tick_s:
@@ -237,8 +208,7 @@ class NodeServer:
             if now_s >= self._next_journal_s:
                 self._next_journal_s = now_s + _JOURNAL_S
                 self._journal.record(machine)
-        if self._folder_deadline_s is not None and now_s >= self._folder_deadline_s:
-            self._show(self._folder.tick(now_s))
+        self._output.tick(now_s)
         self._flush_peers()
         if self._state == ENDING:
             self._continue_ending(now_s)
@@ -258,14 +228,12 @@ class NodeServer:
             clients = box.clients
             for number, batch in clients.items():
                 if batch:
-                    connection = self._connections.get(number)
-                    if connection is not None:
-                        self._send_client(connection, batch)
+                    self._connections.send(number, batch)
             clients.clear()
         if box.tasks:
             tasks, box.tasks = box.tasks, []
             for number, batch in tasks:
-                self._send_tasks(number, batch)
+                self._connections.send_tasks(number, batch)
         again = False
         while box.actions:
             actions, box.actions = box.actions, []
@@ -274,10 +242,8 @@ class NodeServer:
                 _ACTIONS[type(action)](self, machine, action)
         if box.notices:
             notices, box.notices = box.notices, []
-            if self.rank == 0:
-                self._print(notices)
-            else:
-                self._to_peer(0, [messages.Notice(text) for text in notices])
+            for text in notices:
+                self._output.notice(text)
         if box.peers:
             for rank, batch in box.peers.items():
                 if batch:
@@ -285,121 +251,33 @@ class NodeServer:
             box.peers.clear()
         return again
 
-    def _send_client(
-        self, connection: _Connection, batch: list[Any], descriptors: tuple[int, ...] = ()
-    ) -> None:
-        encoded = messages.encode(batch)
-        if len(encoded) <= messages.DATAGRAM_MAX_BYTES:
-            self._send_datagram(connection, encoded, descriptors)
-        else:
-            for datagram in split_batch(batch, encoded):
-                self._send_datagram(connection, datagram, ())
-
-    def _send_datagram(
-        self, connection: _Connection, datagram: bytes, descriptors: tuple[int, ...]
-    ) -> None:
-        if not connection.backlog:
-            try:
-                if descriptors:
-                    socket.send_fds(connection.socket, [datagram], descriptors)
-                else:
-                    connection.socket.send(datagram, _SEND_FLAGS)
-                return
-            except BlockingIOError:
-                pass
-            except OSError:
-                return  # it is dying; its end is reported by the zygote, or read as EOF
-        # Descriptors are kept open on their own: the segment may be closed meanwhile.
-        kept = tuple(os.dup(fd) for fd in descriptors)
-        connection.backlog.append((datagram, kept))
-        if not connection.waiting:
-            connection.waiting = True
-            self._epoll.modify(connection.socket, select.EPOLLIN | select.EPOLLOUT)
-
-    def _drain_backlog(self, connection: _Connection) -> None:
-        backlog = connection.backlog
-        while backlog:
-            datagram, descriptors = backlog[0]
-            try:
-                if descriptors:
-                    socket.send_fds(connection.socket, [datagram], descriptors)
-                else:
-                    connection.socket.send(datagram, _SEND_FLAGS)
-            except BlockingIOError:
-                return
-            except OSError:
-                pass
-            backlog.popleft()
-            for fd in descriptors:
-                os.close(fd)
-        connection.waiting = False
-        self._epoll.modify(connection.socket, select.EPOLLIN)
-
-    def _send_tasks(self, number: int, batch: list[Any]) -> None:
-        encoded = messages.encode(batch)
-        if type(batch[-1]) is messages.Run:
-            self._last_template[number] = batch[-1].template_id
-        backlog = self._task_backlog.get(number)
-        if backlog is None:
-            if number not in self._connections or self._pool.send_task(number, encoded):
-                return
-            backlog = self._task_backlog[number] = deque()
-            self._watch(
-                self._pool.handle(number).task_socket.fileno(),
-                partial(self._drain_tasks, number), select.EPOLLOUT)
-        backlog.append(encoded)
-
-    def _drain_tasks(self, number: int, _fd: int) -> None:
-        backlog = self._task_backlog[number]
-        while backlog and self._pool.send_task(number, backlog[0]):
-            backlog.popleft()
-        if not backlog:
-            del self._task_backlog[number]
-            self._unwatch(self._pool.handle(number).task_socket.fileno())
-
     def _start_worker(self, machine: Machine, action: out.StartWorker) -> None:
         number = action.number
         machine.connect(number)
         handle = self._pool.start(number, self._settings)
-        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-            handle.client_socket.setsockopt(socket.SOL_SOCKET, option, 4 * 1024 * 1024)
-            handle.task_socket.setsockopt(socket.SOL_SOCKET, option, 4 * 1024 * 1024)
-        self._connections[number] = _Connection(number, handle.client_socket)
-        self._watch(handle.client_socket.fileno(), partial(self._on_client, number))
+        enlarge_buffers(handle.task_socket)
+        self._connections.add(number, handle.client_socket)
+        self._watcher.watch(handle.client_socket.fileno(), partial(self._on_client, number))
         for stream, fd in (("stdout", handle.stdout_fd), ("stderr", handle.stderr_fd)):
-            self._watch(fd, partial(self._on_output, number, stream))
+            self._watcher.watch(fd, partial(self._on_output, number, stream))
         if self._pool.wants_write:
             self._watch_zygote()
 
     def _kill_worker(self, machine: Machine, action: out.KillWorker) -> None:
-        if action.number in self._connections:
+        if action.number in self._connections.clients:
             self._pool.kill(action.number)
 
     def _interrupt_worker(self, machine: Machine, action: out.InterruptWorker) -> None:
-        if action.number in self._connections:
+        if action.number in self._connections.clients:
             self._pool.interrupt(action.number)
 
     def _take_back(self, machine: Machine, action: out.TakeBack) -> None:
-        number = action.number
-        if number not in self._connections:
-            return
-        datagrams = self._pool.take_back(number)
-        backlog = self._task_backlog.pop(number, None)
-        if backlog is not None:
-            self._unwatch(self._pool.handle(number).task_socket.fileno())
-            datagrams.extend(backlog)
-        task_ids = []
-        for datagram in datagrams:
-            for message in messages.decode_to_worker(datagram):
-                if type(message) is messages.Run:
-                    task_ids.append(message.task_id)
-                else:
-                    self._send_tasks(number, [message])
-        machine.dispatcher.taken_back(number, task_ids)
+        if action.number in self._connections.clients:
+            task_ids = self._connections.take_back(action.number)
+            machine.dispatcher.taken_back(action.number, task_ids)
 
     def _grant_segment(self, machine: Machine, action: out.GrantSegment) -> None:
-        connection = self._connections.get(action.client)
-        if connection is None:
+        if action.client not in self._connections.clients:
             return  # it died meanwhile: its segments went with it (NodeMemory.client_gone)
         fd = self._segments.create(action.segment, action.nbytes)
         if action.nbytes <= machine.memory.budget.free_bytes:
@@ -407,14 +285,14 @@ class NodeServer:
                 self._segments.prepare_spare(action.nbytes)
         else:
             self._segments.drop_spare()
-        self._send_client(
-            connection, [messages.SegmentGrant(action.segment, action.nbytes)], (fd,))
+        self._connections.send(
+            action.client, [messages.SegmentGrant(action.segment, action.nbytes)], (fd,))
 
     def _open_segment(self, machine: Machine, action: out.OpenSegment) -> None:
-        connection = self._connections.get(action.client)
-        if connection is not None:
+        if action.client in self._connections.clients:
             fd, nbytes = self._segments.descriptor(action.segment)
-            self._send_client(connection, [messages.SegmentOpened(action.segment, nbytes)], (fd,))
+            self._connections.send(
+                action.client, [messages.SegmentOpened(action.segment, nbytes)], (fd,))
 
     def _close_segment(self, machine: Machine, action: out.CloseSegment) -> None:
         self._segments.close(action.segment)
@@ -436,67 +314,41 @@ class NodeServer:
 
     # --- what happens on this host ----------------------------------------------------------------
 
-    def _watch(self, fd: int, handler: Callable[[int], Any], mask: int = select.EPOLLIN) -> None:
-        self._handlers[fd] = handler
-        self._epoll.register(fd, mask)
-
-    def _unwatch(self, fd: int) -> None:
-        if self._handlers.pop(fd, None) is not None:
-            with contextlib.suppress(OSError):
-                self._epoll.unregister(fd)
-
     @staticmethod
     def _drain(fd: int) -> None:
         with contextlib.suppress(BlockingIOError):
             os.read(fd, 4096)
 
     def _on_client(self, number: int, _fd: int) -> None:
-        connection = self._connections.get(number)
+        connection = self._connections.clients.get(number)
         if connection is not None and not self._read_client(connection):
             # A worker that hung up is dying: its exit follows.
-            self._unwatch(connection.socket.fileno())
+            self._watcher.unwatch(connection.socket.fileno())
 
-    def _read_client(self, connection: _Connection) -> bool:
+    def _read_client(self, connection: Connection) -> bool:
         """Feed what the client sent to the machine; False at its end."""
+        batches = self._connections.read(connection)
+        if batches is None:
+            return False
         machine = self._machine
-        sock = connection.socket
-        view = self._view
-        for _ in range(_DATAGRAMS_PER_TURN):
-            try:
-                nbytes = sock.recv_into(self._buffer)
-            except BlockingIOError:
-                break
-            except OSError:
-                return False
-            if nbytes == 0:
-                return False
-            batch = messages.decode_to_node(view[:nbytes])
-            if machine is not None:
+        if machine is not None:
+            for batch in batches:
                 machine.client_messages(connection.number, batch)
-            if nbytes < _LIKELY_MORE_BYTES:
-                break  # epoll says if there is more: cheaper than asking the socket in vain
-        if connection.backlog:
-            self._drain_backlog(connection)
         return True
 
     def _on_driver(self, _fd: int) -> None:
-        connection = self._connections[DRIVER]
+        connection = self._connections.clients[DRIVER]
         if self._machine is None:
             self._driver_says_hello(connection)
         elif not self._read_client(connection):
             self._driver_gone()
 
-    def _driver_says_hello(self, connection: _Connection) -> None:
-        try:
-            nbytes = connection.socket.recv_into(self._buffer)
-        except BlockingIOError:
-            return
-        except OSError:
-            nbytes = 0
-        if nbytes == 0:
+    def _driver_says_hello(self, connection: Connection) -> None:
+        batches = self._connections.read(connection)
+        if batches is None:
             self._driver_gone()
             return
-        for message in messages.decode_to_node(self._view[:nbytes]):
+        for message in [message for batch in batches for message in batch]:
             if type(message) is messages.Hello:
                 self._config = message.config or {}
                 self._config["driver_pid"] = message.pid
@@ -505,8 +357,8 @@ class NodeServer:
                 self._end_job(park=message.park)
 
     def _driver_gone(self) -> None:
-        connection = self._connections.pop(DRIVER)
-        self._unwatch(connection.socket.fileno())
+        connection = self._connections.clients.pop(DRIVER)
+        self._watcher.unwatch(connection.socket.fileno())
         connection.socket.close()
         self._driver = None
         self.exit_status = self.exit_status or 1  # it did not say that it ends
@@ -521,14 +373,14 @@ class NodeServer:
                     "WorkerCrashedError", f"no worker could be forked: {event.reason}")))
             elif isinstance(event, Ready):
                 for problem in event.problems:
-                    self._notice(f"Warning: {problem}")
+                    self._output.notice(f"Warning: {problem}")
             elif isinstance(event, ZygoteLost):
                 failure = values.Failure(
                     "WorkerCrashedError", "the process that starts workers on this node died "
                     f"(exit code {event.exit_code}) and took its workers with it")
                 self._dead.extend((number, failure) for number in event.numbers)
-                self._notice(f"Warning: {failure.message}; starting a new one")
-                self._unwatch(self._zygote_fd)
+                self._output.notice(f"Warning: {failure.message}; starting a new one")
+                self._watcher.unwatch(self._zygote_fd)
                 if self._state in (RUNNING, JOINING, PARKED):
                     self._pool.restart_zygote()
                     self._watch_zygote()
@@ -539,12 +391,12 @@ class NodeServer:
         fd = self._pool.fileno()
         if fd < 0:
             return
-        mask = select.EPOLLIN | (select.EPOLLOUT if self._pool.wants_write else 0)
-        if fd in self._handlers:
-            self._epoll.modify(fd, mask)
+        mask = READ | (WRITE if self._pool.wants_write else 0)
+        if self._watcher.watches(fd):
+            self._watcher.change(fd, mask)
         else:
             self._zygote_fd = fd
-            self._watch(fd, self._on_zygote, mask)
+            self._watcher.watch(fd, self._on_zygote, mask)
 
     def _exit_failure(self, event: Exited) -> values.Failure:
         code = event.exit_code
@@ -568,94 +420,37 @@ class NodeServer:
             return
         dead, self._dead = self._dead, []
         for number, failure in dead:
-            connection = self._connections.pop(number, None)
+            connection = self._connections.clients.pop(number, None)
             if connection is None:
                 continue
-            while self._machine is not None and self._readable(connection.socket):
+            while self._machine is not None and connection.readable():
                 self._read_client(connection)
             self._detach(connection)
             self._pool.forget(number)
-            self._last_template.pop(number, None)
             if self._machine is not None:
                 self._machine.worker_exited(number, failure)
 
-    def _detach(self, connection: _Connection) -> None:
+    def _detach(self, connection: Connection) -> None:
         """Pass on a worker's last words and stop watching it; its descriptors are the pool's."""
         number = connection.number
         handle = self._pool.handle(number)
         for stream, fd in (("stdout", handle.stdout_fd), ("stderr", handle.stderr_fd)):
             while self._on_output(number, stream, fd):
                 pass
-            self._unwatch(fd)
-        self._unwatch(connection.socket.fileno())
-        if self._task_backlog.pop(number, None) is not None:
-            self._unwatch(handle.task_socket.fileno())
-        for _, descriptors in connection.backlog:
-            for fd in descriptors:
-                os.close(fd)
-
-    @staticmethod
-    def _readable(sock: socket.socket) -> bool:
-        try:
-            return bool(sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
-        except OSError:
-            return False
+            self._watcher.unwatch(fd)
+        self._connections.detach(connection)
 
     def _on_output(self, number: int, stream: str, fd: int) -> bool:
         """Pass worker output on towards the driver; False when there is no more."""
-        try:
-            chunk = os.read(fd, _OUTPUT_BYTES)
-        except BlockingIOError:
-            return False
-        except OSError:
-            chunk = b""
-        if not chunk:
-            self._unwatch(fd)
-            return False
-        name, pid = self._describe(number)
-        if self.rank == 0:
-            source = LogSource(name, pid, 0, stream)
-            self._show(self._folder.feed(source, chunk, time.monotonic()))
-        else:
-            self._to_peer(0, [messages.PeerOutput(name, pid, int(stream == "stderr"), chunk)])
-        return True
-
-    def _describe(self, number: int) -> tuple[str, int]:
-        machine = self._machine
-        worker = machine.dispatcher.workers.get(number) if machine is not None else None
-        if machine is None or worker is None:
-            return "worker", 0
-        hosted = machine.actors.hosted.get(worker.actor_id) if worker.actor_id else None
-        if hosted is not None:
-            return class_name(hosted.template).split(".")[-1], worker.pid
-        if worker.datagrams and worker.datagrams[0]:
-            return worker.datagrams[0][0].template.name.split(".")[-1], worker.pid
-        last = machine.tasks.templates.get(self._last_template.get(number, b""))
-        return "worker" if last is None else last.name.split(".")[-1], worker.pid
-
-    def _show(self, lines: list[str]) -> None:
-        """Print what the folder let go, and note when it wants to be asked again."""
-        self._folder_deadline_s = self._folder.next_deadline_s()
-        self._print(lines)
-
-    def _print(self, lines: list[str]) -> None:
-        if not lines:
-            return
-        connection = self._connections.get(DRIVER)
-        if connection is not None:
-            for start in range(0, len(lines), 64):
-                self._send_client(connection, [messages.Output(tuple(lines[start : start + 64]))])
-        else:
-            for line in lines:
-                print(line, file=sys.stderr, flush=True)
-
-    def _notice(self, text: str) -> None:
-        if self.rank == 0:
-            self._print([text])
-        else:
-            self._to_peer(0, [messages.Notice(text)])
+        more = self._output.read(self._machine, number, stream, fd)
+        if more is None:
+            self._watcher.unwatch(fd)
+        return bool(more)
 
     # --- other ranks ------------------------------------------------------------------------------
+
+    def _to_node0(self, message: Any) -> None:
+        self._to_peer(0, [message])
 
     def _to_peer(self, rank: int, batch: list[Any]) -> None:
         self._to_peers.setdefault(rank, []).extend(batch)
@@ -709,9 +504,7 @@ class NodeServer:
                 if self.rank == 0 and self._state == RUNNING and epoch == self._epoch:
                     self._peer_left(message.rank)
             elif kind is messages.PeerOutput:
-                source = LogSource(
-                    message.name, message.pid, rank, "stderr" if message.stream else "stdout")
-                self._show(self._folder.feed(source, message.chunk, time.monotonic()))
+                self._output.from_peer(rank, message)
             elif kind is messages.PullRefused:
                 if self._transfers is not None:
                     self._transfers.refused(message.transfer)
@@ -726,14 +519,14 @@ class NodeServer:
 
     def _peer_lost(self, event: PeerLost) -> None:
         text = f"rank {event.rank} is gone: {event.reason}"
-        self._notice(f"Error: {text}; the job ends (a job survives the loss of a rank not yet)")
+        self._output.notice(f"Error: {text}; the job ends (a job survives the loss of a rank not yet)")
         self._ended.add(event.rank)
         self.exit_status = 1
         self._end_job(park=False)
 
     def _peer_left(self, rank: int) -> None:
         """It ended on its own: its launcher told it to (SIGTERM)."""
-        self._notice(f"Error: rank {rank} was told to end (SIGTERM); the job ends")
+        self._output.notice(f"Error: rank {rank} was told to end (SIGTERM); the job ends")
         self.exit_status = 1
         self._end_job(park=False)
 
@@ -835,21 +628,20 @@ class NodeServer:
     def _end_workers(self, *, park: bool) -> None:
         machine = self._machine
         assert machine is not None
-        for number in list(self._connections):
+        for number in list(self._connections.clients):
             if number == DRIVER:
                 continue
-            self._detach(self._connections.pop(number))
-        self._last_template.clear()
-        self._unwatch(self._zygote_fd)
+            self._detach(self._connections.clients.pop(number))
+        self._watcher.unwatch(self._zygote_fd)
         if not park:
             self.drop_shared_files()
         self._pool.close(2.0)
         if park:
-            self._pool = self._pool.again()
+            self._pool = self._connections.pool = self._pool.again()
             self._watch_zygote()
         self._journal.record(machine)
         self._journal.end(machine)
-        self._show(self._folder.flush())
+        self._output.flush()
         self._machine = None
         self._transfers = None
         self._segments.close_all()
@@ -861,7 +653,7 @@ class NodeServer:
         self._segments.close_all()
         if self._driver is not None:
             self._driver.close()
-        self._epoll.close()
+        self._watcher.close()
 
     def _continue_ending(self, now_s: float) -> None:
         """Until every peer has ended, or its time is up."""
@@ -881,9 +673,7 @@ class NodeServer:
         self._ended.clear()
         self._early.clear()
         self._config = None
-        connection = self._connections.get(DRIVER)
-        if connection is not None:
-            self._send_client(connection, [messages.JobEnded()])
+        self._connections.send(DRIVER, [messages.JobEnded()])
         self._state = PARKED if self._ending_park else LEFT
 
 

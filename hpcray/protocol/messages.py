@@ -66,14 +66,11 @@ class Template(msgspec.Struct, array_like=True, gc=False, frozen=True):
     rank: int = -1
     soft: bool = False
     spread: bool = False
-    priority: int = 0
     # Actor creation only.
     max_restarts: int = 0
     max_concurrency: int = 1
     is_async: bool = False
-    concurrency_groups: tuple[tuple[str, int], ...] = ()
     # METHOD only.
-    concurrency_group: str = ""
     env_vars: tuple[tuple[str, str], ...] = ()  # set while it runs (for an actor: for good)
     max_calls: int = 0  # TASK: the worker exits after this many; 0 without limit
 
@@ -175,12 +172,6 @@ class Drop(_Message, tag=10):
     """The last local ref to each is gone."""
 
     ids: bytes
-
-
-class Pin(_Message, tag=11):
-    """A view of this object's shared memory now lives in this process (it holds a ref as it says so)."""
-
-    object_id: bytes
 
 
 class Unpin(_Message, tag=12):
@@ -285,7 +276,7 @@ class ActorExit(_Message, tag=27):
 
 ToNode = (
     Hello | DefineFunction | DefineTemplate | SubmitTask | SubmitCall | CreateActor | PutInline
-    | PutLocated | Hold | Drop | Pin | Unpin | PinForJob | Get | Watch | Done | DoneMany | Failed
+    | PutLocated | Hold | Drop | Unpin | PinForJob | Get | Watch | Done | DoneMany | Failed
     | Blocked | Unblocked | SegmentRequest | SegmentReturn | SegmentOpen | FetchTemplate | Request
     | EndJob | ActorExit
 )
@@ -586,7 +577,6 @@ class Load(_Message, tag=25):
     free: tuple[tuple[str, int], ...]
     queued: int
     actors: int
-    mean_task_us: int
 
 
 class Demand(_Message, tag=26):
@@ -697,3 +687,14 @@ decode_to_node = msgspec.msgpack.Decoder(list[ToNode]).decode
 decode_to_client = msgspec.msgpack.Decoder(list[ToClient]).decode
 decode_to_worker = msgspec.msgpack.Decoder(list[ToWorker]).decode
 decode_to_peer = msgspec.msgpack.Decoder(list[ToPeer]).decode
+
+
+def split_batch(batch: list[Any], encoded: bytes) -> list[bytes]:
+    """Datagrams of at most DATAGRAM_MAX_BYTES for a batch whose one encoding is too large."""
+    if len(encoded) <= DATAGRAM_MAX_BYTES or len(batch) == 1:
+        return [encoded]
+    middle = len(batch) // 2
+    first, second = batch[:middle], batch[middle:]
+    return split_batch(first, encode(first)) + split_batch(
+        second, encode(second)
+    )

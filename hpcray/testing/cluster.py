@@ -339,7 +339,7 @@ class SimulatedCluster:
     def forget(self, process: Process) -> None:
         self.processes.pop((process.node.rank, process.number), None)
 
-    # --- what scripts report ----------------------------------------------------------------------
+    # --- what scripts report ----------------------------------------
 
     def fault(self, text: str, cause: BaseException | None = None) -> None:
         raise Fault(f"seed {self.seed}, {self.now_s:.4f} s: {text}") from cause
@@ -369,7 +369,7 @@ class SimulatedCluster:
     def finished(self, run: m.Run, process: Process) -> None:
         self.ends[run.task_id] = self.ends.get(run.task_id, 0) + 1
 
-    # --- running ----------------------------------------------------------------------------------
+    # --- running ----------------------------------------
 
     def round(self) -> bool:
         """Everybody may do one thing, in a random order; whether anybody did."""

@@ -201,7 +201,7 @@ class Process:
             what += f", waits ({self.waiting.__qualname__})"
         return f"process {self.number} of rank {self.node.rank}: {what}"
 
-    # --- the loop ---------------------------------------------------------------------------------
+    # --- the loop ----------------------------------------
 
     @property
     def runnable(self) -> bool:
@@ -280,13 +280,13 @@ class Process:
         self.exit_status = status
         self.outbox.clear()
         script, self.script = self.script, None
-        if script is not None and not script.gi_running:
-            script.close()
+        if script is not None:
+            script.close()  # nobody dies inside its own script: a Stop is not one
         self.actor = None
         self.waiting = None
         self.node.exited(self)
 
-    # --- references -------------------------------------------------------------------------------
+    # --- references ----------------------------------------
 
     def _fresh(self, object_id: bytes) -> Ref:
         ref = Ref(object_id, self._dropped)
@@ -324,7 +324,7 @@ class Process:
             self.outbox.append(m.Hold(b"".join(self._holds)))
             self._holds.clear()
 
-    # --- values -----------------------------------------------------------------------------------
+    # --- values ----------------------------------------
 
     def _pack(self, value: Any, deps: list[bytes] | None = None) -> tuple[bytes, list[bytes]]:
         """(packed, contained). With `deps`, refs directly in `value` become dependencies."""
@@ -436,7 +436,7 @@ class Process:
         return View(object_id, memory[location.offset : location.offset + location.nbytes],
                     self._unpins, self.cluster.fault)
 
-    # --- get and wait -----------------------------------------------------------------------------
+    # --- get and wait ----------------------------------------
 
     def get(self, ref: Ref) -> Generator[Any, Any, Any]:
         """The value; raises TaskFailed or SystemFailed."""
@@ -539,7 +539,7 @@ class Process:
             self.wake_s = until_s
             yield awake
 
-    # --- submitting -------------------------------------------------------------------------------
+    # --- submitting ----------------------------------------
 
     def template(self, name: str, **options: Any) -> m.Template:
         """Define (once) the template of a registered body with these options."""
@@ -598,7 +598,7 @@ class Process:
         self.cluster.called(actor_id, self, task_id)
         return [self._fresh(ids.return_id(task_id, i)) for i in range(template.return_count)]
 
-    # --- running (workers) ------------------------------------------------------------------------
+    # --- running (workers) ----------------------------------------
 
     def _name(self, run: m.Run) -> str:
         template = self._templates.get(run.template_id)
@@ -706,7 +706,7 @@ class Process:
             returns.append(m.Return(value, b"".join(contained)))
         return m.DoneMany(run.task_id, run.attempt, self._run_us(), tuple(returns))
 
-    # --- messages from the node -------------------------------------------------------------------
+    # --- messages from the node ----------------------------------------
 
     def _dispatch(self, message: Any) -> None:
         kind = type(message)

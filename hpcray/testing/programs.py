@@ -219,7 +219,7 @@ class Mix:
         value = [label, pairs]
         return Large(value, rng.randint(600, 3000)) if rng.random() < self.large else value
 
-    # --- tasks ------------------------------------------------------------------------------------
+    # --- tasks ----------------------------------------
 
     def mixed(
         self, p: Process, seed: int, path: list[int], depth: int, pairs: list[Pair],
@@ -249,7 +249,7 @@ class Mix:
         rng = random.Random(seed)
         return [self.value(rng, seed, pairs), self.value(rng, seed + 1, [])]
 
-    # --- the actor --------------------------------------------------------------------------------
+    # --- the actor ----------------------------------------
 
     def shelf(self, p: Process, seed: int) -> None:
         assert p.actor is not None

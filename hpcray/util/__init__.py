@@ -8,12 +8,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hpcray.actor import list_named_actors
     from hpcray.client.serialization import deregister_serializer, register_serializer
+    from hpcray.util.actor_pool import ActorPool
+    from hpcray.util.address import get_node_ip_address
+    from hpcray.util.check_serialize import inspect_serializability
+    from hpcray.util.completion import as_completed, map_unordered
 
 # Names that live in modules of another name; everything else is a submodule of this package.
 _NAMES = {
-    "list_named_actors": "hpcray.actor",
-    "register_serializer": "hpcray.client.serialization",
+    "ActorPool": "hpcray.util.actor_pool",
+    "as_completed": "hpcray.util.completion",
     "deregister_serializer": "hpcray.client.serialization",
+    "get_node_ip_address": "hpcray.util.address",
+    "inspect_serializability": "hpcray.util.check_serialize",
+    "list_named_actors": "hpcray.actor",
+    "map_unordered": "hpcray.util.completion",
+    "register_serializer": "hpcray.client.serialization",
 }
 
 
@@ -31,4 +40,13 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["deregister_serializer", "list_named_actors", "register_serializer"]
+__all__ = [
+    "ActorPool",
+    "as_completed",
+    "deregister_serializer",
+    "get_node_ip_address",
+    "inspect_serializability",
+    "list_named_actors",
+    "map_unordered",
+    "register_serializer",
+]

@@ -27,8 +27,8 @@ FLOORS = (
     ("transport", "control"),
     ("protocol", "exceptions", "config"),
 )
-FACE = {"__init__", "api", "actor", "definition", "options", "remote_function", "runtime_context",
-        "util"}
+FACE = {"__init__", "api", "actor", "definition", "futures", "options", "remote_function",
+        "runtime_context", "util"}
 NEIGHBOURS = {
     ("worker", "client"): "a worker is a client of its node",
     ("launch", "client"): "connecting a driver makes its client",

@@ -1,4 +1,4 @@
-"""Hypothesis runs the same examples every time in CI (`HPCRAY_HYPOTHESIS=explore` looks for new ones).
+"""Hypothesis runs the same examples every time; `HPCRAY_HYPOTHESIS=explore` looks for new ones.
 
 A failure prints the blob that repeats it.
 """

@@ -17,7 +17,8 @@ from hpcray.protocol import messages as m
 CPU = (("CPU", m.UNIT),)
 # (resources, max_retries, max_calls) of the functions there are.
 KINDS = [
-    (CPU, 3, 0), (CPU, 3, 0), (CPU, 0, 0), (CPU, -1, 2), ((("CPU", m.UNIT // 2),), 3, 0), ((), 3, 0),
+    (CPU, 3, 0), (CPU, 3, 0), (CPU, 0, 0), (CPU, -1, 2), ((), 3, 0),
+    ((("CPU", m.UNIT // 2),), 3, 0),
     ((("CPU", m.UNIT), ("GPU", m.UNIT // 2)), 1, 0),
 ]
 
@@ -83,7 +84,7 @@ class DispatcherMachine(RuleBasedStateMachine):
             self.machine.dispatcher.taken_back(
                 action.number, [item.task_id for item in taken if type(item) is m.Run])
 
-    # --- what may happen ----------------------------------------------------------------------------------
+    # --- what may happen ----------------------------------------
 
     @rule(kind=st.integers(0, len(KINDS) - 1), count=st.integers(1, 20))
     def submit(self, kind: int, count: int) -> None:
@@ -174,7 +175,7 @@ class DispatcherMachine(RuleBasedStateMachine):
         self.machine.tick(self.now_s)
         self.turn()
 
-    # --- what must hold -----------------------------------------------------------------------------------
+    # --- what must hold ----------------------------------------
 
     @invariant()
     def valid(self) -> None:

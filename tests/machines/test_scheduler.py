@@ -55,8 +55,8 @@ def test_actors_spread() -> None:
 
 def test_tasks_go_where_the_queue_is_shortest() -> None:
     s = scheduler(2, 2, 2)
-    s.load(1, Load(CPU, 50, 0, 0))
-    s.load(2, Load(CPU, 0, 0, 0))
+    s.load(1, Load(CPU, 50, 0))
+    s.load(2, Load(CPU, 0, 0))
     s.demand(0, Demand(CPU, 1))
     assert [grant.rank for _, grant in s.match(0.0)] == [2]
 
@@ -68,9 +68,9 @@ def test_every_home_gets_its_turn() -> None:
         s.demand(home, Demand(CPU, 1000))
     served = set()
     for _ in range(6):
-        s.load(2, Load(CPU, 0, 0, 0))
+        s.load(2, Load(CPU, 0, 0))
         for rank in (0, 1):
-            s.load(rank, Load((("CPU", 0),), 1000, 0, 0))
+            s.load(rank, Load((("CPU", 0),), 1000, 0))
         served |= {home for home, _ in s.match(0.0)}
     assert served == {0, 1}
 

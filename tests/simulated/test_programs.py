@@ -47,6 +47,16 @@ def test_programs_with_deaths_of_workers(nodes: int, block: int, seed_shift: int
     assert deaths > 5
 
 
+@pytest.mark.parametrize("nodes", [1, 2, 3])
+@pytest.mark.parametrize("deaths", [False, True])
+def test_wild_programs(nodes: int, deaths: bool, seed_shift: int) -> None:
+    """Programs that cancel, kill actors, raise, retire workers and give up waiting."""
+    for seed in range(seed_shift + 100, seed_shift + 112):
+        mix = Mix(steps=16, wild=True, deaths=deaths, restarts=True)
+        run(seed, nodes=nodes, mix=mix, death_rate=0.03 if deaths else 0.0,
+            time_scale=(1.0, 0.02)[seed % 2])
+
+
 def test_the_same_seed_gives_the_same_run() -> None:
     runs = []
     for _ in range(2):

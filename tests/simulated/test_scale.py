@@ -1,4 +1,4 @@
-"""Many nodes, many tasks: everybody works, and a node's memory and pace do not depend on backlog."""
+"""Many nodes, many tasks: everybody works, and a node's pace does not depend on its backlog."""
 
 from __future__ import annotations
 
