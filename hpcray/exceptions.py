@@ -60,7 +60,7 @@ class TaskError(RayError):
         return self.traceback_str
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The dual class made by as_instanceof_cause has no importable name: pickle what it is made of.
+        # The dual class has no importable name: pickle what it is made of.
         plain = (self.function_name, self.traceback_str, self.cause, self.pid, self.ip,
                  self.rank, self.actor_id)
         return (_load_task_error, (_is_dual(self), plain))
@@ -83,7 +83,8 @@ class TaskError(RayError):
             return self  # TaskError itself, RayError or Exception: nothing to add
         try:
             dual = _dual_class(cause_class)
-            error: TaskError = TaskError.__new__(dual)
+            # The cause's own __new__: OSError and its like refuse another's.
+            error: Any = cause_class.__new__(dual)
             # The cause's own attributes first, so that e.errno and friends work; ours win.
             error.__dict__.update(getattr(cause, "__dict__", {}))
             error.__dict__.update(self.__dict__)
@@ -91,7 +92,8 @@ class TaskError(RayError):
             error.args = cause.args
         except Exception:
             return self
-        return error
+        dual_error: TaskError = error
+        return dual_error
 
 
 RayTaskError = TaskError
@@ -281,7 +283,7 @@ class ObjectFetchTimedOutError(ObjectLostError):
 
 
 class ReferenceCountingAssertionError(ObjectLostError, AssertionError):
-    """The object was freed while a ref to it existed: a bug of hpcray, or a ref made from raw bytes."""
+    """The object was freed while a ref existed: a bug of hpcray, or a ref made from bytes."""
 
 
 class ObjectFreedError(ObjectLostError):

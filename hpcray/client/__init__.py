@@ -1,1 +1,1 @@
-"""The part of hpcray inside every driver and worker: it submits, gets, waits and counts references."""
+"""The part of hpcray inside every driver and worker: submit, get, wait, count references."""

@@ -92,7 +92,7 @@ class Channel:
         return True
 
     def read(self, *, wait: bool) -> tuple[list[Any], list[int]] | None:
-        """One datagram, decoded, with its descriptors (in the order of the messages that take them).
+        """One datagram, decoded, with its descriptors (in the order messages take them).
 
         Safe to call without the client's lock by the one thread that reads: the buffer is its own
         until `decode` has copied everything out.

@@ -176,6 +176,10 @@ class Client:
                 self._lost = "hpcray was shut down"
             self._channel.close()
             self._changed.notify_all()
+            for futures in self._futures.values():
+                self._ready_futures.extend(futures)
+            self._futures.clear()
+        self.complete_futures()  # with the error of the wait that can no longer be answered
         self.memory.close()
 
     def end_job(self, status: int, *, park: bool, timeout_s: float) -> bool:
@@ -641,6 +645,7 @@ class Client:
         ):
             # Drained before new holds are told: a ref that came and went is never mentioned.
             dropped = refs.drain()
+            self.memory.forget_arrivals(dropped)
             self._last_drain_s = time.monotonic()
         if refs.new_holds:
             holds: list[Any] = []
@@ -662,7 +667,7 @@ class Client:
     def _wait(
         self, waiter: Waiter, deadline: float | None, giving_back: bool = True
     ) -> bool:
-        """Wait until nothing remains; False at the deadline. The lock is held, but not while asleep.
+        """Wait until nothing remains; False at the deadline. The lock is held, but not asleep.
 
         Raises:
           RaySystemError: the node is gone.
@@ -716,7 +721,7 @@ class Client:
     def _read_available(self) -> None:
         try:
             while self._channel.receive(self._dispatch, wait=False):
-                self.last_read_s = time.monotonic()
+                pass
         except ChannelClosed as closed:
             self._set_lost(str(closed))
         self._changed.notify_all()
@@ -733,7 +738,7 @@ class Client:
         return True
 
     def read_idle(self) -> bool:
-        """By the helper: read if nobody else does; whether the helper should keep watching the socket."""
+        """By the helper: read if nobody else does; whether it should go on watching."""
         with self._lock:
             if self._reading or self._lost is not None:
                 return False
@@ -742,7 +747,9 @@ class Client:
 
     @property
     def being_read(self) -> bool:
-        return self._reading or time.monotonic() - self.last_read_s < 0.01
+        """Whether waiting threads read: then the helper keeps away (unless futures need it)."""
+        return self._reading or (
+            not self._futures and time.monotonic() - self.last_read_s < 0.01)
 
     def _set_lost(self, reason: str) -> None:
         if self._lost is None:

@@ -84,7 +84,7 @@ class Helper:
         both.register(sock, select.POLLIN)
         wake_only = select.poll()
         wake_only.register(self._wake_fd, select.POLLIN)
-        # A ref that dies while a driver is idle must be told some time; a worker tells with its results.
+        # A ref that dies while a driver idles must be told some time; a worker tells with results.
         asleep_ms = _DROPS_MS if client.is_driver else None
         quiet_since_s = time.monotonic()
         while not self._stopping and client.lost is None:

@@ -120,6 +120,13 @@ class ClientMemory:
         else:
             self._arrivals[object_id] = location
 
+    def forget_arrivals(self, dropped: list[bytes]) -> None:
+        """What arrived for a get that had given up, when its ref goes too: nobody will map it."""
+        if self._arrivals:
+            for object_id in dropped:
+                if self._arrivals.pop(object_id, None) is not None:
+                    self._unpins.append(object_id)
+
     def has_arrived(self, object_id: bytes) -> bool:
         return object_id in self._arrivals
 

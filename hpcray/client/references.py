@@ -147,11 +147,11 @@ class ReferenceTable:
 
     def __init__(self) -> None:
         self.live: dict[bytes, weakref.ref[ObjectRef[Any]]] = {}
-        # First refs to objects that came from elsewhere: to be told before anything that relies on it.
+        # First refs to objects from elsewhere: told before anything that relies on it.
         self.new_holds: dict[bytes, None] = {}
 
     def fresh(self, object_id: bytes) -> ObjectRef[Any]:
-        """The ref of an object this process has just made up; the node learns of it by that message."""
+        """The ref of an object this process has just made; the message says so to the node."""
         ref: ObjectRef[Any] = _new(ObjectRef)
         ref._id = object_id
         ref._value = None

@@ -64,7 +64,7 @@ _reducers: dict[type, Callable[[Any], Any]] = {}
 def register_serializer(
     cls: type, *, serializer: Callable[[Any], Any], deserializer: Callable[[Any], Any]
 ) -> None:
-    """Pickle instances of exactly `cls` through the two functions (as `ray.util.register_serializer`)."""
+    """Pickle instances of exactly `cls` through the two functions (Ray's `register_serializer`)."""
     _reducers[cls] = lambda value: (_apply, (deserializer, serializer(value)))
 
 

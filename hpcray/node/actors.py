@@ -7,9 +7,12 @@ Three roles, often on three nodes:
     home:          ActorHome  creates it, restarts it, tells routes where it is
     host:          Hosted     its worker; hands calls over in order, in batches
 
-    ActorHome   PENDING --created--> ALIVE --worker gone, restarts left--> RESTARTING --created--> ALIVE
-                   |                   |                                        |
-                   +--constructor raised, worker gone for good, killed, no handle left--> DEAD
+    ActorHome   PENDING --created--> ALIVE <--created-- RESTARTING
+                   |                  | |                 ^  |
+                   |                  | +--worker gone----+  |
+                   |                  |    (restarts left)   |
+                   +--constructor raised, gone for good, ----+--> DEAD
+                      killed, no handle left
 
 A call is a task whose outcome always comes from where it was sent: a host answers every call it
 was given, run or not, so a route needs no timeouts.
@@ -374,7 +377,7 @@ class Actors:
     def _flush_route(self, route: Route) -> None:
         if route.state not in (ActorState.ALIVE, ActorState.DEAD):
             return
-        # Sending may return calls to `resend` at once (a stale route): one pass over what was there.
+        # Sending may return calls to `resend` (a stale route): one pass over what was there.
         calls = [*route.resend, *route.waiting]
         route.resend.clear()
         route.waiting.clear()
@@ -480,7 +483,7 @@ class Actors:
     # --- host -------------------------------------------------------------------------------------
 
     def creating(self, task: TaskRecord, worker: int, devices: tuple[int, ...]) -> None:
-        """The dispatcher has given the creation task to a worker, which is the actor's from now on."""
+        """The dispatcher has given the creation task to a worker: the actor's from now on."""
         self.hosted[task.actor_id] = Hosted(task, worker, devices)
 
     def creation_failed(self, task: TaskRecord, error: bytes) -> None:

@@ -129,7 +129,7 @@ class Directory:
             self.release(object_id)
 
     def announce(self, record: ObjectRecord) -> int:
-        """Make the home count this node as a holder; the barrier for what relies on it (0: none)."""
+        """Make the home count this node as a holder; the barrier of what relies on it, or 0."""
         if record.object_id[16:20] == self._rank_bytes:
             return 0
         extra = record.more()
@@ -272,7 +272,7 @@ class Directory:
         return barrier
 
     def keep_foreign(self, object_id: bytes, location: Located) -> None:
-        """A worker here made a large value for an object homed elsewhere: this node has the copy."""
+        """A worker here made a large value homed elsewhere: this node has the copy."""
         self._machine.memory.used(location)
         record = self.records.get(object_id)
         if record is None:
@@ -523,7 +523,7 @@ class Directory:
         self._announce_ready(record)
 
     def pull_failed(self, object_id: bytes, failure: values.Failure | None) -> None:
-        """Refused by the source (then ask the home again), or no memory here (then it is an error)."""
+        """Refused by the source (ask the home again), or no memory here (an error)."""
         record = self.records.get(object_id)
         if record is None:
             return

@@ -319,7 +319,7 @@ class Dispatcher:
             self.start_workers(wanted - self._starting)
 
     def _steal_or_end(self, worker: Worker, now_s: float) -> None:
-        """A leased worker without work: take over what waits unread at another, or end the lease."""
+        """A leased worker without work: take what waits unread at another, or end the lease."""
         if self.piled and worker.state is WorkerState.LEASED:
             for other in self.piled.values():
                 if other.shape == worker.shape and not other.slow:

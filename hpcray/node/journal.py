@@ -39,7 +39,7 @@ class Journal:
         self._rank = 0
 
     def start_store(self, url: str, bind_address: str | None) -> None:
-        """Node 0: use the store at `url`, else start a sidecar (and go on without, if none can be)."""
+        """Node 0: use the store at `url`, else start a sidecar; go on without if none can be."""
         if url:
             self._address = ControlAddress.from_url(url)
             return

@@ -263,9 +263,9 @@ class Machine:
                       for _, demand in self.cluster.scheduler.impossible]
             self.cluster.scheduler.impossible.clear()
         for name, shape in found:
-            asked = ", ".join(f"{key}: {amount / m.UNIT:g}" for key, amount in shape)
+            asked = _amounts(shape)
             have = ", ".join(
-                f"rank {node.rank}: {{{', '.join(f'{k}: {a / m.UNIT:g}' for k, a in node.resources)}}}"
+                f"rank {node.rank}: {{{_amounts(node.resources)}}}"
                 for _, node in sorted(self.cluster.nodes.items())[:8])
             self.outbox.notices.append(
                 f"Warning: {name} asks for {{{asked}}}, which no node of this job can ever offer "
@@ -298,6 +298,10 @@ class Machine:
         self.dispatcher.validate()
         self.actors.validate()
         self.memory.budget.validate()
+
+
+def _amounts(shape: tuple[tuple[str, int], ...]) -> str:
+    return ", ".join(f"{key}: {amount / m.UNIT:g}" for key, amount in shape)
 
 
 _CLIENT_HANDLERS: dict[type, Callable[[Machine, ClientRecord, Any], None]] = {

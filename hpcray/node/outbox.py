@@ -81,8 +81,8 @@ class StopJob(msgspec.Struct, frozen=True):
 
 
 Action = (
-    StartWorker | KillWorker | InterruptWorker | TakeBack | GrantSegment | OpenSegment | CloseSegment | StartPull
-    | ServePull | FreeNodeRange | StopJob
+    StartWorker | KillWorker | InterruptWorker | TakeBack | GrantSegment | OpenSegment
+    | CloseSegment | StartPull | ServePull | FreeNodeRange | StopJob
 )
 
 

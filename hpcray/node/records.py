@@ -4,7 +4,7 @@ Hot: there may be millions. They are structs outside garbage collection (`gc=Fal
 bytes, ints, and lists of other records, never a cycle. What few records need lives in an
 `ObjectExtra` that exists only then.
 
-    task, at its home        WAITING --deps ready--> QUEUED --bound--> ASSIGNED (to a rank or an actor)
+    task, at its home        WAITING --deps ready--> QUEUED --bound--> ASSIGNED (rank or actor)
                                                        |                  |
                                                        +--> FETCHING <----+ (at the executor)
                                                        |       |

@@ -407,7 +407,7 @@ class NodeServer:
                 name = str(-code)
             how = f"was killed by signal {-code} ({name})"
             if -code == signal.SIGKILL:
-                how += "; the kernel's out-of-memory killer, a batch limit or a person may have done it"
+                how += "; the out-of-memory killer, a batch limit or a person may have done it"
         else:
             how = f"exited with status {code}"
         return values.Failure(
@@ -519,7 +519,7 @@ class NodeServer:
 
     def _peer_lost(self, event: PeerLost) -> None:
         text = f"rank {event.rank} is gone: {event.reason}"
-        self._output.notice(f"Error: {text}; the job ends (a job survives the loss of a rank not yet)")
+        self._output.notice(f"Error: {text}; the job ends (it cannot yet go on without a rank)")
         self._ended.add(event.rank)
         self.exit_status = 1
         self._end_job(park=False)

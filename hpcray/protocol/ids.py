@@ -49,7 +49,7 @@ def id_tail(home: int, job: JobID) -> bytes:
 
 
 def task_prefix(parent: TaskID, attempt: int, salt: bytes = b"") -> bytes:
-    """`salt` tells apart processes that share a parent (a driver's threads do not: they share a counter)."""
+    """`salt` tells apart processes that share a parent (threads share a counter instead)."""
     return blake2b(parent + attempt.to_bytes(4, "big") + salt, digest_size=12).digest()
 
 

@@ -420,7 +420,7 @@ class Joined(_Message, tag=1):
 
 
 class Begin(_Message, tag=2):
-    """Node 0: the job starts. `session` carries what every node must know (control store, paths)."""
+    """Node 0: the job starts. `session` carries what every node must know."""
 
     job_id: bytes
     session: dict[str, Any]
@@ -674,9 +674,11 @@ class GiveBack(_Message, tag=37):
 
 
 ToPeer = (
-    Joined | Begin | Ending | Ended | TemplateDef | FetchFunction | FunctionDef | Assign | AssignCall
+    Joined | Begin | Ending | Ended | TemplateDef | FetchFunction | FunctionDef | Assign
+    | AssignCall
     | TaskDone | TaskDoneMany | TaskFailed | TaskCrashed | TaskReturned | HolderAdd | HolderAdded
-    | HolderDrop | HandedOver | Want | ObjectReady | PullRequest | PullRefused | CopyAdded | FreeCopies
+    | HolderDrop | HandedOver | Want | ObjectReady | PullRequest | PullRefused | CopyAdded
+    | FreeCopies
     | Load | Demand | Grant | ActorWhere | ActorIs | ActorStop | ActorDown | PeerRequest | PeerReply
     | PeerOutput | Notice | RecallTask | GiveBack
 )

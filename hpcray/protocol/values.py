@@ -69,7 +69,7 @@ def pack_plain(pickled: bytes) -> bytes:
 
 
 def pack_into(target: memoryview, pickled: bytes, buffers: Sequence[memoryview]) -> None:
-    """Write a BUFFERS value. `buffers` are contiguous byte views; `target` has packed_size bytes."""
+    """Write a BUFFERS value. `buffers`: contiguous byte views; `target`: packed_size bytes."""
     count = len(buffers)
     _HEAD.pack_into(target, 0, BUFFERS, count, len(pickled))
     position = _HEAD.size

@@ -247,7 +247,7 @@ class Worker:
         # their objects before it hears that the result holds them.
         del result
 
-    # --- cancellation -------------------------------------------------------------------------------
+    # --- cancellation -----------------------------------------------------------------------------
 
     def note_cancelled(self, task_id: bytes) -> None:
         """By whoever reads the client channel, with its lock held."""

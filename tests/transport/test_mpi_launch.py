@@ -111,7 +111,8 @@ def run_job(
 def ranks_pass(ranks: int, *arguments: str, options: tuple[str, ...] = ()) -> None:
     """Run the ranks' own tests; every rank must have passed as many as were chosen."""
     status, output = mpirun(
-        ranks, "-m", "pytest", "--with-mpi", "-p", "no:cacheprovider", "-q", "--color=no", *arguments,
+        ranks, "-m", "pytest", "--with-mpi", "-p", "no:cacheprovider", "-q", "--color=no",
+        *arguments,
         str(HERE.parent / "ranks"), options=options)
     assert status == 0, output
     counts = re.findall(r"(\d+) passed", output)
