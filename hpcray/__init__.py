@@ -39,12 +39,14 @@ __version__ = "0.1.0"
 ObjectID = ObjectRef  # Ray's older name
 
 # Submodules that load on first use.
-_LAZY = frozenset({"collective", "config", "gpu", "runtime_context", "testing", "util"})
+_LAZY = frozenset({"collective", "config", "futures", "gpu", "runtime_context", "testing", "util"})
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return importlib.import_module(f"{__name__}.{name}")
+    if name == "cloudpickle":  # Ray programs pickle with `ray.cloudpickle`
+        return importlib.import_module("cloudpickle")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -377,7 +377,7 @@ def get(object_refs: Any, *, timeout: float | None = None) -> Any:
         return []
     if list(map(type, object_refs)).count(ObjectRef) != len(object_refs):
         wrong = next(item for item in object_refs if type(item) is not ObjectRef)
-        raise ValueError(
+        raise TypeError(
             f"get() takes a list of ObjectRefs; this one holds a {type(wrong).__name__}: {wrong!r}")
     if client is None:
         raise_stale("ref")

@@ -237,6 +237,7 @@ def check_options(options: Mapping[str, Any], whom: str, *, later: bool = False)
                 f"there are {', '.join(valid_names(whom))}")
         if option.unsupported:
             if value is not None and value != option.default:
+                option.check(name, value)  # what is wrong anywhere is said first
                 raise NotImplementedError(f"{name}={value!r}: {option.unsupported}")
             continue
         option.check(name, value)

@@ -116,7 +116,8 @@ class RuntimeContext:
     def get(self) -> dict[str, Any]:
         """The ids above in one dictionary; those that do not apply here are left out."""
         found: dict[str, Any] = {
-            "job_id": self.get_job_id(), "node_id": self.get_node_id(),
+            "job_id": references.JobID(bytes.fromhex(self.get_job_id())),
+            "node_id": references.NodeID(bytes.fromhex(self.get_node_id())),
             "namespace": self.namespace, "task_id": self.get_task_id(),
             "actor_id": self.get_actor_id(),
         }

@@ -179,6 +179,7 @@ class Client:
             for futures in self._futures.values():
                 self._ready_futures.extend(futures)
             self._futures.clear()
+            self._refs.forget_values()
         self.complete_futures()  # with the error of the wait that can no longer be answered
         self.memory.close()
 
@@ -379,6 +380,7 @@ class Client:
                 ref._view is not None or self.memory.has_arrived(object_id)
             ):
                 waiter = Waiter(1)
+                self._check_session((object_id,))
                 if object_id not in self._asked:
                     self._asked.add(object_id)
                     outbox = self._channel.outbox
@@ -422,6 +424,7 @@ class Client:
 
     def _get_absent(self, absent: list[bytes], deadline: float | None) -> bool:
         waiter = Waiter(len(absent))
+        self._check_session(absent)
         asked = self._asked
         ask = [id_ for id_ in absent if id_ not in asked]
         asked.update(ask)
@@ -475,6 +478,7 @@ class Client:
                     watched.update(dict.fromkeys(ask, level))
                     self._ask(Watch, ask, fetch)
                 absent = [r._id for r in refs if r._ready < level]
+                self._check_session(absent)
                 waiter = Waiter(count - (len(refs) - len(absent)))
                 if waiter.remaining > 0:
                     self._await_ids(self._ready_waiters, absent, waiter, deadline)
@@ -622,6 +626,14 @@ class Client:
                 "this process was forked from an hpcray process and has no connection of its own; "
                 "call hpcray functions from the parent only"
             )
+
+    def _check_session(self, object_ids: Sequence[bytes]) -> None:
+        job = self.job_id
+        for object_id in object_ids:
+            if object_id[20:24] != job:
+                raise ValueError(
+                    f"ObjectRef({object_id.hex()}) belongs to an earlier session: its object went "
+                    "with shutdown()")
 
     def _raise_lost(self) -> None:
         raise exceptions.RaySystemError(f"the connection to the node is gone: {self._lost}")

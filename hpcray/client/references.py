@@ -62,12 +62,13 @@ class ObjectRef(Generic[T_co]):
     def hex(self) -> str:
         return self._id.hex()
 
-    def task_id(self) -> TaskIDView:
+    def task_id(self) -> TaskID:
         """The task that makes this object."""
-        return TaskIDView(ids.task_of_object(self._id))
+        return TaskID(ids.task_of_object(self._id))
 
-    def job_id(self) -> str:
-        return self._id[20:24].hex()
+    def job_id(self) -> JobID:
+        """The job it belongs to."""
+        return JobID(self._id[20:24])
 
     def future(self) -> Future[T_co]:
         """A `concurrent.futures.Future` of the value (or of the task's exception)."""
@@ -108,8 +109,8 @@ class ObjectRef(Generic[T_co]):
         raise TypeError("an ObjectRef cannot be iterated; call get(ref) first")
 
 
-class TaskIDView:
-    """A task id as users see it."""
+class BaseID:
+    """An id as users see it."""
 
     __slots__ = ("_id",)
 
@@ -123,13 +124,25 @@ class TaskIDView:
         return self._id
 
     def __repr__(self) -> str:
-        return f"TaskID({self.hex()})"
+        return f"{type(self).__name__}({self.hex()})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, TaskIDView) and other._id == self._id
+        return type(other) is type(self) and other._id == self._id
 
     def __hash__(self) -> int:
         return hash(self._id)
+
+
+class TaskID(BaseID):
+    __slots__ = ()
+
+
+class JobID(BaseID):
+    __slots__ = ()
+
+
+class NodeID(BaseID):
+    __slots__ = ()
 
 
 # The ids of refs met by the serialiser running in this thread; absent when none runs.
@@ -193,6 +206,14 @@ class ReferenceTable:
             else:
                 gone.append(object_id)
         return gone
+
+    def forget_values(self) -> None:
+        """The session ends: refs that outlive it stand for nothing any more."""
+        for entry in list(self.live.values()):
+            ref = entry()
+            if ref is not None:
+                ref._value = None
+                ref._ready = NOT_READY
 
     @staticmethod
     def pending_drops() -> int:

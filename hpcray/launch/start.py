@@ -44,6 +44,7 @@ class _Node:
 
 
 _node: _Node | None = None
+_session_count = 0
 
 
 def start_early() -> None:
@@ -110,6 +111,7 @@ def connect(config: InitConfig) -> Client:
     Raises:
       LaunchError: what went wrong and what to do. On ranks other than 0 it does not return.
     """
+    global _session_count
     from hpcray.client.client import Client
 
     node = _node
@@ -132,6 +134,8 @@ def connect(config: InitConfig) -> Client:
         if config.redis_url:
             extra["HPCRAY_REDIS_URL"] = config.redis_url
         node = _start(launch, extra)
+    # Jobs of one driver have numbers of their own, so that a ref of an earlier one is recognised.
+    _session_count += 1
     client = Client(node.socket.dup(), is_driver=True)
     try:
         client.start(config.start_timeout_s + 5, _for_node(config))
@@ -159,6 +163,7 @@ def connect(config: InitConfig) -> Client:
 def _for_node(config: InitConfig) -> dict[str, Any]:
     data: dict[str, Any] = msgspec.to_builtins(config)
     data.pop("redis_url", None)
+    data["session"] = _session_count
     data["cwd"] = os.getcwd()
     data["sys_path"] = [os.path.abspath(entry) if entry else os.getcwd() for entry in sys.path]
     data["environ"] = {

@@ -292,10 +292,13 @@ class Actors:
             self._stop_at(host, actor_id, task.attempt, kill=True)
 
     def _stop(self, home: ActorHome, *, kill: bool) -> None:
-        self._stop_at(home.rank, home.actor_id, home.incarnation, kill=kill)
+        self._stop_at(home.rank, home.actor_id, home.incarnation, kill=kill,
+                      restarts=home.restarts_left != 0)
 
-    def _stop_at(self, rank: int, actor_id: bytes, incarnation: int, *, kill: bool) -> None:
-        message = ActorStop(actor_id, incarnation, kill)
+    def _stop_at(
+        self, rank: int, actor_id: bytes, incarnation: int, *, kill: bool, restarts: bool = False
+    ) -> None:
+        message = ActorStop(actor_id, incarnation, kill, restarts)
         if rank == self._rank:
             self.stop_hosted(message)
         else:
@@ -594,7 +597,7 @@ class Actors:
         if hosted is None or hosted.incarnation != message.incarnation:
             return
         if message.kill:
-            hosted.intended = "kill"
+            hosted.intended = "restart" if message.restarts else "kill"
             self._machine.dispatcher.stop_worker(hosted.worker, kill=True)
         else:
             hosted.intended = "its last handle went out of scope"
@@ -615,7 +618,7 @@ class Actors:
         if not hosted.alive:
             return  # the creation task is in the worker's datagram: the dispatcher reports it
         template = hosted.template
-        if hosted.intended == "kill":
+        if hosted.intended in ("kill", "restart"):
             # Whether it restarts is the home's decision: it has set restarts_left.
             down = killed_failure(actor_id)
             intended = False
@@ -630,7 +633,7 @@ class Actors:
                 f"The actor {class_name(template)} died: {failure.message}", actor_id.hex())
             intended = False
         restarts = template.max_restarts == -1 or hosted.incarnation < template.max_restarts
-        if restarts and not intended and hosted.intended is None:
+        if restarts and not intended and hosted.intended != "kill":
             lost = values.Failure(
                 "ActorUnavailableError",
                 f"{down.message}. It is restarted; this call may or may not have run "

@@ -545,7 +545,7 @@ class NodeServer:
             return
         if self._state not in (JOINING, PARKED):
             return
-        self._job_count += 1
+        self._job_count = max(self._job_count + 1, self._config.get("session", 1))
         job_id = ids.job_id(self._job_count)
         self._epoch = self._job_count
         nodes = [

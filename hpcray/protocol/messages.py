@@ -618,6 +618,7 @@ class ActorStop(_Message, tag=30):
     actor_id: bytes
     incarnation: int
     kill: bool
+    restarts: bool = False  # another incarnation follows
 
 
 class ActorDown(_Message, tag=31):

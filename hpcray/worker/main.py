@@ -415,8 +415,10 @@ class Worker:
         while frames is not None and frames.tb_frame.f_code.co_filename.startswith(own):
             frames = frames.tb_next
         text = "".join(traceback.format_exception(type(error), error, frames)).rstrip()
+        actor = self.context.actor_id
+        whose = f", actor_id={actor.hex()}" if actor else ""
         return (f"\x1b[36mhpcray::{name}()\x1b[39m (host={self.host}, rank={self.rank}, "
-                f"pid={os.getpid()}, ip={self.address})\n{text}")
+                f"pid={os.getpid()}, ip={self.address}{whose})\n{text}")
 
     def _report_failure(self, run: Run, name: str, began_s: float, error: BaseException,
                         template: Template | None = None) -> None:

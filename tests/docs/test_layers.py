@@ -37,9 +37,7 @@ NEIGHBOURS = {
 }
 # (importing module, imported module) -> why it is so in spite of the floors.
 EXCEPTIONS = {
-    ("node.server", "client.channel"):
-        "split_batch: cutting a batch into datagrams is the protocol's and should move there",
-    ("node.server", "observe.logs"):
+    ("node.output", "observe.logs"):
         "the folder of worker output runs in node 0; it imports nothing and could live in node/",
     ("node.pool", "__init__"): "hpcray.__file__: where the zygote finds the package",
     ("worker.main", "actor"):

@@ -196,10 +196,10 @@ def test_the_last_handle_ends_the_actor(node: Any, client: Client) -> None:
     try:
         del handle
         assert gone() is None
-        client.flush()
+        client.flush(drain=True)
         assert not any(creation in m.ids for m in node.received if isinstance(m, Drop))
         del other
-        client.flush()
+        client.flush(drain=True)
         assert any(creation in ids.split_ids(m.ids) for m in node.expect(Drop, 2))
     finally:
         gc.enable()

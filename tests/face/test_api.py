@@ -36,7 +36,7 @@ def test_get_refuses_what_is_no_ref(node: Any) -> None:
     for wrong in (1, (ref,), {ref}, None, "x"):
         with pytest.raises(ValueError, match="list of them"):
             ray.get(wrong)  # type: ignore[call-overload]
-    with pytest.raises(ValueError, match="holds a int"):
+    with pytest.raises(TypeError, match="holds a int"):
         ray.get([ref, 1])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="timeout"):
         ray.get(ref, timeout=-1)
