@@ -88,7 +88,9 @@ def _mpi4py(environ: Mapping[str, str], mpirun: Mpirun | None) -> Finding:
     try:
         done = subprocess.run(
             [sys.executable, "-c", _MPI4PY_PROBE],
-            env=strip_identity(environ),
+            # A world of one needs no shared memory, and Open MPI 5 leaves the file of such a
+            # world behind in /dev/shm, however orderly it ends.
+            env={"OMPI_MCA_btl": "self", **strip_identity(environ)},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

@@ -50,6 +50,7 @@ class HoldersMachine(RuleBasedStateMachine):
         self.count += 1
         self.relies_on[self.count] = set(self.all_adds)
         self.holders.release(self.barrier, to, self.count)
+        self.take()
 
     @precondition(lambda self: self.added)
     @rule()
