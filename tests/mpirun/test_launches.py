@@ -91,7 +91,6 @@ def test_mpi_in_the_driver_and_in_tasks_is_a_world_of_its_own(start: Start):
     # btl=self: Open MPI 5 leaves the shared-memory file of a world of one behind by itself.
     job = start("""
 import os
-os.environ["OMPI_MCA_btl"] = "self"
 import hpcray as ray
 
 @ray.remote
@@ -102,6 +101,7 @@ def world():
 
 ray.init()
 assert ray.get([world.remote() for _ in range(4)]) == [(1, 5)] * 4
+os.environ["OMPI_MCA_btl"] = "self"
 from mpi4py import MPI
 assert MPI.COMM_WORLD.size == 1
 MPI.COMM_WORLD.Barrier()
