@@ -104,7 +104,6 @@ def init(
     runtime_env: Mapping[str, Any] | None = None,
     preload: Sequence[str] | None = None,
     redis_url: str | None = None,
-    node_timeout_s: float | None = None,
     _memory: int | None = None,
     **others: Any,
 ) -> InitContext:
@@ -116,7 +115,6 @@ def init(
     Args:
       preload: modules every node imports once, before it forks workers.
       redis_url: an existing control store instead of our own.
-      node_timeout_s: silence after which a node is declared dead.
 
     `address` may be None, "auto" or "local": which machines take part is the launcher's to say.
     Ray's dashboard and logging arguments are accepted and have no effect.
@@ -152,7 +150,7 @@ def init(
             num_cpus=num_cpus, num_gpus=num_gpus, resources=resources, labels=labels,
             object_store_memory_bytes=object_store_memory, memory_bytes=_memory,
             namespace=namespace, log_to_driver=log_to_driver, preload=preload,
-            runtime_env=runtime_env, node_timeout_s=node_timeout_s, redis_url=redis_url)
+            runtime_env=runtime_env, redis_url=redis_url)
         from hpcray.launch import start
 
         client = start.connect(config)

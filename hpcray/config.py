@@ -25,7 +25,6 @@ ENVIRONMENT = {
     "HPCRAY_NAMESPACE": "namespace of named actors",
     "HPCRAY_LOG_TO_DRIVER": "0: what workers print does not reach the driver's terminal",
     "HPCRAY_PRELOAD": "modules the zygote imports before it forks workers, separated by commas",
-    "HPCRAY_NODE_TIMEOUT_S": "silence after which a node is declared dead",
     "HPCRAY_REDIS_URL": "an existing control store instead of our own",
     "HPCRAY_START_TIMEOUT_S": "how long the start may take",
 }
@@ -44,7 +43,6 @@ class InitConfig(msgspec.Struct, frozen=True, kw_only=True):
     preload: list[str] = []
     runtime_env: dict[str, Any] = {}  # {"env_vars": {...}} or empty
     labels: dict[str, str] = {}
-    node_timeout_s: float = 30.0
     redis_url: str = ""  # may hold a password: never print it, print `public_redis_url`
     start_timeout_s: float = 300.0
 
@@ -93,7 +91,6 @@ def make_config(
     preload: Sequence[str] | None = None,
     runtime_env: Mapping[str, Any] | None = None,
     labels: Mapping[str, str] | None = None,
-    node_timeout_s: float | None = None,
     redis_url: str | None = None,
     start_timeout_s: float | None = None,
     environment: Mapping[str, str] | None = None,
@@ -127,8 +124,6 @@ def make_config(
         preload=modules,
         runtime_env=check_runtime_env(runtime_env),
         labels=_labels(labels),
-        node_timeout_s=_seconds("node_timeout_s", node_timeout_s,
-                                found.number("HPCRAY_NODE_TIMEOUT_S"), 30.0),
         redis_url=redis_url,
         start_timeout_s=_seconds("start_timeout_s", start_timeout_s,
                                  found.number("HPCRAY_START_TIMEOUT_S"), 300.0),

@@ -292,7 +292,7 @@ class Machine:
         }
 
     def validate(self) -> None:
-        """Check every collaborator's invariants. Slow: for tests and HPCRAY_VALIDATE=1."""
+        """Check every collaborator's invariants. Slow: for tests."""
         self.directory.validate()
         self.tasks.validate()
         self.dispatcher.validate()

@@ -148,7 +148,7 @@ class RangeAllocator:
             recent.append(offset)
 
     def validate(self) -> None:
-        """Check RA-1 to RA-4. Slow: for tests and HPCRAY_VALIDATE=1."""
+        """Check RA-1 to RA-4. Slow: for tests."""
         position = 0
         previous_free = False
         for offset, size, is_free in sorted(

@@ -254,7 +254,7 @@ class SegmentBudget:
         )
 
     def validate(self) -> None:
-        """Check SB-1 to SB-4. Slow: for tests and HPCRAY_VALIDATE=1."""
+        """Check SB-1 to SB-4. Slow: for tests."""
         segments = self._segments
         assert self.used_bytes == sum(s.nbytes for s in segments.values()), "SB-1"
         assert self.used_bytes <= self.capacity_bytes, "SB-2"

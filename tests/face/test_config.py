@@ -13,7 +13,7 @@ from hpcray.config import ENVIRONMENT, InitConfig, make_config, without_password
 def test_defaults_and_round_trips() -> None:
     config = make_config(environment={})
     assert config == InitConfig()
-    assert (config.node_timeout_s, config.start_timeout_s, config.log_to_driver) == (30, 300, True)
+    assert (config.start_timeout_s, config.log_to_driver) == (300, True)
     for codec in (msgspec.json, msgspec.msgpack):
         assert codec.decode(codec.encode(config), type=InitConfig) == config
 
@@ -22,7 +22,7 @@ def test_the_environment_speaks_where_arguments_do_not() -> None:
     environment = {
         "HPCRAY_NUM_CPUS": "3", "HPCRAY_NUM_GPUS": "0", "HPCRAY_OBJECT_STORE_BYTES": "1000000",
         "HPCRAY_MEMORY_BYTES": "2e9", "HPCRAY_NAMESPACE": "n", "HPCRAY_LOG_TO_DRIVER": "0",
-        "HPCRAY_PRELOAD": "a, b.c,", "HPCRAY_NODE_TIMEOUT_S": "5", "HPCRAY_REDIS_URL": "redis://h",
+        "HPCRAY_PRELOAD": "a, b.c,", "HPCRAY_REDIS_URL": "redis://h",
         "HPCRAY_START_TIMEOUT_S": "7.5",
     }
     assert set(environment) == set(ENVIRONMENT)
@@ -30,7 +30,7 @@ def test_the_environment_speaks_where_arguments_do_not() -> None:
     assert config == InitConfig(
         num_cpus=3.0, num_gpus=0.0, object_store_memory_bytes=1_000_000,
         memory_bytes=2_000_000_000, namespace="n", log_to_driver=False, preload=["a", "b.c"],
-        node_timeout_s=5.0, redis_url="redis://h", start_timeout_s=7.5)
+        redis_url="redis://h", start_timeout_s=7.5)
     assert make_config(num_cpus=1, log_to_driver=True, environment=environment).num_cpus == 1
     assert make_config(environment=dict.fromkeys(ENVIRONMENT, "")) == InitConfig()
 
