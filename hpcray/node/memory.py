@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from hpcray.node.outbox import CloseSegment, FreeNodeRange, GrantSegment, OpenSegment, Outbox
 from hpcray.node.records import ClientRecord
+from hpcray.objects.allocator import range_bytes
 from hpcray.objects.budget import NODE, SegmentBudget, SegmentGrant, StoreFull
 from hpcray.protocol.messages import (
     Located,
@@ -126,7 +127,7 @@ class NodeMemory:
 
     def _grant(self, client: int, nbytes: int, *, final: bool) -> bool:
         """Answer the request if it can be answered."""
-        granted = self.budget.grant(client, nbytes)
+        granted = self.budget.grant(client, range_bytes(nbytes))
         if isinstance(granted, SegmentGrant):
             self.budget.mark_empty(granted.segment_id)
             self._outbox.actions.append(
@@ -152,10 +153,10 @@ class NodeMemory:
 
     def grant_node(self, nbytes: int) -> SegmentGrant | None:
         """A segment for the node's own use (pulled copies)."""
-        granted = self.budget.grant(NODE, nbytes)
+        granted = self.budget.grant(NODE, range_bytes(nbytes))
         if isinstance(granted, StoreFull):
             self._ask_back(granted, -1)
-            granted = self.budget.grant(NODE, nbytes)
+            granted = self.budget.grant(NODE, range_bytes(nbytes))
         if isinstance(granted, StoreFull):
             return None
         self.node_segments[granted.segment_id] = None
@@ -193,7 +194,7 @@ class NodeMemory:
         still: deque[tuple[int, int, float]] = deque()
         while self._waiting:
             client, nbytes, deadline_s = self._waiting.popleft()
-            granted = self.budget.grant(client, nbytes)
+            granted = self.budget.grant(client, range_bytes(nbytes))
             if isinstance(granted, SegmentGrant):
                 self.budget.mark_empty(granted.segment_id)
                 self._outbox.actions.append(

@@ -33,7 +33,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from hpcray.objects.allocator import RangeAllocator
+from hpcray.objects.allocator import RangeAllocator, range_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -216,6 +216,8 @@ class SegmentArena:
         self._current = 0
         # Insertion order: longest empty first.
         self._empty: dict[int, None] = {}
+        # Page-aligned objects: (segment, where the object starts) -> where its range does.
+        self._range_of: dict[tuple[int, int], int] = {}
 
     def add(self, segment_id: int, fd: int, nbytes: int, *, huge_pages: bool = False) -> None:
         """Map a granted segment; takes over the descriptor (closed, whatever happens)."""
@@ -231,12 +233,17 @@ class SegmentArena:
         """(segment, offset, writable view of exactly `nbytes`), or None: ask for a segment."""
         segment_id = self._current
         segment = self._segments.get(segment_id)
-        offset = None if segment is None else segment.allocator.allocate(nbytes)
+        needed = range_bytes(nbytes)
+        offset = None if segment is None else segment.allocator.allocate(needed)
         if segment is None or offset is None:
-            found = self._allocate_elsewhere(nbytes)
+            found = self._allocate_elsewhere(needed)
             if found is None:
                 return None
             segment_id, segment, offset = found
+        if needed != nbytes:
+            start = -(-offset // PAGE_BYTES) * PAGE_BYTES
+            self._range_of[(segment_id, start)] = offset
+            offset = start
         self._empty.pop(segment_id, None)
         return segment_id, offset, segment.mapping.view[offset : offset + nbytes]
 
@@ -247,7 +254,7 @@ class SegmentArena:
           KeyError, ValueError: no such segment, or nothing allocated there.
         """
         allocator = self._segments[segment_id].allocator
-        allocator.release(offset)
+        allocator.release(self._range_of.pop((segment_id, offset), offset))
         self._current = segment_id
         if allocator.empty:
             self._empty[segment_id] = None

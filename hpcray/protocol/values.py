@@ -4,7 +4,8 @@ The first byte is a tag:
 
     PLAIN     [0][pickle]
     BUFFERS   [1][pad 3][count u32][pickle_nbytes u64][nbytes u64] * count
-              [pickle] then every buffer, each starting on a 64-byte boundary of the value
+              [pickle] then every buffer, each starting on a 64-byte boundary of the value, or
+              on a page boundary if it has PAGED_BYTES or more (objects/segments says why)
     ERROR     [2][pickle of an exception]               made by a worker: the task raised
     FAILURE   [3][msgpack of a Failure]                 made by a node: the system failed
 
@@ -30,6 +31,14 @@ INLINE_MAX_BYTES = 100 * 1024
 
 _HEAD = struct.Struct("<B3xIQ")
 _ALIGN = 64
+PAGE_BYTES = 4096
+PAGED_BYTES = 1 << 20
+
+
+def _start(position: int, nbytes: int) -> int:
+    """Where the next buffer starts."""
+    align = PAGE_BYTES if nbytes >= PAGED_BYTES else _ALIGN
+    return -(-position // align) * align
 
 
 class Failure(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -60,7 +69,7 @@ def packed_size(pickled: bytes, buffers: Sequence[memoryview]) -> int:
     """The number of bytes `pack_into` will write for a BUFFERS value."""
     position = _HEAD.size + 8 * len(buffers) + len(pickled)
     for buffer in buffers:
-        position = (position + _ALIGN - 1) // _ALIGN * _ALIGN + buffer.nbytes
+        position = _start(position, buffer.nbytes) + buffer.nbytes
     return position
 
 
@@ -79,7 +88,7 @@ def pack_into(target: memoryview, pickled: bytes, buffers: Sequence[memoryview])
     target[position : position + len(pickled)] = pickled
     position += len(pickled)
     for buffer in buffers:
-        position = (position + _ALIGN - 1) // _ALIGN * _ALIGN
+        position = _start(position, buffer.nbytes)
         target[position : position + buffer.nbytes] = buffer
         position += buffer.nbytes
 
@@ -108,7 +117,7 @@ def unpack(view: memoryview) -> tuple[memoryview, list[memoryview]]:
     pickled = view[sizes_end:position]
     buffers = []
     for nbytes in sizes:
-        position = (position + _ALIGN - 1) // _ALIGN * _ALIGN
+        position = _start(position, nbytes)
         buffers.append(view[position : position + nbytes])
         position += nbytes
     return pickled, buffers
