@@ -145,17 +145,18 @@ def test_segment_that_arrives_twice_is_closed_once() -> None:
 
 
 def test_arena_spreads_over_segments_and_reuses_warm_ranges() -> None:
+    half = MIB // 2  # small enough to share pages
     arena = SegmentArena()
     assert arena.allocate(1) is None
     for segment_id in (1, 2):
-        arena.add(segment_id, create_segment(MIB, "t"), MIB)
+        arena.add(segment_id, create_segment(half, "t"), half)
     assert arena.empty_segments() == [1, 2]
-    first = arena.allocate(MIB)
-    second = arena.allocate(MIB)
+    first = arena.allocate(half)
+    second = arena.allocate(half)
     assert first is not None
     assert second is not None
     assert {first[0], second[0]} == {1, 2}
-    assert len(first[2]) == MIB
+    assert len(first[2]) == half
     assert arena.allocate(1) is None
     with pytest.raises(ValueError, match="still holds 1 objects"):
         arena.remove(first[0])
@@ -167,7 +168,22 @@ def test_arena_spreads_over_segments_and_reuses_warm_ranges() -> None:
     assert arena.empty_segments() == [first[0]]
     arena.validate()
     arena.remove(first[0])
-    assert arena.capacity_bytes == arena.used_bytes == MIB
+    assert arena.capacity_bytes == arena.used_bytes == half
+
+
+def test_large_objects_start_on_a_page() -> None:
+    arena = SegmentArena()
+    arena.add(1, create_segment(8 * MIB, "t"), 8 * MIB)
+    small = arena.allocate(100)
+    large = arena.allocate(2 * MIB)
+    assert small is not None
+    assert large is not None
+    assert large[1] % 4096 == 0
+    assert len(large[2]) == 2 * MIB
+    arena.release(large[0], large[1])
+    arena.release(small[0], small[1])
+    assert arena.empty_segments() == [1]
+    arena.validate()
 
 
 def test_pin_ends_with_the_last_derived_array() -> None:

@@ -90,9 +90,9 @@ def test_pace_does_not_depend_on_the_backlog() -> None:
     gc.collect()
     gc.freeze()  # as the node does: what is measured is the machine, not the collector
     try:
-        first_s = min(submitter.submit(5_000) for _ in range(2))
-        submitter.submit(BACKLOG - 20_000)
-        last_s = min(submitter.submit(5_000) for _ in range(2))
+        first_s = min(submitter.submit(5_000) for _ in range(4))
+        submitter.submit(BACKLOG - 40_000)
+        last_s = min(submitter.submit(5_000) for _ in range(4))
     finally:
         gc.unfreeze()
     assert submitter.machine.dispatcher.queued() == BACKLOG
