@@ -150,25 +150,10 @@ class NodeServer:
             if self._dead:
                 self._bury()
             self._turn(now_s)
-            self._next_due_s = now_s + self._due_in_s(now_s)
         signal.set_wakeup_fd(-1)
         os.close(wake_read)
         os.close(wake_write)
         return self.exit_status
-
-    def _due_in_s(self, now_s: float) -> float:
-        """How long nothing has to be done for the sake of time alone."""
-        machine = self._machine
-        due_s = max(self._next_tick_s - now_s, 0.0)
-        if machine is not None and machine.wants_ticks:
-            due_s = min(due_s, _TICK_S)
-        if machine is not None and self._journal_pending():
-            due_s = min(due_s, max(self._next_journal_s - now_s, 0.001))
-        if self._output.deadline_s is not None:
-            due_s = min(due_s, max(self._output.deadline_s - now_s, 0.001))
-        if self._end_deadline_s is not None:
-            due_s = min(due_s, max(self._end_deadline_s - now_s, 0.0))
-        return due_s
 
     def _wait_s(self, now_s: float) -> float:
         """How long to sleep for want of events. Every wait ends by itself."""
@@ -195,27 +180,36 @@ class NodeServer:
             self._notices.clear()
         if machine is not None:
             if now_s >= self._next_tick_s:
-                fast = machine.wants_ticks
                 machine.tick(now_s)
+                if now_s >= self._next_journal_s:
+                    self._next_journal_s = now_s + _JOURNAL_S
+                    self._journal.record(machine)
+                fast = machine.wants_ticks or self._journal_pending(machine)
                 self._next_tick_s = now_s + (_TICK_S if fast else _SLOW_TICK_S)
-            elif machine.wants_ticks and self._next_tick_s > now_s + _TICK_S:
+            elif self._next_tick_s > now_s + _TICK_S:
+                # Something happened: a tick soon sees whether it left work for more.
                 self._next_tick_s = now_s + _TICK_S
             # Carrying out may lead to new decisions (a take-back, a pull); it settles at once.
             for _ in range(8):
                 machine.end_turn(now_s)
                 if not self._carry_out(machine):
                     break
-            if now_s >= self._next_journal_s:
-                self._next_journal_s = now_s + _JOURNAL_S
-                self._journal.record(machine)
-        self._output.tick(now_s)
+        if self._output.deadline_s is not None:
+            self._output.tick(now_s)
         self._flush_peers()
         if self._state == ENDING:
             self._continue_ending(now_s)
+        # Without a job there is nothing to tick.
+        due_s = now_s + _SLOW_TICK_S if machine is None else self._next_tick_s
+        if self._output.deadline_s is not None:
+            due_s = min(due_s, max(self._output.deadline_s, now_s + 0.001))
+        if self._end_deadline_s is not None:
+            due_s = min(due_s, self._end_deadline_s)
+        self._next_due_s = due_s
 
-    def _journal_pending(self) -> bool:
-        machine = self._machine
-        return machine is not None and bool(
+    @staticmethod
+    def _journal_pending(machine: Machine) -> bool:
+        return bool(
             machine.tasks.lineage or machine.new_functions or machine.actors.changes
             or machine.requests.name_changes)
 
