@@ -654,6 +654,7 @@ class Client:
         if refs.pending_drops() and (
             drain or time.monotonic() - self._last_drain_s > _DRAIN_S
             or refs.pending_drops() > _DRAIN_REFS
+            or self.memory.pending_unpins()  # large objects may be among them
         ):
             # Drained before new holds are told: a ref that came and went is never mentioned.
             dropped = refs.drain()
