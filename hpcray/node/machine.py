@@ -198,7 +198,7 @@ class Machine:
         location = self.directory.pull_asked(rank, message)
         if location is not None:
             self.outbox.actions.append(
-                ServePull(message.object_id, rank, message.transfer, location))
+                ServePull(message.object_id, rank, message.transfer, location, message.mapped))
 
     def _load(self, rank: int, message: m.Load) -> None:
         if self.cluster.scheduler is not None:
@@ -354,6 +354,7 @@ _PEER_HANDLERS: dict[type, Callable[[Machine, int, Any], None]] = {
     m.ObjectReady: lambda self, _, message: self.directory.object_ready(
         message.object_id, message.value),
     m.PullRequest: Machine._pull_request,
+    m.PullEnded: lambda self, _, message: self.directory.unpin(message.object_id),
     m.CopyAdded: lambda self, rank, message: self.directory.copy_added(rank, message.object_id),
     m.FreeCopies: lambda self, _, message: self.directory.free_copies(message.ids),
     m.Load: Machine._load,

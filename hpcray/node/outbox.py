@@ -22,12 +22,6 @@ class KillWorker(msgspec.Struct, frozen=True):
     number: int
 
 
-class InterruptWorker(msgspec.Struct, frozen=True):
-    """Make the worker's main thread look at its client channel now (a CancelTask is there)."""
-
-    number: int
-
-
 class TakeBack(msgspec.Struct, frozen=True):
     """Read the worker's unread datagrams back; answer with `Dispatcher.taken_back`."""
 
@@ -60,12 +54,13 @@ class StartPull(msgspec.Struct, frozen=True):
 
 
 class ServePull(msgspec.Struct, frozen=True):
-    """Send from shared memory; the record is pinned until DataSent."""
+    """Send from shared memory, pinned until DataSent; or, `mapped`, say where, until PullEnded."""
 
     object_id: bytes
     rank: int
     transfer: int
     location: Located
+    mapped: bool
 
 
 class FreeNodeRange(msgspec.Struct, frozen=True):
@@ -81,7 +76,7 @@ class StopJob(msgspec.Struct, frozen=True):
 
 
 Action = (
-    StartWorker | KillWorker | InterruptWorker | TakeBack | GrantSegment | OpenSegment
+    StartWorker | KillWorker | TakeBack | GrantSegment | OpenSegment
     | CloseSegment | StartPull | ServePull | FreeNodeRange | StopJob
 )
 
@@ -93,5 +88,8 @@ class Outbox:
         # Datagrams for workers' task channels: (worker, messages of one datagram).
         self.tasks: list[tuple[int, list[Any]]] = []
         self.actions: list[Action] = []
+        # Workers that must look at their messages now, whatever they run: these leave first, so
+        # who asked for it is not answered before.
+        self.interrupts: list[int] = []
         # Warnings for the driver's terminal.
         self.notices: list[str] = []

@@ -143,7 +143,9 @@ class NodeServer:
                     self._on_transport(event)
                     self._last_mpi_s = now_s
                     events = True
-                if not events and now_s < self._next_due_s and self._state == RUNNING:
+                if self._transfers is not None and self._transfers.copying:
+                    self._transfers.copy_some(now_s)
+                elif not events and now_s < self._next_due_s and self._state == RUNNING:
                     continue  # one of the many looks at MPI that find nothing
             if not events and self._segments.touching:
                 self._segments.touch_some()
@@ -161,7 +163,7 @@ class NodeServer:
         tick_s = max(self._next_due_s - now_s, 0.0)
         if transport is None:
             return tick_s
-        if transport.busy():
+        if transport.busy() or (self._transfers is not None and self._transfers.copying):
             return 0.0
         quiet_s = now_s - self._last_mpi_s
         if self._spin and quiet_s < _SPIN_S:
@@ -181,6 +183,8 @@ class NodeServer:
         if machine is not None:
             if now_s >= self._next_tick_s:
                 machine.tick(now_s)
+                if self._transfers is not None:
+                    self._transfers.tick(now_s)
                 if now_s >= self._next_journal_s:
                     self._next_journal_s = now_s + _JOURNAL_S
                     self._journal.record(machine)
@@ -218,6 +222,12 @@ class NodeServer:
     def _carry_out(self, machine: Machine) -> bool:
         """Send and do what the machine left in its outbox; whether it should decide again."""
         box = machine.outbox
+        if box.interrupts:
+            interrupts, box.interrupts = box.interrupts, []
+            for number in interrupts:
+                if number in self._connections.clients:
+                    self._connections.send(number, box.clients.pop(number, []))
+                    self._pool.interrupt(number)
         if box.clients:
             clients = box.clients
             for number, batch in clients.items():
@@ -260,10 +270,6 @@ class NodeServer:
     def _kill_worker(self, machine: Machine, action: out.KillWorker) -> None:
         if action.number in self._connections.clients:
             self._pool.kill(action.number)
-
-    def _interrupt_worker(self, machine: Machine, action: out.InterruptWorker) -> None:
-        if action.number in self._connections.clients:
-            self._pool.interrupt(action.number)
 
     def _take_back(self, machine: Machine, action: out.TakeBack) -> None:
         if action.number in self._connections.clients:
@@ -502,6 +508,9 @@ class NodeServer:
             elif kind is messages.PullRefused:
                 if self._transfers is not None:
                     self._transfers.refused(message.transfer)
+            elif kind is messages.PullMapped:
+                if self._transfers is not None:
+                    self._transfers.mapped(rank, message)
             else:
                 rest.append(message)
         if not rest:
@@ -694,7 +703,6 @@ def _resources(detected: dict[str, int], config: dict[str, Any]) -> dict[str, in
 _ACTIONS: dict[type, Callable[[NodeServer, Machine, Any], None]] = {
     out.StartWorker: NodeServer._start_worker,
     out.KillWorker: NodeServer._kill_worker,
-    out.InterruptWorker: NodeServer._interrupt_worker,
     out.TakeBack: NodeServer._take_back,
     out.GrantSegment: NodeServer._grant_segment,
     out.OpenSegment: NodeServer._open_segment,

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hpcray.node.outbox import InterruptWorker, KillWorker, Outbox
+from hpcray.node.outbox import KillWorker, Outbox
 from hpcray.node.records import (
     ASSIGNED,
     FETCHING,
@@ -585,7 +585,7 @@ class Tasks:
             self._outbox.actions.append(KillWorker(task.worker))
             return "killed"
         self._outbox.clients[task.worker].append(CancelTask(task.task_id))
-        self._outbox.actions.append(InterruptWorker(task.worker))
+        self._outbox.interrupts.append(task.worker)
         return "interrupted"
 
     def drop_cancelled(self, task: TaskRecord) -> None:

@@ -4,19 +4,27 @@
     ServePull   send from the holder's segment; DataSent unpins
     refused     cancel the receives; the range is reused once DataCancelled says so
 
+Between ranks of one host a large object is copied by its reader, from the holder's segment mapped
+by way of /proc (the same right that MPI libraries need to copy between processes): one copy by the
+processor, where MPI's path through the kernel pays for every 4 KiB page.
+
+    PullRequest(mapped) --> PullMapped(pid, descriptor) --> copy, a step a turn --> PullEnded
+                            cannot be opened: the same pull again, over MPI
+
 Decides nothing: which copy, and what a failure means, is the directory's business.
 """
 
 from __future__ import annotations
 
 import os
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from hpcray.node.outbox import ServePull, StartPull
 from hpcray.objects.segments import Mapping, SegmentArena, create_segment, prefault_steps
 from hpcray.protocol import values
-from hpcray.protocol.messages import Located, PullRequest
+from hpcray.protocol.messages import Located, PullEnded, PullMapped, PullRequest
 
 if TYPE_CHECKING:
     from hpcray.node.machine import Machine
@@ -24,6 +32,14 @@ if TYPE_CHECKING:
 
 # First touches run at about 1.3 GB/s: a step takes less than a millisecond.
 _TOUCH_BYTES = 1024 * 1024
+# Below this a pull over MPI is over before a second message would have been answered.
+_MAPPED_BYTES = 1024 * 1024
+# About a millisecond of copying per turn of the loop.
+_COPY_BYTES = 8 * 1024 * 1024
+# Mappings of peers' segments kept for the next pull, and for how long: they hold memory that the
+# peer may have given up.
+_PEER_MAPPINGS = 4
+_PEER_MAPPING_S = 1.0
 
 
 class Segments:
@@ -118,8 +134,21 @@ class Transfers:
         self._segments = segments
         self._transport = transport
         self._count = 0
-        # transfer -> (object, rank, location, view): receives posted.
+        # transfer -> (object, rank, location, view).
         self._pulls: dict[int, tuple[bytes, int, Located, memoryview]] = {}
+        # Those with receives posted; the others wait for PullMapped or are being copied.
+        self._posted: set[int] = set()
+        # Ranks of this host whose segments can be mapped.
+        nodes = machine.cluster.nodes
+        mapping_off = os.environ.get("HPCRAY_MAP_PEERS") == "0"
+        self._neighbours = {
+            rank for rank, node in nodes.items()
+            if rank != machine.rank and not mapping_off and node.host == nodes[machine.rank].host
+        }
+        self._peer_mappings: OrderedDict[tuple[int, int], Mapping] = OrderedDict()
+        self._mapped_s = 0.0
+        # (transfer, source, position): copies under way, one after the other.
+        self._copies: deque[tuple[int, memoryview, int]] = deque()
         # (rank, transfer) -> (object, view): sends posted.
         self._serves: dict[tuple[int, int], tuple[bytes, memoryview]] = {}
 
@@ -143,26 +172,92 @@ class Transfers:
         self._machine.memory.used(location)
         self._count += 1
         self._pulls[self._count] = (action.object_id, action.rank, location, view)
-        self._transport.post_receive(action.rank, self._count, view)
+        mapped = action.rank in self._neighbours and action.nbytes >= _MAPPED_BYTES
+        if not mapped:
+            self._post(self._count)
         self._machine.outbox.peers[action.rank].append(
-            PullRequest(action.object_id, self._count))
+            PullRequest(action.object_id, self._count, mapped))
+
+    def _post(self, transfer: int) -> None:
+        _, rank, _, view = self._pulls[transfer]
+        self._posted.add(transfer)
+        self._transport.post_receive(rank, transfer, view)
+
+    def mapped(self, rank: int, message: PullMapped) -> None:
+        """The holder of this host says where the object lies."""
+        try:
+            source = self._peer_view(rank, message)
+        except OSError:
+            # No right to look into its descriptors (a container, a hardened kernel): MPI it is.
+            self._neighbours.discard(rank)
+            self._post(message.transfer)
+            peer = self._machine.outbox.peers[rank]
+            peer.append(PullRequest(message.object_id, message.transfer))
+            peer.append(PullEnded(message.object_id))
+            return
+        self._copies.append((message.transfer, source, 0))
+
+    def _peer_view(self, rank: int, message: PullMapped) -> memoryview:
+        key = (rank, message.location.segment)
+        mapping = self._peer_mappings.get(key)
+        if mapping is None:
+            fd = os.open(f"/proc/{message.pid}/fd/{message.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+            mapping = Mapping(fd, message.segment_nbytes, writable=False)
+            self._peer_mappings[key] = mapping
+            if len(self._peer_mappings) > _PEER_MAPPINGS:
+                self._peer_mappings.popitem(last=False)
+        self._peer_mappings.move_to_end(key)
+        return mapping.range(message.location.offset, message.location.nbytes)
+
+    def copy_some(self, now_s: float) -> None:
+        """One step of the oldest copy."""
+        transfer, source, position = self._copies[0]
+        object_id, rank, _, view = self._pulls[transfer]
+        end = min(position + _COPY_BYTES, source.nbytes)
+        view[position:end] = source[position:end]
+        self._mapped_s = now_s
+        if end < source.nbytes:
+            self._copies[0] = (transfer, source, end)
+            return
+        self._copies.popleft()
+        self._machine.outbox.peers[rank].append(PullEnded(object_id))
+        self.received(transfer)
+
+    @property
+    def copying(self) -> bool:
+        return bool(self._copies)
+
+    def tick(self, now_s: float) -> None:
+        if self._peer_mappings and now_s - self._mapped_s > _PEER_MAPPING_S and not self._copies:
+            self._peer_mappings.clear()
 
     def received(self, transfer: int) -> None:
         object_id, _, location, _ = self._pulls.pop(transfer)
+        self._posted.discard(transfer)
         self._machine.directory.pulled(object_id, location)
 
     def refused(self, transfer: int) -> None:
         """The holder has no copy (any more)."""
         pull = self._pulls.get(transfer)
-        if pull is not None:
+        if pull is None:
+            return
+        if transfer in self._posted:
             self._transport.cancel_receive(pull[1], transfer)
+        else:
+            self.cancelled(transfer)
 
     def cancelled(self, transfer: int) -> None:
         object_id, _, location, _ = self._pulls.pop(transfer)
+        self._posted.discard(transfer)
         self._machine.memory.free(location)
         self._machine.directory.pull_failed(object_id, None)
 
     def serve(self, action: ServePull) -> None:
+        if action.mapped:
+            fd, nbytes = self._segments.descriptor(action.location.segment)
+            self._machine.outbox.peers[action.rank].append(PullMapped(
+                action.object_id, action.transfer, os.getpid(), fd, nbytes, action.location))
+            return
         view = self._segments.view(action.location)
         self._serves[(action.rank, action.transfer)] = (action.object_id, view)
         self._transport.post_send(action.rank, action.transfer, view)

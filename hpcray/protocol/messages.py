@@ -552,10 +552,26 @@ class ObjectReady(_Message, tag=20):
 
 
 class PullRequest(_Message, tag=21):
-    """The receives are posted; send."""
+    """The receives are posted; send. Or, `mapped`: we are on your host; say where it lies."""
 
     object_id: bytes
     transfer: int
+    mapped: bool = False
+
+
+class PullMapped(_Message, tag=38):
+    """Copy it yourself from this descriptor of mine; I keep it in place until PullEnded."""
+
+    object_id: bytes
+    transfer: int
+    pid: int
+    descriptor: int
+    segment_nbytes: int
+    location: Located
+
+
+class PullEnded(_Message, tag=39):
+    object_id: bytes
 
 
 class PullRefused(_Message, tag=22):
@@ -681,7 +697,8 @@ ToPeer = (
     | HolderDrop | HandedOver | Want | ObjectReady | PullRequest | PullRefused | CopyAdded
     | FreeCopies
     | Load | Demand | Grant | ActorWhere | ActorIs | ActorStop | ActorDown | PeerRequest | PeerReply
-    | PeerOutput | Notice | RecallTask | GiveBack
+    | PeerOutput | Notice | RecallTask | GiveBack | PullMapped
+    | PullEnded
 )
 
 encode = msgspec.msgpack.Encoder().encode

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from ..process.jobs import Start
 
 HEAD = """
@@ -21,7 +23,8 @@ def start(**options):
 """
 
 
-def test_sizes_both_ways_and_refs_that_outlive_their_makers(start: Start):
+@pytest.mark.parametrize("mapped", ["1", "0"])  # by the reader itself, or over MPI
+def test_sizes_both_ways_and_refs_that_outlive_their_makers(start: Start, mapped: str):
     job = start(HEAD + """
 @ray.remote
 def make(n, salt):
@@ -67,7 +70,7 @@ holder = Holder.options(scheduling_strategy=on[1]).remote()
 ray.kill(holder)
 assert ray.get(check.remote(kept, 300_000, 9))
 print("refs", flush=True)
-""", ranks=2)
+""", ranks=2, HPCRAY_MAP_PEERS=mapped)
     job.expect("^sizes$")
     job.expect("^refs$")
     job.finish()

@@ -95,7 +95,7 @@ class Job:
             self._output_fd, theirs = os.openpty()
             self.process = subprocess.Popen(
                 command, env=self.environ, stdin=theirs, stdout=theirs, stderr=theirs,
-                preexec_fn=_take_terminal)  # noqa: PLW1509: nothing else makes it controlling
+                preexec_fn=_take_terminal)  # nothing else makes it controlling
             os.close(theirs)
         else:
             self._output_fd, theirs = os.pipe()
