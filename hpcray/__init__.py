@@ -28,6 +28,7 @@ from hpcray.api import (
     wait,
 )
 from hpcray.client.references import ObjectRef
+from hpcray.client.streams import DynamicObjectRefGenerator, ObjectRefGenerator
 from hpcray.remote_function import RemoteFunction
 from hpcray.runtime_context import get_gpu_ids, get_runtime_context
 
@@ -53,8 +54,10 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "ActorClass",
     "ActorHandle",
+    "DynamicObjectRefGenerator",
     "ObjectID",
     "ObjectRef",
+    "ObjectRefGenerator",
     "RemoteFunction",
     "__version__",
     "actor",

@@ -25,7 +25,13 @@ from hpcray import options as options_
 from hpcray.client import context, references
 from hpcray.client.references import ObjectRef
 from hpcray.config import check_namespace
-from hpcray.definition import CallSignature, Definition, pack_call, parameters_of
+from hpcray.definition import (
+    CallSignature,
+    Definition,
+    pack_call,
+    parameters_of,
+    submitted_returns,
+)
 from hpcray.protocol import ids
 from hpcray.protocol.messages import NO_ARGS, CreateActor, Template
 
@@ -59,7 +65,7 @@ def exit_actor() -> NoReturn:
 
 def method(**options: Any) -> Callable[[F], F]:
     """Options of an actor's method: `@method(num_returns=2)`. There are: num_returns, name,
-    max_task_retries, retry_exceptions."""
+    max_task_retries, retry_exceptions, _generator_backpressure_num_objects."""
     if not options:
         raise TypeError("@method needs options, such as @method(num_returns=2)")
     checked = options_.check_options(options, "m")
@@ -67,6 +73,7 @@ def method(**options: Any) -> Callable[[F], F]:
     def decorate(function: F) -> F:
         if not callable(function):
             raise TypeError(f"@method goes onto a method, not onto {function!r}")
+        options_.for_generator(checked, _is_generator(function), function.__qualname__)
         setattr(function, _METHOD_OPTIONS, checked)
         return function
 
@@ -78,11 +85,12 @@ def method(**options: Any) -> Callable[[F], F]:
 
 class MethodDescription(msgspec.Struct, array_like=True, frozen=True, gc=False):
     parameters: tuple[tuple[str, int, bool], ...]
-    return_count: int = 1
+    num_returns: int | str | None = None
     max_task_retries: int | None = None  # None: the actor's
     retry_exceptions: bool = False
     name: str = ""  # for people, if it is not "Class.method"
     is_generator: bool = False
+    window: int | None = None
 
 
 class ActorDescription(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -119,6 +127,11 @@ def _underlying(cls: type, name: str) -> tuple[Any, int]:
     return None, 0
 
 
+def _is_generator(function: Any) -> bool:
+    target = inspect.unwrap(function)
+    return inspect.isgeneratorfunction(target) or inspect.isasyncgenfunction(target)
+
+
 def describe_methods(cls: type) -> dict[str, MethodDescription]:
     """The methods of a class, inherited ones too, but what every object has."""
     found = {}
@@ -129,15 +142,14 @@ def describe_methods(cls: type) -> dict[str, MethodDescription]:
         if function is None or isinstance(function, type):
             continue
         options: dict[str, Any] = getattr(function, _METHOD_OPTIONS, {})
-        count = options.get("num_returns")
-        target = inspect.unwrap(function)
         found[name] = MethodDescription(
             parameters=parameters_of(function, skip),
-            return_count=1 if count is None else count,
+            num_returns=options.get("num_returns"),
             max_task_retries=options.get("max_task_retries"),
             retry_exceptions=bool(options.get("retry_exceptions")),
             name=options.get("name") or "",
-            is_generator=inspect.isgeneratorfunction(target) or inspect.isasyncgenfunction(target),
+            is_generator=_is_generator(function),
+            window=options.get("_generator_backpressure_num_objects"),
         )
     return found
 
@@ -170,18 +182,15 @@ class _Method:
         self.name = name
         self.full_name = f"{actor.class_name}.{name}"
         self.description = description
-        self.options = options
-        if description.is_generator:
-            raise NotImplementedError(
-                f"{self.full_name} is a generator; num_returns='streaming' is not supported yet: "
-                "return a list, or refs from put()")
+        self.options = options = options_.for_generator(
+            options, description.is_generator, self.full_name)
         self.signature = CallSignature(description.parameters)
         self.least = self.signature.least
         self.most = self.signature.most
         self.template: Template = options_.method_template(
             actor.function_id, actor.class_name, name, options)
         self.template_id = self.template.template_id
-        self.return_count = self.template.return_count
+        self.return_count = submitted_returns(self.template)
         self.client: Client | None = None
 
     def prepare(self, client: Client) -> None:
@@ -212,7 +221,8 @@ class _Kind:
             return None
         retries = description.max_task_retries
         options: options_.Options = {
-            "num_returns": description.return_count,
+            "num_returns": description.num_returns,
+            "_generator_backpressure_num_objects": description.window,
             "max_task_retries": actor.max_task_retries if retries is None else retries,
             "retry_exceptions": description.retry_exceptions,
             "name": description.name or None,
@@ -462,7 +472,8 @@ class ActorMethod:
         """Submit one call. Calls of one process on one actor start in the order submitted (unless
         the actor is threaded or async).
 
-        Returns the ref of its result, a list of refs if `num_returns` > 1, None if it is 0.
+        Returns the ref of its result, a list of refs if `num_returns` > 1, None if it is 0; of a
+        generator an `ObjectRefGenerator`.
 
         Raises:
           TypeError: the arguments do not fit the signature or cannot be pickled.
@@ -487,8 +498,8 @@ class ActorMethod:
             if method.least:
                 method.signature.check(method.full_name, args, kwargs)
             result = client.submit(method.template_id, NO_ARGS, b"", 0, count, handle._hpcray_id)
-        if count == 1:
-            return result[0]
+        if count == 1 or count < 0:
+            return result[0]  # type: ignore[no-any-return]
         return result or None  # type: ignore[return-value]  # see `num_returns` above
 
     def options(self, **options: Any) -> ActorMethod:

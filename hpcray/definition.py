@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpcray.exceptions import RayError
 from hpcray.protocol import ids, values
-from hpcray.protocol.messages import DefineFunction, Template
+from hpcray.protocol.messages import STREAM, DefineFunction, Template
 
 if TYPE_CHECKING:
     from hpcray.client.client import Client
@@ -224,6 +224,15 @@ def _blank_definition() -> Definition:
     return Definition.__new__(Definition)
 
 
+def submitted_returns(template: Template) -> int:
+    """The `return_count` of `Client.submit`."""
+    if template.stream != STREAM:
+        return template.return_count
+    from hpcray.client.client import STREAMED, WINDOWED
+
+    return WINDOWED if template.stream_window else STREAMED
+
+
 def pack_call(
     client: Client, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[bytes, bytes, int, Any]:
@@ -292,4 +301,4 @@ def _culprits(target: Any) -> Iterator[str]:
 
 
 __all__ = ["MAX_PICKLED_BYTES", "CallSignature", "Definition", "pack_call",
-           "parameters_of"]
+           "parameters_of", "submitted_returns"]

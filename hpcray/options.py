@@ -19,7 +19,15 @@ import msgspec
 
 from hpcray.config import check_namespace, check_runtime_env
 from hpcray.protocol import messages
-from hpcray.protocol.messages import ACTOR_CREATION, METHOD, TASK, UNIT, Template
+from hpcray.protocol.messages import (
+    ACTOR_CREATION,
+    DYNAMIC,
+    METHOD,
+    STREAM,
+    TASK,
+    UNIT,
+    Template,
+)
 
 # Ray's defaults.
 TASK_MAX_RETRIES = 3
@@ -108,10 +116,15 @@ def _resources(name: str, value: Any) -> None:
 
 
 def _num_returns(name: str, value: Any) -> None:
-    if value in ("streaming", "dynamic"):
-        raise NotImplementedError(
-            f"{name}={value!r} is not supported yet; return a list, or refs from put()")
-    _whole(0)(name, value)
+    if value not in ("streaming", "dynamic"):
+        _whole(0)(name, value)
+
+
+def _window(name: str, value: Any) -> None:
+    _whole(-1)(name, value)
+    if value == 0:
+        raise ValueError(f"{name} must be at least 1, or -1 (without limit), not 0: with 1 the "
+                         "task makes an item for each one taken")
 
 
 def _retry_exceptions(name: str, value: Any) -> None:
@@ -209,7 +222,7 @@ TABLE: dict[str, Option] = {
     "placement_group_capture_child_tasks": Option("ta", None, _any, _PLACEMENT_GROUPS),
     "tensor_transport": Option("m", None, _any, "tensor_transport is not supported"),
     "_generator_backpressure_num_objects": Option(
-        "tm", None, _any, "streaming generators are not supported yet"),
+        "tm", None, _window),
 }
 
 _WHOM = {"t": "tasks", "a": "actors", "m": "actor methods"}
@@ -253,6 +266,21 @@ def value_of(options: Mapping[str, Any], name: str) -> Any:
     """The option's value; unset and None mean its default."""
     value = options.get(name)
     return TABLE[name].default if value is None else value
+
+
+def for_generator(options: Options, is_generator: bool, name: str) -> Options:
+    """The options of a callable that is, or is not, a generator: one streams unless told otherwise.
+
+    Raises:
+      ValueError: a stream of something that does not yield.
+    """
+    count = options.get("num_returns")
+    if is_generator:
+        return options if count is not None else {**options, "num_returns": "streaming"}
+    if count in ("streaming", "dynamic"):
+        raise ValueError(
+            f"{name} does not yield: num_returns={count!r} is for generators")
+    return options
 
 
 # --- what they mean ------------------------------------------------------------------------------
@@ -309,6 +337,17 @@ def actor_resources(options: Mapping[str, Any]) -> tuple[Resources, Resources]:
     return pairs, pairs
 
 
+def _returns(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a template says of its returns. A stream has one, its end, and then its items."""
+    count = options.get("num_returns")
+    if count == "dynamic":
+        return {"return_count": 1, "stream": DYNAMIC}
+    if count == "streaming":
+        window = value_of(options, "_generator_backpressure_num_objects") or 0
+        return {"return_count": 1, "stream": STREAM, "stream_window": max(window, 0)}
+    return {"return_count": 1 if count is None else count}
+
+
 def _with_id(template: Template) -> Template:
     """Named by content: equal options of one function are one template, wherever they are given."""
     digest = blake2b(messages.encode(template), digest_size=16).digest()
@@ -325,13 +364,12 @@ def _with_environment(template: Template, options: Mapping[str, Any]) -> Templat
 
 def task_template(function_id: bytes, name: str, options: Mapping[str, Any]) -> Template:
     rank, soft, spread = placement(options.get("scheduling_strategy"))
-    count = options.get("num_returns")
     template = Template(
         template_id=b"",
         function_id=function_id,
         kind=TASK,
         name=options.get("name") or name,
-        return_count=1 if count is None else count,
+        **_returns(options),
         resources=task_resources(options),
         max_retries=value_of(options, "max_retries"),
         retry_exceptions=bool(value_of(options, "retry_exceptions")),
@@ -384,14 +422,13 @@ def method_template(
     function_id: bytes, class_name: str, method: str, options: Mapping[str, Any]
 ) -> Template:
     """`options` are the method's, its class's `max_task_retries` among them."""
-    count = options.get("num_returns")
     return _with_id(Template(
         template_id=b"",
         function_id=function_id,
         kind=METHOD,
         name=options.get("name") or f"{class_name}.{method}",
         method=method,
-        return_count=1 if count is None else count,
+        **_returns(options),
         max_retries=value_of(options, "max_task_retries"),
         retry_exceptions=bool(value_of(options, "retry_exceptions")),
     ))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec, TypeVar
 from hpcray import options as options_
 from hpcray.client import references
 from hpcray.client.references import ObjectRef
-from hpcray.definition import Definition, pack_call
+from hpcray.definition import Definition, pack_call, submitted_returns
 from hpcray.protocol.messages import NO_ARGS, Template
 
 if TYPE_CHECKING:
@@ -37,12 +37,13 @@ class RemoteFunction(Generic[P, R]):
             raise ValueError(
                 f"{function.__qualname__} is async, and only actors run coroutines; define an "
                 "actor with async methods, or call asyncio.run inside a plain function")
-        if inspect.isgeneratorfunction(function):
-            raise NotImplementedError(
-                f"{function.__qualname__} is a generator; num_returns='streaming' is not "
-                "supported yet: return a list, or refs from put()")
-        self._bind_to(Definition(function), options)
+        self._bind_to(Definition(function), self._for(function, options))
         functools.update_wrapper(self, function)
+
+    @staticmethod
+    def _for(function: Callable[..., Any], options: options_.Options) -> options_.Options:
+        return options_.for_generator(
+            options, inspect.isgeneratorfunction(inspect.unwrap(function)), function.__qualname__)
 
     def _bind_to(self, definition: Definition, options: options_.Options) -> None:
         # Nothing here may look at `definition.target`: while a function that refers to itself is
@@ -61,7 +62,8 @@ class RemoteFunction(Generic[P, R]):
     def remote(self, *args: Any, **kwargs: Any) -> ObjectRef[R]:
         """Submit one call; any argument may be an `ObjectRef` to its value instead.
 
-        Returns the ref of its result, a list of refs if `num_returns` > 1, None if it is 0.
+        Returns the ref of its result, a list of refs if `num_returns` > 1, None if it is 0; of a
+        generator an `ObjectRefGenerator`.
 
         Raises:
           TypeError: the arguments do not fit the signature or cannot be pickled.
@@ -81,8 +83,8 @@ class RemoteFunction(Generic[P, R]):
             if self._least:
                 self._definition.signature.check(self._definition.name, args, kwargs)
             result = client.submit(self._template_id, NO_ARGS, b"", 0, self._return_count)
-        if self._return_count == 1:
-            return result[0]
+        if self._return_count == 1 or self._return_count < 0:
+            return result[0]  # type: ignore[no-any-return]
         return result or None  # type: ignore[return-value]  # see `num_returns` above
 
     def _prepare(self) -> Client:
@@ -95,7 +97,7 @@ class RemoteFunction(Generic[P, R]):
                 definition.function_id, definition.name, self._options)
             self._least = definition.signature.least
             self._most = definition.signature.most
-            self._return_count = template.return_count
+            self._return_count = submitted_returns(template)
             self._template_id = template.template_id
             self._template = template
         self._definition.define(client, template)
@@ -106,7 +108,8 @@ class RemoteFunction(Generic[P, R]):
         """The same function with other options, for the calls made through what is returned."""
         checked = options_.check_options(options, "t", later=True)
         other: RemoteFunction[P, R] = RemoteFunction.__new__(RemoteFunction)
-        other._bind_to(self._definition, {**self._options, **checked})
+        target = self._definition.target
+        other._bind_to(self._definition, self._for(target, {**self._options, **checked}))
         functools.update_wrapper(other, self._definition.target)
         return other
 

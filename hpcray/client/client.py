@@ -29,6 +29,7 @@ from hpcray.client.channel import Channel, ChannelClosed
 from hpcray.client.helper import Helper
 from hpcray.client.memory import ClientMemory
 from hpcray.client.references import LOCAL, READY, ObjectRef, ReferenceTable
+from hpcray.client.streams import ObjectRefGenerator, Stream, new_generator
 from hpcray.protocol import ids, messages, values
 from hpcray.protocol.messages import (
     CancelTask,
@@ -52,6 +53,10 @@ from hpcray.protocol.messages import (
     SegmentGrant,
     SegmentOpened,
     SegmentReclaim,
+    StreamDropped,
+    StreamEnded,
+    StreamRoom,
+    StreamTaken,
     SubmitCall,
     SubmitTask,
     Template,
@@ -60,7 +65,12 @@ from hpcray.protocol.messages import (
     ValueAt,
     Watch,
     Welcome,
+    Yielded,
 )
+
+# Instead of a number of returns: a stream, without and with a window.
+STREAMED = -1
+WINDOWED = -2
 
 # A datagram of this many messages is long enough to amortise its system call.
 _BATCH_MESSAGES = 48
@@ -84,6 +94,18 @@ class Waiter:
         self.result: Any = None
 
 
+class Room(Waiter):
+    """What a generator task of this process knows of its consumer."""
+
+    __slots__ = ("needed", "taken", "wake")
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.taken = 0
+        self.needed = 0
+        self.wake: Callable[[], None] | None = None  # instead of a waiting thread
+
+
 class Client:
     """See the module. Made once per process by `init` or the worker's start."""
 
@@ -103,8 +125,10 @@ class Client:
         self._ready_waiters: dict[bytes, Any] = {}
         self._replies: dict[int, Waiter] = {}
         self._request_count = 0
-        self._futures: dict[bytes, list[tuple[ObjectRef[Any], Future[Any]]]] = {}
-        self._ready_futures: deque[tuple[ObjectRef[Any], Future[Any]]] = deque()
+        self._futures: dict[bytes, list[tuple[Any, Future[Any]]]] = {}
+        self._ready_futures: deque[tuple[Any, Future[Any]]] = deque()
+        self._streams: dict[bytes, Stream] = {}  # consumed here
+        self._rooms: dict[bytes, Room] = {}  # made here
         self._defined: set[bytes] = set()
         self._templates: dict[bytes, Waiter] = {}
         self._lost: str | None = None
@@ -224,8 +248,8 @@ class Client:
     def submit(
         self, template_id: bytes, args: bytes, refs: bytes, dep_count: int, return_count: int,
         actor: bytes = b"",
-    ) -> list[ObjectRef[Any]]:
-        """Send a task (or, with `actor`, a method call); the refs of its returns."""
+    ) -> list[Any]:
+        """Send a task (or, with `actor`, a method call); the refs of its returns, or its stream."""
         lock = self._lock
         lock.acquire()
         try:
@@ -242,7 +266,10 @@ class Client:
             else:
                 outbox.append(SubmitTask(task, template_id, args, refs, dep_count))
             if return_count == 1:
-                result = [self._refs.fresh(task + ids.FIRST_RETURN)]
+                result: list[Any] = [self._refs.fresh(task + ids.FIRST_RETURN)]
+            elif return_count < 0:
+                stream = self._streams[task] = Stream(task, return_count == WINDOWED)
+                result = [new_generator(self, stream, self._refs.fresh(task + ids.FIRST_RETURN))]
             else:
                 fresh = self._refs.fresh
                 result = [fresh(ids.return_id(task, index)) for index in range(return_count)]
@@ -332,6 +359,17 @@ class Client:
             self._send_holds(self._channel.outbox)
             self._channel.outbox.append(PutLocated(ref._id, location, b"".join(contained)))
             self._linger(True)
+        return ref
+
+    def put_packed(self, packed: bytes) -> ObjectRef[Any]:
+        """`put` of a small packed value without refs in it: an error."""
+        with self._lock:
+            self._check()
+            ref = self._fresh_put()
+            ref._value = packed
+            ref._ready = LOCAL
+            self._channel.outbox.append(PutInline(ref._id, packed))
+            self._linger(False)
         return ref
 
     def _fresh_put(self) -> ObjectRef[Any]:
@@ -464,7 +502,10 @@ class Client:
     def wait(
         self, refs: list[ObjectRef[Any]], count: int, timeout_s: float | None, fetch: bool
     ) -> tuple[list[ObjectRef[Any]], list[ObjectRef[Any]]]:
-        """Split `refs` into at most `count` ready ones and the rest, both in the given order."""
+        """Split `refs` into at most `count` ready ones and the rest, both in the given order.
+
+        An ObjectRefGenerator stands for its next item.
+        """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         level = LOCAL if fetch else READY
         ready = self._first_ready(refs, count, level)
@@ -473,6 +514,7 @@ class Client:
                 watched = self._watched
                 ask = [
                     r._id for r in refs if r._ready < level and watched.get(r._id, 0) < level
+                    and type(r) is ObjectRef  # a stream tells by itself
                 ]
                 if ask:
                     watched.update(dict.fromkeys(ask, level))
@@ -537,10 +579,127 @@ class Client:
         """By the helper thread, without the lock: user callbacks run here."""
         while self._ready_futures:
             ref, future = self._ready_futures.popleft()
+            if type(ref) is ObjectRefGenerator:
+                future.set_result(None)
+                continue
             try:
                 future.set_result(self.get([ref], None)[0])
             except BaseException as error:
                 future.set_exception(error)
+
+    # --- streams ----------------------------------------------------------------------------------
+
+    def await_item(self, generator: ObjectRefGenerator[Any]) -> None:
+        """Wait until the stream has another item or its end."""
+        if generator._ready:
+            return
+        with self._lock:
+            self._check()
+            while not generator._ready:
+                self._await_ids(self._ready_waiters, (generator._id,), Waiter(1), None)
+
+    def take_item(self, stream: Stream) -> ObjectRef[Any] | None:
+        """The ref of the next item, which is there; None at the end."""
+        with self._lock:
+            if stream.known == stream.taken:
+                if not stream.ended:
+                    self._check()
+                return None
+            value = stream.values.pop(stream.taken, None)
+            stream.taken += 1
+            ref = self._refs.fresh(ids.return_id(stream.task_id, stream.taken))
+            ref._ready = READY
+            if value is not None:
+                ref._value = value
+                ref._ready = LOCAL
+            if stream.windowed and not stream.ended:
+                self._channel.outbox.append(StreamTaken(stream.task_id, stream.taken))
+                self._flush()
+            return ref
+
+    def item_future(self, generator: ObjectRefGenerator[Any]) -> Future[None]:
+        """Completed when the stream has another item or its end."""
+        future: Future[None] = Future()
+        future.set_running_or_notify_cancel()
+        with self._lock:
+            self._check()
+            self._helper.start()
+            if generator._ready:
+                future.set_result(None)
+                return future
+            self._futures.setdefault(generator._id, []).append((generator, future))
+            self._flush()
+        self._helper.wake()
+        return future
+
+    def _on_yielded(self, message: Yielded, _: list[int]) -> None:
+        stream = self._streams.get(message.task_id)
+        if stream is None:
+            # Dropped meanwhile, or of a process that had our number before.
+            self._channel.outbox.append(StreamDropped(message.task_id, message.index))
+            self._helper.arm()
+            return
+        stream.known = message.index + 1
+        if message.value:
+            stream.values[message.index] = message.value
+        self._stream_moved(stream)
+
+    def _on_stream_ended(self, message: StreamEnded, _: list[int]) -> None:
+        stream = self._streams.get(message.task_id)
+        if stream is not None:
+            stream.ended = True
+            self._stream_moved(stream)
+
+    def _stream_moved(self, stream: Stream) -> None:
+        if self._ready_waiters or self._futures:
+            next_id = stream.next_id
+            waiter = self._ready_waiters.pop(next_id, None)
+            if waiter is not None:
+                _count_down(waiter)
+            futures = self._futures.pop(next_id, None)
+            if futures is not None:
+                self._ready_futures.extend(futures)
+                self._helper.wake()
+
+    def _drop_streams(self, outbox: list[Any]) -> None:
+        for task_id in self._refs.dropped_streams:
+            stream = self._streams.pop(task_id, None)
+            if stream is not None:
+                outbox.append(StreamDropped(task_id, stream.taken))
+        self._refs.dropped_streams.clear()
+
+    def open_room(self, task_id: bytes) -> Room:
+        """Before the first item of a task with a window; `close_room` after its last."""
+        with self._lock:
+            room = self._rooms[task_id] = Room()
+            return room
+
+    def close_room(self, task_id: bytes) -> None:
+        with self._lock:
+            self._rooms.pop(task_id, None)
+
+    def await_room(self, room: Room, needed: int) -> None:
+        """Wait until the consumer has taken `needed` items."""
+        with self._lock:
+            if not self.need_room(room, needed):
+                self._flush()
+                self._wait(room, None)
+
+    @staticmethod
+    def need_room(room: Room, needed: int) -> bool:
+        """Whether so many items are taken; if not, `room` is told when they are."""
+        room.needed = needed
+        room.remaining = int(room.taken < needed)
+        return not room.remaining
+
+    def _on_room(self, message: StreamRoom, _: list[int]) -> None:
+        room = self._rooms.get(message.task_id)
+        if room is not None:
+            room.taken = max(room.taken, message.taken)
+            if room.taken >= room.needed and room.remaining:
+                room.remaining = 0
+                if room.wake is not None:
+                    room.wake()
 
     # --- the slow path ----------------------------------------------------------------------------
 
@@ -667,6 +826,8 @@ class Client:
         if dropped:
             for start in range(0, len(dropped), _IDS_PER_MESSAGE):
                 outbox.append(Drop(b"".join(dropped[start : start + _IDS_PER_MESSAGE])))
+        if refs.dropped_streams:
+            self._drop_streams(outbox)
         if self.memory.pending_unpins():
             self.memory.collect_unpins(outbox)
         if outbox:
@@ -899,6 +1060,9 @@ _HANDLERS: dict[type, Callable[[Client, Any, list[int]], None]] = {
     Welcome: Client._on_welcome,
     InlineLimit: Client._on_inline_limit,
     JobEnded: Client._on_ended,
+    Yielded: Client._on_yielded,
+    StreamEnded: Client._on_stream_ended,
+    StreamRoom: Client._on_room,
 }
 
 

@@ -162,6 +162,8 @@ class ReferenceTable:
         self.live: dict[bytes, weakref.ref[ObjectRef[Any]]] = {}
         # First refs to objects from elsewhere: told before anything that relies on it.
         self.new_holds: dict[bytes, None] = {}
+        # Tasks whose generator has died (see client/streams.py).
+        self.dropped_streams: list[bytes] = []
 
     def fresh(self, object_id: bytes) -> ObjectRef[Any]:
         """The ref of an object this process has just made; the message says so to the node."""
@@ -199,6 +201,8 @@ class ReferenceTable:
             object_id = dropped.popleft()
             entry = live.get(object_id)
             if entry is None or entry() is not None:
+                if len(object_id) == ids.TASK_ID_BYTES:
+                    self.dropped_streams.append(object_id)
                 continue  # of an earlier session, drained already, or alive again
             del live[object_id]
             if object_id in holds:

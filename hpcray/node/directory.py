@@ -271,6 +271,15 @@ class Directory:
         self._announce_ready(record)
         return barrier
 
+    def spare_copy(self, object_id: bytes, rank: int) -> None:
+        """`rank` has made a copy of an object that is there already, or gone."""
+        record = self.records.get(object_id)
+        copies = record.extra.copies if record is not None and record.extra is not None else None
+        if not copies:
+            self._frees.setdefault(rank, []).append(object_id)
+        elif rank not in copies:
+            copies.append(rank)
+
     def keep_foreign(self, object_id: bytes, location: Located) -> None:
         """A worker here made a large value homed elsewhere: this node has the copy."""
         self._machine.memory.used(location)

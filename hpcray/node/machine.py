@@ -24,6 +24,7 @@ from hpcray.node.memory import NodeMemory
 from hpcray.node.outbox import Outbox, ServePull, StopJob
 from hpcray.node.records import WAIT_LOCAL, WAIT_READY, WAIT_VALUE, ClientRecord
 from hpcray.node.requests import Requests
+from hpcray.node.streams import Streams
 from hpcray.node.tasks import Tasks
 from hpcray.protocol import ids, values
 from hpcray.protocol import messages as m
@@ -52,6 +53,7 @@ class Machine:
         self.memory = NodeMemory(self, self.outbox, capacity_bytes)
         self.directory = Directory(self, self.outbox)
         self.tasks = Tasks(self, self.outbox)
+        self.streams = Streams(self, self.outbox)
         self.dispatcher = Dispatcher(self, self.outbox, ResourceLedger(resources))
         self.actors = Actors(self, self.outbox)
         self.cluster = Cluster(self, self.outbox)
@@ -89,6 +91,7 @@ class Machine:
         self.dispatcher.worker_gone(number, failure)
         if client is not None:
             self.directory.forget_client(client)
+            self.streams.client_gone(number)
             self.memory.client_gone(number)
 
     def _hello(self, client: ClientRecord, message: m.Hello) -> None:
@@ -295,6 +298,7 @@ class Machine:
         """Check every collaborator's invariants. Slow: for tests."""
         self.directory.validate()
         self.tasks.validate()
+        self.streams.validate()
         self.dispatcher.validate()
         self.actors.validate()
         self.memory.budget.validate()
@@ -333,6 +337,9 @@ _CLIENT_HANDLERS: dict[type, Callable[[Machine, ClientRecord, Any], None]] = {
     m.Request: lambda self, client, message: self.requests.asked(client.number, message),
     m.EndJob: Machine._end_job,
     m.ActorExit: lambda self, _, message: self.actors.exiting(message.actor_id),
+    m.Yield: lambda self, client, message: self.streams.yielded(client, message),
+    m.StreamTaken: lambda self, _, message: self.streams.taken(message),
+    m.StreamDropped: lambda self, client, message: self.streams.dropped(client, message),
 }
 
 _PEER_HANDLERS: dict[type, Callable[[Machine, int, Any], None]] = {
@@ -370,4 +377,6 @@ _PEER_HANDLERS: dict[type, Callable[[Machine, int, Any], None]] = {
     m.GiveBack: lambda self, rank, message: self.dispatcher.give_back_to(
         rank, message.shape, message.count),
     m.RecallTask: lambda self, _, message: self.tasks.recalled(message),
+    m.TaskYield: lambda self, rank, message: self.streams.peer_yielded(rank, message),
+    m.TaskRoom: lambda self, _, message: self.streams.room(message),
 }

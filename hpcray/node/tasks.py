@@ -35,6 +35,7 @@ from hpcray.protocol import ids, values
 from hpcray.protocol.messages import (
     ACTOR_CREATION,
     METHOD,
+    STREAM,
     Assign,
     CancelTask,
     Done,
@@ -425,6 +426,8 @@ class Tasks:
             self._machine.directory.resolve_return(
                 ids.return_id(task.task_id, index), returned)
         self._finish(task)
+        if task.template.stream == STREAM:
+            self._machine.streams.ended(task)
 
     def peer_done(self, rank: int, message: TaskDone) -> None:
         task = self._current(rank, message)
@@ -449,6 +452,8 @@ class Tasks:
         if task is not None:
             self.statistics[task.template.template_id].add(message.run_us)
             self._finish(task)
+            if task.template.stream == STREAM:
+                self._machine.streams.ended(task)
             self._machine.cluster.finished(rank, task)
 
     def peer_failed(self, rank: int, message: TaskFailed) -> None:
@@ -537,7 +542,11 @@ class Tasks:
         """Deliver an error as the value of every return."""
         for index in range(task.template.return_count):
             self._machine.directory.resolve_inline(ids.return_id(task.task_id, index), error)
+        if task.template.stream == STREAM:
+            self._machine.streams.failed(task, error)
         self._finish(task)
+        if task.template.stream == STREAM:
+            self._machine.streams.ended(task)
 
     def _finish(self, task: TaskRecord) -> None:
         if self.records.pop(task.task_id, None) is None:

@@ -44,6 +44,10 @@ TASK = 0
 ACTOR_CREATION = 1
 METHOD = 2
 
+NO_STREAM = 0
+STREAM = 1
+DYNAMIC = 2
+
 
 class Template(msgspec.Struct, array_like=True, gc=False, frozen=True):
     """What the calls of one remote function with the same options have in common.
@@ -73,6 +77,9 @@ class Template(msgspec.Struct, array_like=True, gc=False, frozen=True):
     # METHOD only.
     env_vars: tuple[tuple[str, str], ...] = ()  # set while it runs (for an actor: for good)
     max_calls: int = 0  # TASK: the worker exits after this many; 0 without limit
+    # Of a generator: NO_STREAM, STREAM (items as they come), DYNAMIC (all at the end).
+    stream: int = 0
+    stream_window: int = 0  # how far it may run ahead of its consumer; 0 without limit
 
 
 class Located(msgspec.Struct, array_like=True, gc=False, frozen=True):
@@ -274,11 +281,33 @@ class ActorExit(_Message, tag=27):
     actor_id: bytes
 
 
+class Yield(_Message, tag=28):
+    """A generator task made its next item."""
+
+    task_id: bytes
+    index: int
+    returned: Return
+
+
+class StreamTaken(_Message, tag=29):
+    """The consumer has taken so many items; told of streams with a window only."""
+
+    task_id: bytes
+    taken: int
+
+
+class StreamDropped(_Message, tag=30):
+    """The consumer wants no item from `taken` on."""
+
+    task_id: bytes
+    taken: int
+
+
 ToNode = (
     Hello | DefineFunction | DefineTemplate | SubmitTask | SubmitCall | CreateActor | PutInline
     | PutLocated | Hold | Drop | Unpin | PinForJob | Get | Watch | Done | DoneMany | Failed
     | Blocked | Unblocked | SegmentRequest | SegmentReturn | SegmentOpen | FetchTemplate | Request
-    | EndJob | ActorExit
+    | EndJob | ActorExit | Yield | StreamTaken | StreamDropped
 )
 
 # --- node -> client -----------------------------------------------------------------------------
@@ -373,6 +402,27 @@ class InlineLimit(_Message, tag=16):
     nbytes: int
 
 
+class Yielded(_Message, tag=17):
+    """An item of a stream is ready, and held for this process. `value`: if it is a small one."""
+
+    task_id: bytes
+    index: int
+    value: bytes
+
+
+class StreamEnded(_Message, tag=18):
+    """There are no more items."""
+
+    task_id: bytes
+
+
+class StreamRoom(_Message, tag=19):
+    """To the worker: so many items have been taken."""
+
+    task_id: bytes
+    taken: int
+
+
 class JobEnded(_Message, tag=15):
     """Everything of the job is gone; nodes are parked (or leave)."""
 
@@ -380,7 +430,7 @@ class JobEnded(_Message, tag=15):
 ToClient = (
     Welcome | Value | ValueAt | Ready | Released | SegmentGrant | SegmentDenied | SegmentOpened
     | SegmentClosed | SegmentReclaim | TemplateIs | Reply | Output | CancelTask | InlineLimit
-    | JobEnded
+    | JobEnded | Yielded | StreamEnded | StreamRoom
 )
 
 # --- node -> worker, the task channel -----------------------------------------------------------
@@ -574,6 +624,22 @@ class PullEnded(_Message, tag=39):
     object_id: bytes
 
 
+class TaskYield(_Message, tag=40):
+    """Executor to home: an item. `handover` as in TaskDoneMany."""
+
+    task_id: bytes
+    index: int
+    returned: PeerReturn
+    handover: int = 0
+
+
+class TaskRoom(_Message, tag=41):
+    """Home to executor: so many items have been taken."""
+
+    task_id: bytes
+    taken: int
+
+
 class PullRefused(_Message, tag=22):
     object_id: bytes
     transfer: int
@@ -697,8 +763,7 @@ ToPeer = (
     | HolderDrop | HandedOver | Want | ObjectReady | PullRequest | PullRefused | CopyAdded
     | FreeCopies
     | Load | Demand | Grant | ActorWhere | ActorIs | ActorStop | ActorDown | PeerRequest | PeerReply
-    | PeerOutput | Notice | RecallTask | GiveBack | PullMapped
-    | PullEnded
+    | PeerOutput | Notice | RecallTask | GiveBack | PullMapped | PullEnded | TaskYield | TaskRoom
 )
 
 encode = msgspec.msgpack.Encoder().encode

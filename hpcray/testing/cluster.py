@@ -170,6 +170,7 @@ class SimulatedNode:
 
     def _carry_out(self) -> bool:
         box = self.machine.outbox
+        box.interrupts.clear()  # simulated processes read their messages anyway
         for number, batch in list(box.clients.items()):
             process = self.processes.get(number)
             if batch and process is not None and process.alive:
@@ -267,6 +268,7 @@ class SimulatedNode:
         check("routes", [(r.actor_id.hex(), r.state.name, r.open_calls)
                          for r in machine.actors.routes.values()])
         check("leases", machine.cluster._leases)
+        check("streams", list(machine.streams.records))
         check("function waits", machine._function_waits)
         check("requests for memory", machine.memory._waiting)
         for client in machine.clients.values():

@@ -73,6 +73,26 @@ class Ref:
         return f"Ref({short(self.id)})"
 
 
+class Stream:
+    """The consumer's end of a generator task; its death lets go of what was not taken."""
+
+    def __init__(self, task_id: bytes, dropped: deque[bytes], state: StreamState) -> None:
+        self.task_id = task_id
+        self.state = state
+        self._dropped = dropped
+
+    def __del__(self) -> None:
+        self._dropped.append(self.task_id)
+
+
+class StreamState:
+    def __init__(self) -> None:
+        self.known = 0
+        self.taken = 0
+        self.ended = False
+        self.values: dict[int, bytes] = {}
+
+
 class View:
     """A pinned range of shared memory; unpins at its death, and compares the bytes then."""
 
@@ -182,6 +202,9 @@ class Process:
         self._asked: set[bytes] = set()
         self._arrivals: dict[bytes, m.Located] = {}
         self._open: set[int] = set()
+        self._streams: dict[bytes, StreamState] = {}  # consumed here
+        self._taken = 0  # of the stream made here
+        self._emitted = 0
         self._templates: dict[bytes, m.Template] = {}
         self._functions: dict[bytes, str] = {}
         self._defined: set[bytes] = set()
@@ -309,6 +332,9 @@ class Process:
             object_id = self._dropped.popleft()
             entry = self._live.get(object_id)
             if entry is None or entry() is not None:
+                stream = self._streams.pop(object_id, None)
+                if stream is not None:
+                    self.outbox.append(m.StreamDropped(object_id, stream.taken))
                 continue
             del self._live[object_id]
             if self._arrivals.pop(object_id, None) is not None:
@@ -569,6 +595,50 @@ class Process:
         self.cluster.submitted(task_id, template)
         return [self._fresh(ids.return_id(task_id, i)) for i in range(template.return_count)]
 
+    def open_stream(
+        self, name: str, args: Sequence[Any] = (), *, window: int = 0, **options: Any
+    ) -> Stream:
+        """A generator task (its completion is not asked for)."""
+        ref = self.submit(name, args, stream=m.STREAM, stream_window=window, **options)[0]
+        task_id = ids.task_of_object(ref.id)
+        state = self._streams[task_id] = StreamState()
+        return Stream(task_id, self._dropped, state)
+
+    def next_item(self, stream: Stream) -> Generator[Any, Any, Ref | None]:
+        """The ref of the next item; None at the end."""
+        state = stream.state
+
+        def there() -> bool:
+            return state.known > state.taken or state.ended
+
+        yield from self._wait(there)
+        if state.known == state.taken:
+            return None
+        index = state.taken
+        state.taken += 1
+        ref = self._fresh(ids.return_id(stream.task_id, index + 1))
+        ref.ready = True
+        ref.packed = state.values.pop(index, None)
+        self.outbox.append(m.StreamTaken(stream.task_id, state.taken))
+        return ref
+
+    def emit(self, value: Any) -> Script:
+        """The next item of the stream this task makes; waits for room if it has a window."""
+        run = self.run
+        assert run is not None
+        packed, contained = self._pack(value)
+        item: bytes | m.Located = packed
+        if len(packed) > INLINE_BYTES:
+            item = yield from self._write(packed)
+        self._send_holds()
+        self.outbox.append(m.Yield(
+            run.task_id, self._emitted, m.Return(item, b"".join(contained))))
+        del value
+        self._emitted += 1
+        window = self._templates[run.template_id].stream_window
+        if window:
+            yield from self._wait(lambda: self._emitted - self._taken < window)
+
     def create_actor(self, name: str, args: Sequence[Any] = (), **options: Any) -> Ref:
         """The handle: a ref to the creation object."""
         options.setdefault("held_resources", ())
@@ -626,6 +696,7 @@ class Process:
             self._prefix = ids.task_prefix(run.task_id, run.attempt)
             self.cluster.started(run, template, self)
             body = self.cluster.bodies[template.name]
+            self._taken = self._emitted = 0
             if template.kind == m.ACTOR_CREATION:
                 self.actor = {"actor_id": run.actor_id}
             result = body(self, *args)
@@ -692,6 +763,9 @@ class Process:
                 found.append(dep)
 
     def _outcome(self, run: m.Run, template: m.Template, result: Any) -> Script:
+        if template.stream:
+            done = m.Return(b"\0" + b"\x92\xc0\xc4\x00")
+            return m.DoneMany(run.task_id, run.attempt, self._run_us(), (done,))
         if template.kind == m.ACTOR_CREATION or result is None:
             return m.Done(run.task_id, run.attempt, self._run_us(), b"\0" + b"\x92\xc0\xc4\x00")
         parts = result if template.return_count != 1 else (result,)
@@ -749,6 +823,23 @@ class Process:
             self._answer = message
         elif kind is m.Reply:
             self._replies[message.request] = message
+        elif kind is m.Yielded:
+            state = self._streams.get(message.task_id)
+            if state is None:
+                self.outbox.append(m.StreamDropped(message.task_id, message.index))
+                return
+            if message.index != state.known:
+                self.cluster.fault(f"{self!r}: item {message.index} after {state.known} items")
+            state.known += 1
+            if message.value:
+                state.values[message.index] = message.value
+        elif kind is m.StreamEnded:
+            state = self._streams.get(message.task_id)
+            if state is not None:
+                state.ended = True
+        elif kind is m.StreamRoom:
+            if self.run is not None and self.run.task_id == message.task_id:
+                self._taken = max(self._taken, message.taken)
         elif kind is m.CancelTask:
             if self.run is not None and self.run.task_id == message.task_id:
                 self._cancelled = True

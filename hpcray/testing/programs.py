@@ -22,7 +22,14 @@ from typing import Any
 
 from hpcray.protocol import ids
 from hpcray.protocol.messages import UNIT
-from hpcray.testing.processes import Large, Process, Ref, Script, SystemFailed, TaskFailed
+from hpcray.testing.processes import (
+    Large,
+    Process,
+    Ref,
+    Script,
+    SystemFailed,
+    TaskFailed,
+)
 
 Pair = list[Any]  # [Ref, label, path in the tree of submissions]
 
@@ -54,6 +61,8 @@ class Body:
         self.depth = depth
         self.pairs = list(pairs)
         self.handles = list(handles)
+        # [stream, label of its next item, path], newest last.
+        self.streams: list[list[Any]] = []
         self.children = 0
 
     def some(self, things: list[Any]) -> list[Any]:
@@ -87,12 +96,38 @@ class Body:
             del self.pairs[rng.randrange(len(self.pairs))]
         elif choice < 0.82 and waitable:
             yield from p.wait([pair[0] for pair in self.some(waitable)], rng.random() < 0.5)
-        elif choice < 0.86 and self.mix.slow:
+        elif choice < 0.88 and self.mix.streams:
+            yield from self.consume()
+        elif choice < 0.89 and self.mix.slow:
             yield from p.sleep(rng.random() * 0.02)
         elif choice < 0.9 and self.mix.wild:
             yield from self.harm()
         elif self.mix.actors:
             self.act()
+
+    def consume(self) -> Script:
+        """Open a stream, take from one, or drop one with whatever is in it."""
+        p, rng = self.p, self.rng
+        choice = rng.random()
+        if not self.streams or choice < 0.3:
+            label = rng.getrandbits(30)
+            path = self.child()
+            window = rng.choice((0, 0, 1, 2))
+            stream = p.open_stream(
+                "flow", [label, path, self.some(self.pairs)], window=window,
+                max_retries=rng.choice((0, 1, 3)), retry_exceptions=False)
+            self.streams.append([stream, label, path])
+        elif choice < 0.4:
+            del self.streams[rng.randrange(len(self.streams))]
+        else:
+            entry = rng.choice(self.streams)
+            for _ in range(rng.randint(1, 4)):
+                ref = yield from p.next_item(entry[0])
+                if ref is None:
+                    self.streams.remove(entry)
+                    return
+                self.pairs.append([ref, entry[1], entry[2]])
+                entry[1] += 1
 
     def harm(self) -> Script:
         """Cancel, kill, give up waiting."""
@@ -194,6 +229,7 @@ class Mix:
     def __init__(
         self, *, steps: int = 8, depth: int = 2, actors: bool = True, restarts: bool = False,
         deaths: bool = False, slow: bool = True, large: float = 0.3, wild: bool = False,
+        streams: bool = True,
     ) -> None:
         self.step_count = steps
         self.depth = depth
@@ -204,10 +240,11 @@ class Mix:
         self.large = large
         # Programs that cancel, kill, raise and give up.
         self.wild = wild
+        self.streams = streams
 
     def bodies(self) -> dict[str, Any]:
         return {"mixed": self.mixed, "leaf": self.leaf, "two": self.two, "boom": self.boom,
-                "Shelf": self.shelf, "keep": self.keep, "give": self.give}
+                "flow": self.flow, "Shelf": self.shelf, "keep": self.keep, "give": self.give}
 
     def driver(self, p: Process, seed: int) -> Script:
         body = Body(self, p, seed, [], self.depth, [], [])
@@ -248,6 +285,15 @@ class Mix:
     def two(self, p: Process, seed: int, pairs: list[Pair]) -> list[Any]:
         rng = random.Random(seed)
         return [self.value(rng, seed, pairs), self.value(rng, seed + 1, [])]
+
+    def flow(self, p: Process, seed: int, path: list[int], pairs: list[Pair]) -> Script:
+        """A generator: the same items at every attempt, as far as it gets."""
+        body = Body(self, p, seed, path, 0, before(path, pairs), [])
+        del pairs
+        for index in range(body.rng.randint(0, 5)):
+            if self.slow and body.rng.random() < 0.2:
+                yield from p.sleep(body.rng.random() * 0.02)
+            yield from p.emit(self.value(body.rng, seed + index, body.some(body.pairs)))
 
     # --- the actor ----------------------------------------
 

@@ -25,6 +25,7 @@ from hpcray.client import context
 from hpcray.client.channel import ChannelClosed
 from hpcray.client.context import TaskContext
 from hpcray.protocol.messages import ActorExit, Failed, Run, Stop, Template
+from hpcray.worker import generators
 
 if TYPE_CHECKING:
     from hpcray.worker.main import Worker
@@ -82,17 +83,19 @@ class HostedActor:
             args, kwargs = worker.arguments(run)
             method = self.method(template.method)
             self.enter(run, template)
-            result = worker.settled(template, method(*args, **kwargs))
+            result = method(*args, **kwargs)
             del args, kwargs
-            message = worker.outcome(run, template, result, began_s)
+            worker.deliver(run, template, result, began_s)
         except FailedDependency as failed:
-            message = Failed(run.task_id, run.attempt, _us(began_s), failed.error)
+            worker.client.report(Failed(run.task_id, run.attempt, _us(began_s), failed.error))
         except BaseException as error:
             if self.is_exit(error):
                 self.exit_by_itself()
+            if run.task_id in worker.cancelled and isinstance(error, KeyboardInterrupt):
+                worker.client.report(worker.cancellation(run, began_s))
+                return
             name = template.name if template is not None else "method"
-            message = worker.failure(run, name, began_s, error, template)
-        worker.client.report(message)
+            worker.client.report(worker.failure(run, name, began_s, error, template))
 
     def method(self, name: str) -> Any:
         found = self._methods.get(name)
@@ -274,7 +277,6 @@ class AsyncActor(HostedActor):
             if run.task_id in worker.cancelled:
                 raise asyncio.CancelledError
             template = None
-            message: Any
             try:
                 template = worker.load(run).template
                 args, kwargs = worker.arguments(run)
@@ -283,18 +285,20 @@ class AsyncActor(HostedActor):
                 result = method(*args, **kwargs)
                 if inspect.isawaitable(result):
                     result = await result
-                result = worker.settled(template, result)
-                message = worker.outcome(run, template, result, began_s)
+                if template.stream or inspect.isgenerator(result) or inspect.isasyncgen(result):
+                    await generators.run_async(
+                        worker, run, template, result, began_s, self._loop)
+                else:
+                    worker.deliver(run, template, result, began_s)
             except FailedDependency as failed:
-                message = Failed(run.task_id, run.attempt, _us(began_s), failed.error)
+                worker.client.report(Failed(run.task_id, run.attempt, _us(began_s), failed.error))
             except BaseException as error:
                 if self.is_exit(error):
                     self.exit_by_itself()
                 if isinstance(error, asyncio.CancelledError) and run.task_id in worker.cancelled:
                     raise
                 name = template.name if template is not None else "method"
-                message = worker.failure(run, name, began_s, error, template)
-            worker.client.report(message)
+                worker.client.report(worker.failure(run, name, began_s, error, template))
             if not self._flush_due:
                 self._flush_due = True
                 self._loop.call_soon(self._flush)

@@ -229,11 +229,11 @@ class Worker:
         try:
             self.interruptible = run.task_id
             try:
-                result = self.settled(template, loaded.function(*args, **kwargs))
+                result = loaded.function(*args, **kwargs)
             finally:
                 self.interruptible = b""
             del args, kwargs
-            message = self.outcome(run, template, result, began_s)
+            self.deliver(run, template, result, began_s)
         except SystemExit as request:
             self._exit(request)
         except BaseException as error:
@@ -242,7 +242,6 @@ class Worker:
             else:
                 self._report_failure(run, template.name, began_s, error, template)
             return
-        self.client.report(message)
         # Not before: were refs in it dropped first (by the helper thread), the node would free
         # their objects before it hears that the result holds them.
         del result
@@ -363,15 +362,14 @@ class Worker:
 
     # --- outcomes ---------------------------------------------------------------------------------
 
-    @staticmethod
-    def settled(template: Template, result: Any) -> Any:
-        """Several values that a generator yields, as one tuple that keeps them alive."""
-        if template.return_count > 1 and isinstance(result, GeneratorType):
-            return tuple(result)
-        return result
+    def deliver(self, run: Run, template: Template, result: Any, began_s: float) -> None:
+        """Report a result; a generator runs now. Large values are in shared memory by then."""
+        if type(result) is GeneratorType or template.stream:
+            generators.run(self, run, template, result, began_s)
+        else:
+            self.client.report(self._outcome(run, template, result, began_s))
 
-    def outcome(self, run: Run, template: Template, result: Any, began_s: float) -> Any:
-        """The message that delivers a result. Large values are in shared memory when it returns."""
+    def _outcome(self, run: Run, template: Template, result: Any, began_s: float) -> Any:
         count = template.return_count
         if count == 1:
             if result is None:
@@ -380,7 +378,7 @@ class Worker:
             if not serialized.contained and serialized.nbytes <= self.client.inline_max_bytes:
                 packed = values.pack(serialized.pickled, serialized.buffers)
                 return Done(run.task_id, run.attempt, _us(began_s), packed)
-            parts: tuple[Return, ...] = (self._return(serialized),)
+            parts: tuple[Return, ...] = (self.returned(serialized),)
         elif count == 0:
             parts = ()
         else:
@@ -389,10 +387,10 @@ class Worker:
                        else f"an object of type {type(result).__name__}")
                 raise ValueError(
                     f"Task {template.name} returned {got}, but num_returns={count}.")
-            parts = tuple(self._return(serialization.serialize(item)) for item in result)
+            parts = tuple(self.returned(serialization.serialize(item)) for item in result)
         return DoneMany(run.task_id, run.attempt, _us(began_s), parts)
 
-    def _return(self, serialized: serialization.Serialized) -> Return:
+    def returned(self, serialized: serialization.Serialized) -> Return:
         contained = b"".join(serialized.contained)
         if serialized.nbytes <= self.client.inline_max_bytes:
             return Return(values.pack(serialized.pickled, serialized.buffers), contained)
@@ -504,5 +502,6 @@ def _us(began_s: float) -> int:
     return int((time.monotonic() - began_s) * 1_000_000)
 
 
-# Last, because it imports from here: what actors need is in the zygote before the first fork.
+# Last, because they import from here: what actors need is in the zygote before the first fork.
 import hpcray.worker.hosting  # noqa: E402, F401
+from hpcray.worker import generators  # noqa: E402

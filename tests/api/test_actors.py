@@ -483,7 +483,6 @@ def test_sync_actor_runs_one_call_at_a_time(ray):
     assert set(ray.get([a.m.remote() for _ in range(50)])) == {1}
 
 
-@pytest.mark.not_yet("generators")
 def test_generator_method(ray):
     @ray.remote
     class A:

@@ -426,7 +426,6 @@ def test_each_worker_draws_its_own_random_numbers(ray, gate):
     assert b != d
 
 
-@pytest.mark.not_yet("generators")
 def test_generator_task(ray):
     @ray.remote
     def count(n):
@@ -436,7 +435,6 @@ def test_generator_task(ray):
     assert [ray.get(ref) for ref in count.remote(3)] == [0, 1, 2]
 
 
-@pytest.mark.not_yet("generators")
 @pytest.mark.ray_differs("Ray drives the generator with send, which a plain iterator lacks")
 def test_generator_that_yields_from_an_iterator(ray):
     @ray.remote
@@ -446,7 +444,6 @@ def test_generator_that_yields_from_an_iterator(ray):
     assert [ray.get(ref) for ref in count.remote(3)] == [0, 1, 2]
 
 
-@pytest.mark.not_yet("generators")
 def test_generator_yields_before_it_ends(ray, gate):
     enter = gate.enter
 
@@ -465,7 +462,6 @@ def test_generator_yields_before_it_ends(ray, gate):
         next(refs)
 
 
-@pytest.mark.not_yet("generators")
 def test_generator_error_comes_after_what_was_yielded(ray):
     @ray.remote
     def breaks():

@@ -158,8 +158,6 @@ def test_methods_there_are_and_are_not(node: Any) -> None:
             getattr(handle, name).remote(*args)
     with pytest.raises(TypeError, match=r"handle\.add\.remote"):
         handle.add(1)
-    with pytest.raises(NotImplementedError, match="generator"):
-        handle.values  # noqa: B018
     with pytest.raises(ValueError, match="num_cpus"):
         handle.add.options(num_cpus=1)
     assert dir(handle) == sorted(

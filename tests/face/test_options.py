@@ -35,7 +35,7 @@ NODE_1 = ids.node_id_hex(1, b"key")
     ("t", {"resources": [1]}, TypeError, "dict"),
     ("t", {"num_returns": -1}, ValueError, "num_returns"),
     ("t", {"num_returns": 1.0}, TypeError, "num_returns"),
-    ("t", {"num_returns": "streaming"}, NotImplementedError, "not supported yet"),
+    ("t", {"_generator_backpressure_num_objects": 0}, ValueError, "at least 1"),
     ("t", {"num_returns": "many"}, TypeError, "num_returns"),
     ("t", {"max_retries": -2}, ValueError, "at least -1"),
     ("t", {"retry_exceptions": 1}, TypeError, "retry_exceptions"),

@@ -59,13 +59,13 @@ def test_calling_directly_says_what_to_write() -> None:
 def test_what_cannot_be_remote() -> None:
     async def coroutine() -> None: ...
 
-    def generator() -> Any:
-        yield 1
+    def plain() -> Any:
+        return 1
 
     with pytest.raises(ValueError, match="async"):
         ray.remote(coroutine)
-    with pytest.raises(NotImplementedError, match="generator"):
-        ray.remote(generator)
+    with pytest.raises(ValueError, match="does not yield"):
+        ray.remote(num_returns="streaming")(plain)
     with pytest.raises(TypeError, match="function or a class"):
         ray.remote(1)  # type: ignore[call-overload]
     with pytest.raises(TypeError, match="remote already"):

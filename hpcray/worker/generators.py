@@ -1,0 +1,225 @@
+"""Running what a generator task (or method) has made: a generator, to its end.
+
+    num_returns   what becomes of the items
+    "streaming"   each is an object of its own, sent when it is there (Yield); then the task is Done
+    "dynamic"     each is put; the value of the task is the list of refs, an exception its last
+    a number      each is one of the returns; an exception is the value of those that are missing
+
+With a window, a stream pauses when it is that far ahead of its consumer. A task that pauses gives
+its CPU back, as one that waits in `get` does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Iterable, Iterator
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
+
+from hpcray.client import serialization
+from hpcray.client.client import Room
+from hpcray.client.streams import DynamicObjectRefGenerator
+from hpcray.protocol.messages import DYNAMIC, STREAM, DoneMany, Return, Run, Template, Yield
+
+if TYPE_CHECKING:
+    from hpcray.client.references import ObjectRef
+    from hpcray.worker.main import Worker
+
+
+def run(worker: Worker, run: Run, template: Template, result: Any, began_s: float) -> None:
+    """Run it and report all that becomes of it, the end of the task too.
+
+    Raises: what the generator raises, where that is the outcome of the task.
+    """
+    if not isinstance(result, Iterable):
+        raise _not_iterable(template, result)
+    items = _interruptible(worker, run, iter(result))
+    outputs = _Outputs(worker, run, template, began_s)
+    if template.stream != STREAM:
+        outputs.gather(items)
+        return
+    client = worker.client
+    room = client.open_room(run.task_id) if template.stream_window else None
+    try:
+        for item in items:
+            outputs.send(item)
+            del item
+            if room is not None:
+                with _Interruptible(worker, run):
+                    client.await_room(room, outputs.count - template.stream_window + 1)
+    finally:
+        if room is not None:
+            client.close_room(run.task_id)
+    outputs.end()
+
+
+async def run_async(
+    worker: Worker, run: Run, template: Template, result: Any, began_s: float,
+    loop: asyncio.AbstractEventLoop,
+) -> None:
+    """As `run`, on the event loop of an async actor; `result` may be an async generator."""
+    if not isinstance(result, (AsyncGenerator, Iterable)):
+        raise _not_iterable(template, result)
+    items = result if isinstance(result, AsyncGenerator) else _as_async(result)
+    outputs = _Outputs(worker, run, template, began_s)
+    async with aclosing(items):
+        if template.stream != STREAM:
+            gathered: list[Any] = []
+            try:
+                async for item in items:
+                    gathered.append(item)
+                    if template.stream != DYNAMIC and len(gathered) == template.return_count:
+                        break
+            except Exception as error:
+                outputs.gather(_then_raise(gathered, error))
+            else:
+                outputs.gather(iter(gathered))
+            return
+        room = worker.client.open_room(run.task_id) if template.stream_window else None
+        try:
+            async for item in items:
+                outputs.send(item)
+                del item
+                if room is not None:
+                    await _room_async(
+                        worker, room, outputs.count - template.stream_window + 1, loop)
+        finally:
+            if room is not None:
+                worker.client.close_room(run.task_id)
+        outputs.end()
+
+
+class _Outputs:
+    def __init__(self, worker: Worker, run: Run, template: Template, began_s: float) -> None:
+        self._worker = worker
+        self._run = run
+        self._template = template
+        self._began_s = began_s
+        self.count = 0
+
+    def send(self, item: Any) -> None:
+        client = self._worker.client
+        returned = self._worker.returned(serialization.serialize(item))
+        client.report(Yield(self._run.task_id, self.count, returned))
+        client.flush()
+        self.count += 1
+
+    def end(self) -> None:
+        """The value of the task itself."""
+        self._done((self._worker.returned(serialization.serialize(None)),))
+
+    def _done(self, returns: tuple[Return, ...]) -> None:
+        run_us = int((time.monotonic() - self._began_s) * 1e6)
+        self._worker.client.report(
+            DoneMany(self._run.task_id, self._run.attempt, run_us, returns))
+
+    def gather(self, items: Iterator[Any]) -> None:
+        """All items at once: a list of refs, or so many returns."""
+        if self._template.stream == DYNAMIC:
+            self._dynamic(items)
+            return
+        count = self._template.return_count
+        returns: list[Return] = []
+        try:
+            while len(returns) < count:
+                try:
+                    item = next(items)
+                except StopIteration:
+                    raise ValueError(
+                        f"Task {self._template.name} yielded {len(returns)} objects, "
+                        f"but num_returns={count}.") from None
+                returns.append(self._worker.returned(serialization.serialize(item)))
+        except Exception as error:
+            returns += [Return(self._error(error))] * (count - len(returns))
+        self._done(tuple(returns))
+
+    def _dynamic(self, items: Iterator[Any]) -> None:
+        client = self._worker.client
+        refs: list[ObjectRef[Any]] = []
+        try:
+            for item in items:
+                refs.append(client.put(item))
+                del item
+        except Exception as error:
+            refs.append(client.put_packed(self._error(error)))
+        value = serialization.serialize(DynamicObjectRefGenerator(refs))
+        # The refs live until this is reported: before, nothing else holds what they refer to.
+        self._done((self._worker.returned(value),))
+
+    def _error(self, error: Exception) -> bytes:
+        """The exception as a value.
+
+        Raises: the exception itself, if the task is to be tried again for it.
+        """
+        failed = self._worker.failure(
+            self._run, self._template.name, self._began_s, error, self._template)
+        if failed.retry:
+            raise error
+        return failed.error
+
+
+class _Interruptible:
+    """A cancel may interrupt what runs inside. Of tasks: calls of actors are not interrupted."""
+
+    __slots__ = ("_task", "_worker")
+
+    def __init__(self, worker: Worker, run: Run) -> None:
+        self._worker = worker
+        self._task = b"" if run.actor_id else run.task_id
+
+    def __enter__(self) -> None:
+        self._worker.interruptible = self._task
+
+    def __exit__(self, *_: object) -> None:
+        self._worker.interruptible = b""
+
+
+def _interruptible(worker: Worker, run: Run, items: Iterator[Any]) -> Iterator[Any]:
+    """The items; between two of them, and while one is made, a cancel ends it."""
+    while True:
+        with _Interruptible(worker, run):
+            if run.task_id in worker.cancelled:
+                raise KeyboardInterrupt
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+        yield item
+        del item
+
+
+def _then_raise(items: list[Any], error: Exception) -> Iterator[Any]:
+    yield from items
+    raise error
+
+
+async def _as_async(items: Iterable[Any]) -> AsyncGenerator[Any, None]:
+    for item in items:
+        yield item
+
+
+async def _room_async(
+    worker: Worker, room: Room, needed: int, loop: asyncio.AbstractEventLoop
+) -> None:
+    future = loop.create_future()
+
+    def resolve() -> None:
+        if not future.done():
+            future.set_result(None)
+
+    def wake() -> None:
+        loop.call_soon_threadsafe(resolve)
+
+    room.wake = wake
+    if not worker.client.need_room(room, needed):
+        await future
+
+
+def _not_iterable(template: Template, result: Any) -> TypeError:
+    return TypeError(
+        f"{template.name} has num_returns=\"streaming\" or \"dynamic\" and must yield its items; "
+        f"it returned an object of type {type(result).__name__}")
+
+
+__all__ = ["run", "run_async"]
