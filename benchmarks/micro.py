@@ -65,6 +65,7 @@ class Remotes:
     AsyncServer: Any
     call_each: Any
     object_of_refs: Any
+    stream: Any
 
 
 def define_remotes(ray: Any) -> Remotes:
@@ -92,12 +93,17 @@ def define_remotes(ray: Any) -> Remotes:
     def object_of_refs(count: int) -> list[Any]:
         return [ray.put(1) for _ in range(count)]
 
+    def stream(count: int) -> Iterator[bytes]:
+        for _ in range(count):
+            yield b"ok"
+
     return Remotes(
         small_value=small,
         Server=ray.remote(num_cpus=0)(Server),
         AsyncServer=ray.remote(num_cpus=0)(AsyncServer),
         call_each=ray.remote(call_each),
         object_of_refs=ray.remote(object_of_refs),
+        stream=ray.remote(stream),
     )
 
 
@@ -245,6 +251,16 @@ def wait_1k_refs(b: Bench) -> list[Result]:
     return b.rate("rounds/s", round_of_waits)
 
 
+def stream_items(b: Bench) -> list[Result]:
+    """Take and get 1000 items of one generator task, one after the other."""
+
+    def consume() -> None:
+        for ref in b.remotes.stream.remote(BATCH):
+            b.ray.get(ref)
+
+    return b.rate("items/s", consume, BATCH)
+
+
 def actor_starts(b: Bench) -> list[Result]:
     """Create ten actors, call each once, kill them."""
 
@@ -328,7 +344,7 @@ ROWS: dict[str, Callable[[Bench], list[Result]]] = {
     for measure in (
         tasks_sync, tasks_async, multi_client_tasks_async, actor_sync, actor_async,
         n_n_actor_async, get_small, put_small, put_100mb, put_500mb, get_10k_refs,
-        wait_1k_refs, actor_starts, async_actor_sync, async_actor_async,
+        wait_1k_refs, stream_items, actor_starts, async_actor_sync, async_actor_async,
         n_n_async_actor_async,
     )
 }
