@@ -297,7 +297,7 @@ class ActorClass(Generic[T]):
             # Last of all: nothing that fails after it may leave the name reserved.
             other = client.request("reserve_name", {
                 "namespace": namespace, "name": name, "actor_id": actor, "handle": encoded,
-                "detached": detached, "get_if_exists": bool(options.get("get_if_exists")),
+                "get_if_exists": bool(options.get("get_if_exists")),
             })
             if other is not None:
                 return _handle_of(client, other)

@@ -163,6 +163,7 @@ class Actors:
         if message.detached:
             directory.hold(ids.creation_object_id(message.actor_id))
         self._note(home)
+        self._machine.requests.actor_created(home.actor_id, home.namespace, home.name)
         if task.missing == 0:
             tasks.ready(task)
 

@@ -104,8 +104,8 @@ class Journal:
                     writer.write_actor(actor_id, ActorRecord(
                         facts["state"], facts["class"], facts["name"], facts["rank"], 0,
                         facts["incarnation"]))
-        if machine.requests.name_changes:
-            names, machine.requests.name_changes = machine.requests.name_changes, []
+        if machine.requests.names.changes:
+            names, machine.requests.names.changes = machine.requests.names.changes, []
             for namespace, name, actor in names:
                 if writer is not None and actor is not None:
                     writer.write_named_actor(namespace, name, actor)

@@ -92,6 +92,7 @@ class Machine:
         if client is not None:
             self.directory.forget_client(client)
             self.streams.client_gone(number)
+            self.requests.client_gone(number)
             self.memory.client_gone(number)
 
     def _hello(self, client: ClientRecord, message: m.Hello) -> None:

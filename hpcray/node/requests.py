@@ -4,7 +4,7 @@ A request is answered here, at node 0 (names, cluster facts) or at an actor's ho
 requests keep the asking client's number until the answer comes back. Names:
 
     nodes  cluster_resources  available_resources  statistics            facts
-    reserve_name  release_name  get_actor  list_named_actors             names, at node 0
+    reserve_name  name_created  release_name  get_actor  list_named_actors   names, at node 0
     kill_actor  actor_handle                                             at the actor's home
     cancel                                                               at the task's home
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from hpcray.node.names import Asker, Names, NotYet, RequestError
 from hpcray.node.outbox import Outbox
 from hpcray.protocol import ids
 from hpcray.protocol.messages import PeerReply, PeerRequest, Reply, Request
@@ -25,32 +26,35 @@ if TYPE_CHECKING:
 NAMES_RANK = 0
 
 
-class RequestError(Exception):
-    """Becomes the reply's error: `kind` as in `hpcray.exceptions`, or a built-in's name."""
+class Reservation:
+    __slots__ = ("actor_id", "granted", "name", "namespace")
 
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
-        self.failure = Failure(kind, message)
+    def __init__(self, actor_id: bytes, namespace: str, name: str) -> None:
+        self.actor_id = actor_id
+        self.namespace = namespace
+        self.name = name
+        self.granted = False
 
 
 class Requests:
     def __init__(self, machine: Machine, outbox: Outbox) -> None:
         self._machine = machine
         self._outbox = outbox
-        # Forwarded: our number -> (client, its number), or None if nobody waits.
-        self._forwarded: dict[int, tuple[int, int] | None] = {}
+        # Forwarded: our number -> who asked, or None if nobody waits.
+        self._forwarded: dict[int, Asker | None] = {}
         self._count = 0
-        # Node 0: (namespace, name) -> {"actor_id", "handle", "detached"}.
-        self.names: dict[tuple[str, str], dict[str, Any]] = {}
-        self.name_changes: list[tuple[str, str, bytes | None]] = []
+        self.names = Names()  # used on node 0
+        # Names asked for here whose actors are not created yet: (client, its number) -> which.
+        self._reserving: dict[tuple[int, int], Reservation] = {}
         self._handlers: dict[str, Callable[[Any], Any]] = {
             "nodes": self._nodes,
             "cluster_resources": self._cluster_resources,
             "available_resources": self._available_resources,
-            "reserve_name": self._reserve_name,
+            "reserve_name": self.names.reserve,
+            "name_created": self._name_created,
             "release_name": self._release_name,
-            "get_actor": self._get_actor,
-            "list_named_actors": self._list_named_actors,
+            "get_actor": self.names.find,
+            "list_named_actors": self.names.list,
             "actor_handle": self._actor_handle,
             "kill_actor": self._kill_actor,
             "cancel": self._cancel,
@@ -60,16 +64,18 @@ class Requests:
     # --- routing ----------------------------------------------------------------------------------
 
     def asked(self, client: int, message: Request) -> None:
-        rank = self._rank_for(message.name, message.arguments)
+        name, arguments = message.name, message.arguments
+        if name == "reserve_name":
+            self._reserving[client, message.request] = Reservation(
+                arguments["actor_id"], arguments["namespace"], arguments["name"])
+        rank = self._rank_for(name, arguments)
+        asker = (self._machine.rank, client, message.request)
         if rank == self._machine.rank:
-            result, error = self._answer(message.name, message.arguments)
-            self._outbox.clients[client].append(Reply(message.request, result, error))
+            self._answer(name, arguments, asker)
         else:
-            self._forward(rank, message.name, message.arguments, (client, message.request))
+            self._forward(rank, name, arguments, asker)
 
-    def _forward(
-        self, rank: int, name: str, arguments: Any, asker: tuple[int, int] | None
-    ) -> None:
+    def _forward(self, rank: int, name: str, arguments: Any, asker: Asker | None) -> None:
         self._count += 1
         self._forwarded[self._count] = asker
         self._outbox.peers[rank].append(PeerRequest(self._count, name, arguments))
@@ -84,22 +90,41 @@ class Requests:
         return NAMES_RANK
 
     def peer_asked(self, rank: int, message: PeerRequest) -> None:
-        result, error = self._answer(message.name, message.arguments)
-        self._outbox.peers[rank].append(PeerReply(message.request, result, error))
+        self._answer(message.name, message.arguments, (rank, -1, message.request))
 
     def peer_answered(self, message: PeerReply) -> None:
         asker = self._forwarded.pop(message.request, None)
-        if asker is not None and asker[0] in self._machine.clients:
-            self._outbox.clients[asker[0]].append(Reply(asker[1], message.result, message.error))
+        if asker is not None:
+            self._deliver(asker, message.result, message.error)
 
-    def _answer(self, name: str, arguments: Any) -> tuple[Any, Failure | None]:
+    def _answer(self, name: str, arguments: Any, asker: Asker) -> None:
         handler = self._handlers.get(name)
+        result, error = None, None
         if handler is None:
-            return None, Failure("ValueError", f"the node knows no request {name!r}")
-        try:
-            return handler(arguments), None
-        except RequestError as error:
-            return None, error.failure
+            error = Failure("ValueError", f"the node knows no request {name!r}")
+        else:
+            try:
+                result = handler(arguments)
+            except RequestError as refused:
+                error = refused.failure
+            except NotYet as wait:
+                wait.entry.waiting.append((name, arguments, asker))
+                return
+        self._deliver(asker, result, error)
+
+    def _deliver(self, asker: Asker, result: Any, error: Failure | None) -> None:
+        rank, client, number = asker
+        if client < 0:
+            self._outbox.peers[rank].append(PeerReply(number, result, error))
+            return
+        alive = client in self._machine.clients
+        if alive:
+            self._outbox.clients[client].append(Reply(number, result, error))
+        reservation = self._reserving.get((client, number)) if self._reserving else None
+        if reservation is not None:
+            reservation.granted = result is None and error is None
+            if not (alive and reservation.granted):
+                self._give_up((client, number))
 
     # --- facts ------------------------------------------------------------------------------------
 
@@ -133,58 +158,46 @@ class Requests:
 
     # --- names ------------------------------------------------------------------------------------
 
-    def _reserve_name(self, arguments: Any) -> dict[str, Any] | None:
-        key = (arguments["namespace"], arguments["name"])
-        entry = self.names.get(key)
-        if entry is not None:
-            if arguments.get("get_if_exists"):
-                return {"actor_id": entry["actor_id"], "handle": entry["handle"]}
-            raise RequestError(
-                "ValueError",
-                f"The name {key[1]!r} (namespace={key[0]}) is already taken. Please use a "
-                "different name, or get_if_exists=True, or get the actor with "
-                f"hpcray.get_actor({key[1]!r}).")
-        self.names[key] = {
-            "actor_id": arguments["actor_id"], "handle": arguments["handle"],
-            "detached": arguments.get("detached", False),
-        }
-        self.name_changes.append((*key, arguments["actor_id"]))
-        return None
+    def _name_created(self, arguments: Any) -> None:
+        self._answer_again(self.names.created(arguments))
 
     def _release_name(self, arguments: Any) -> None:
-        key = (arguments["namespace"], arguments["name"])
-        entry = self.names.get(key)
-        if entry is not None and entry["actor_id"] == arguments["actor_id"]:
-            del self.names[key]
-            self.name_changes.append((*key, None))
+        self._answer_again(self.names.release(arguments))
+
+    def _answer_again(self, waiting: list[tuple[str, Any, Asker]]) -> None:
+        for name, arguments, asker in waiting:
+            self._answer(name, arguments, asker)
+
+    def actor_created(self, actor_id: bytes, namespace: str, name: str) -> None:
+        """At its home: CreateActor is here."""
+        for key, reservation in list(self._reserving.items()):
+            if reservation.actor_id == actor_id:
+                del self._reserving[key]
+        self._tell_names("name_created", actor_id, namespace, name)
 
     def actor_died(self, actor_id: bytes, namespace: str, name: str) -> None:
+        self._tell_names("release_name", actor_id, namespace, name)
+
+    def _tell_names(self, request: str, actor_id: bytes, namespace: str, name: str) -> None:
         if not name:
             return
         arguments = {"actor_id": actor_id, "namespace": namespace, "name": name}
         if self._machine.rank == NAMES_RANK:
-            self._release_name(arguments)
+            self._handlers[request](arguments)
         else:
-            self._forward(NAMES_RANK, "release_name", arguments, None)
+            self._forward(NAMES_RANK, request, arguments, None)
 
-    def _get_actor(self, arguments: Any) -> dict[str, Any]:
-        key = (arguments["namespace"], arguments["name"])
-        entry = self.names.get(key)
-        if entry is None:
-            raise RequestError(
-                "ValueError",
-                f"Failed to look up actor with name '{key[1]}'. This could be because 1. You are "
-                "trying to look up a named actor you didn't create. 2. The named actor died. "
-                f"3. You did not use the namespace it is in (looked in {key[0]!r}).")
-        return {"actor_id": entry["actor_id"], "handle": entry["handle"]}
+    def client_gone(self, number: int) -> None:
+        """Names it has reserved for actors that will not be."""
+        for key, reservation in list(self._reserving.items()):
+            if key[0] == number and reservation.granted:
+                self._give_up(key)
 
-    def _list_named_actors(self, arguments: Any) -> list[dict[str, str]]:
-        everywhere = arguments.get("all_namespaces", False)
-        return [
-            {"namespace": namespace, "name": name}
-            for namespace, name in self.names
-            if everywhere or namespace == arguments.get("namespace")
-        ]
+    def _give_up(self, key: tuple[int, int]) -> None:
+        reservation = self._reserving.pop(key)
+        if reservation.granted:
+            self._tell_names("release_name", reservation.actor_id, reservation.namespace,
+                             reservation.name)
 
     # --- acts -------------------------------------------------------------------------------------
 

@@ -215,7 +215,7 @@ class NodeServer:
     def _journal_pending(machine: Machine) -> bool:
         return bool(
             machine.tasks.lineage or machine.new_functions or machine.actors.changes
-            or machine.requests.name_changes)
+            or machine.requests.names.changes)
 
     # --- carrying out -----------------------------------------------------------------------------
 

