@@ -65,7 +65,8 @@ def exit_actor() -> NoReturn:
 
 def method(**options: Any) -> Callable[[F], F]:
     """Options of an actor's method: `@method(num_returns=2)`. There are: num_returns, name,
-    max_task_retries, retry_exceptions, _generator_backpressure_num_objects."""
+    concurrency_group, max_task_retries, retry_exceptions, _generator_backpressure_num_objects.
+    """
     if not options:
         raise TypeError("@method needs options, such as @method(num_returns=2)")
     checked = options_.check_options(options, "m")
@@ -87,10 +88,11 @@ class MethodDescription(msgspec.Struct, array_like=True, frozen=True, gc=False):
     parameters: tuple[tuple[str, int, bool], ...]
     num_returns: int | str | None = None
     max_task_retries: int | None = None  # None: the actor's
-    retry_exceptions: bool = False
+    retry_exceptions: bool | bytes = False  # bytes: of some classes only, pickled
     name: str = ""  # for people, if it is not "Class.method"
     is_generator: bool = False
     window: int | None = None
+    concurrency_group: str = ""
 
 
 class ActorDescription(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -100,6 +102,9 @@ class ActorDescription(msgspec.Struct, array_like=True, frozen=True, gc=False):
     max_task_retries: int
     is_async: bool
     methods: dict[str, MethodDescription]
+    unordered: bool = False
+    groups: tuple[str, ...] = ()
+    max_pending_calls: int = -1
 
 
 _decode_description = msgspec.msgpack.Decoder(ActorDescription).decode
@@ -142,14 +147,16 @@ def describe_methods(cls: type) -> dict[str, MethodDescription]:
         if function is None or isinstance(function, type):
             continue
         options: dict[str, Any] = getattr(function, _METHOD_OPTIONS, {})
+        retries = options_.retries(options)
         found[name] = MethodDescription(
             parameters=parameters_of(function, skip),
             num_returns=options.get("num_returns"),
             max_task_retries=options.get("max_task_retries"),
-            retry_exceptions=bool(options.get("retry_exceptions")),
+            retry_exceptions=retries.get("retry_only") or retries["retry_exceptions"],
             name=options.get("name") or "",
             is_generator=_is_generator(function),
             window=options.get("_generator_backpressure_num_objects"),
+            concurrency_group=options.get("concurrency_group") or "",
         )
     return found
 
@@ -173,8 +180,8 @@ def is_async_class(cls: type) -> bool:
 class _Method:
     """One method of a kind with one set of options, ready to be called."""
 
-    __slots__ = ("client", "description", "full_name", "least", "most", "name", "options",
-                 "return_count", "signature", "template", "template_id")
+    __slots__ = ("client", "description", "full_name", "least", "max_pending", "most", "name",
+                 "options", "return_count", "signature", "template", "template_id")
 
     def __init__(self, kind: _Kind, name: str, description: MethodDescription,
                  options: options_.Options) -> None:
@@ -187,8 +194,14 @@ class _Method:
         self.signature = CallSignature(description.parameters)
         self.least = self.signature.least
         self.most = self.signature.most
+        group = options.get("concurrency_group")
+        if group and group not in actor.groups:
+            raise ValueError(
+                f"{self.full_name}: {group!r} is not a concurrency group of "
+                f"{actor.class_name} (concurrency_groups={list(actor.groups)})")
         self.template: Template = options_.method_template(
-            actor.function_id, actor.class_name, name, options)
+            actor.function_id, actor.class_name, name, options, actor.unordered)
+        self.max_pending = actor.max_pending_calls
         self.template_id = self.template.template_id
         self.return_count = submitted_returns(self.template)
         self.client: Client | None = None
@@ -223,6 +236,7 @@ class _Kind:
         options: options_.Options = {
             "num_returns": description.num_returns,
             "_generator_backpressure_num_objects": description.window,
+            "concurrency_group": description.concurrency_group or None,
             "max_task_retries": actor.max_task_retries if retries is None else retries,
             "retry_exceptions": description.retry_exceptions,
             "name": description.name or None,
@@ -322,7 +336,18 @@ class ActorClass(Generic[T]):
                 max_task_retries=options_.value_of(self._options, "max_task_retries"),
                 is_async=is_async,
                 methods=describe_methods(cls),
+                unordered=bool(
+                    self._options.get("allow_out_of_order_execution")
+                    or options_.overlapping(self._options, is_async)),
+                groups=tuple(sorted(self._options.get("concurrency_groups") or ())),
+                max_pending_calls=options_.value_of(self._options, "max_pending_calls"),
             )
+            for name, described in description.methods.items():
+                group = described.concurrency_group
+                if group and group not in description.groups:
+                    raise ValueError(
+                        f"{cls.__name__}.{name} is in the concurrency group {group!r}; give the "
+                        f"class concurrency_groups={{{group!r}: ...}}")
             self._kind = _kind_of(msgspec.msgpack.encode(description))
             template = options_.actor_template(
                 definition.function_id, cls.__name__, self._options, is_async)
@@ -477,6 +502,7 @@ class ActorMethod:
 
         Raises:
           TypeError: the arguments do not fit the signature or cannot be pickled.
+          PendingCallsLimitExceeded: this process has `max_pending_calls` calls in the air.
           RaySystemError: the connection to the node is gone.
         """
         method = self._method
@@ -486,6 +512,8 @@ class ActorMethod:
             raise_stale("actor handle")
         if client is not method.client:
             method.prepare(client)
+        if method.max_pending > 0:
+            client.check_pending(handle._hpcray_id, method.max_pending, method.full_name)
         count = method.return_count
         if args or kwargs:
             if kwargs or not method.least <= len(args) <= method.most:
@@ -498,6 +526,8 @@ class ActorMethod:
             if method.least:
                 method.signature.check(method.full_name, args, kwargs)
             result = client.submit(method.template_id, NO_ARGS, b"", 0, count, handle._hpcray_id)
+        if method.max_pending > 0 and result:
+            client.note_pending(handle._hpcray_id, result[0])
         if count == 1 or count < 0:
             return result[0]  # type: ignore[no-any-return]
         return result or None  # type: ignore[return-value]  # see `num_returns` above

@@ -134,9 +134,19 @@ def _retry_exceptions(name: str, value: Any) -> None:
         isinstance(item, type) and issubclass(item, Exception) for item in value
     ):
         raise TypeError(f"{name} must be True, False or a list of exception classes, not {value!r}")
-    raise NotImplementedError(
-        f"{name} with a list of classes is not supported yet; use {name}=True and raise "
-        "nothing else that should not be retried")
+
+
+def _groups(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a dict of names and limits, not {value!r}")
+    for group, limit in value.items():
+        if not isinstance(group, str) or not group:
+            raise TypeError(f"a concurrency group is named by a non-empty string, not {group!r}")
+        if limit is None:
+            raise TypeError(f"{name}[{group!r}] must be an integer, not None")
+        _whole(1)(f"{name}[{group!r}]", limit)
 
 
 def _lifetime(name: str, value: Any) -> None:
@@ -206,10 +216,10 @@ TABLE: dict[str, Option] = {
     "allow_out_of_order_execution": Option("a", None, _instance(bool)),
     # A hint about what is recorded; it changes no result.
     "enable_task_events": Option("tam", True, _instance(bool)),
+    "max_pending_calls": Option("a", -1, _whole(-1)),
+    "concurrency_groups": Option("a", None, _groups),
+    "concurrency_group": Option("m", None, _instance(str)),
     # Ray's, refused unless they say what happens anyway.
-    "max_pending_calls": Option("a", -1, _whole(-1), "max_pending_calls is not supported yet"),
-    "concurrency_groups": Option("a", None, _any, "concurrency groups are not supported yet"),
-    "concurrency_group": Option("m", None, _any, "concurrency groups are not supported yet"),
     "accelerator_type": Option(
         "ta", None, _any, "accelerator_type is not supported; name a custom resource instead"),
     "label_selector": Option(
@@ -348,6 +358,18 @@ def _returns(options: Mapping[str, Any]) -> dict[str, Any]:
     return {"return_count": 1 if count is None else count}
 
 
+def retries(options: Mapping[str, Any]) -> dict[str, Any]:
+    """`retry_exceptions` as templates have it; a list of classes travels pickled (as bytes)."""
+    given = value_of(options, "retry_exceptions")
+    if isinstance(given, (list, tuple)) and given:
+        from hpcray.client.serialization import dump_classes
+
+        given = dump_classes(given)
+    if isinstance(given, bytes):
+        return {"retry_exceptions": True, "retry_only": given}
+    return {"retry_exceptions": bool(given)}
+
+
 def _with_id(template: Template) -> Template:
     """Named by content: equal options of one function are one template, wherever they are given."""
     digest = blake2b(messages.encode(template), digest_size=16).digest()
@@ -372,7 +394,7 @@ def task_template(function_id: bytes, name: str, options: Mapping[str, Any]) -> 
         **_returns(options),
         resources=task_resources(options),
         max_retries=value_of(options, "max_retries"),
-        retry_exceptions=bool(value_of(options, "retry_exceptions")),
+        **retries(options),
         rank=rank,
         soft=soft,
         spread=spread,
@@ -389,11 +411,17 @@ def actor_concurrency(class_name: str, options: Mapping[str, Any], is_async: boo
     """
     given = options.get("max_concurrency")
     concurrency: int = given or (ASYNC_MAX_CONCURRENCY if is_async else 1)
-    if options.get("allow_out_of_order_execution") is False and (is_async or concurrency > 1):
+    if options.get("allow_out_of_order_execution") is False and overlapping(options, is_async):
         raise ValueError(
             f"{class_name}: calls that overlap cannot run in order; drop "
             "allow_out_of_order_execution=False, or the async methods and max_concurrency")
     return concurrency
+
+
+def overlapping(options: Mapping[str, Any], is_async: bool) -> bool:
+    """Whether calls of such an actor may run at the same time."""
+    return bool(is_async or (options.get("max_concurrency") or 1) > 1
+                or options.get("concurrency_groups"))
 
 
 def actor_template(
@@ -414,12 +442,14 @@ def actor_template(
         max_restarts=value_of(options, "max_restarts"),
         max_concurrency=actor_concurrency(class_name, options, is_async),
         is_async=is_async,
+        groups=tuple(sorted((options.get("concurrency_groups") or {}).items())),
     )
     return _with_id(_with_environment(template, options))
 
 
 def method_template(
-    function_id: bytes, class_name: str, method: str, options: Mapping[str, Any]
+    function_id: bytes, class_name: str, method: str, options: Mapping[str, Any],
+    unordered: bool = False,
 ) -> Template:
     """`options` are the method's, its class's `max_task_retries` among them."""
     return _with_id(Template(
@@ -430,5 +460,7 @@ def method_template(
         method=method,
         **_returns(options),
         max_retries=value_of(options, "max_task_retries"),
-        retry_exceptions=bool(value_of(options, "retry_exceptions")),
+        group=options.get("concurrency_group") or "",
+        unordered=unordered,
+        **retries(options),
     ))

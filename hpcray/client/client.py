@@ -129,6 +129,8 @@ class Client:
         self._ready_futures: deque[tuple[Any, Future[Any]]] = deque()
         self._streams: dict[bytes, Stream] = {}  # consumed here
         self._rooms: dict[bytes, Room] = {}  # made here
+        # Actors with `max_pending_calls`: the results of calls that may not be over.
+        self._pending: dict[bytes, list[ObjectRef[Any]]] = {}
         self._defined: set[bytes] = set()
         self._templates: dict[bytes, Waiter] = {}
         self._lost: str | None = None
@@ -700,6 +702,35 @@ class Client:
                 room.remaining = 0
                 if room.wake is not None:
                     room.wake()
+
+    # --- calls in the air -------------------------------------------------------------------------
+
+    def check_pending(self, actor_id: bytes, limit: int, name: str) -> None:
+        """Of an actor with `max_pending_calls`: whether this process may call it once more.
+
+        Raises:
+          PendingCallsLimitExceeded: no.
+        """
+        with self._lock:
+            pending = self._pending.get(actor_id)
+            if pending is None or len(pending) < limit:
+                return
+            if not self._reading:
+                self._read_available()
+            pending = self._pending[actor_id] = [ref for ref in pending if not ref._ready]
+            if len(pending) >= limit:
+                raise exceptions.PendingCallsLimitExceeded(
+                    f"{name}: {len(pending)} calls of this process are pending, and its actor has "
+                    f"max_pending_calls={limit}; wait for some of them first")
+
+    def note_pending(self, actor_id: bytes, result: Any) -> None:
+        """A call with this (first) return is in the air; the node says when it is over."""
+        ref = result.completed() if type(result) is ObjectRefGenerator else result
+        with self._lock:
+            self._pending.setdefault(actor_id, []).append(ref)
+            if self._watched.setdefault(ref._id, READY) == READY:
+                self._ask(Watch, [ref._id], False)
+                self._helper.arm()
 
     # --- the slow path ----------------------------------------------------------------------------
 

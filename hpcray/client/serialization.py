@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import cloudpickle
@@ -129,6 +129,15 @@ def deserialize(data: Any) -> Any:
 
 def is_error(data: Any) -> bool:
     return bool(data[0] >= values.ERROR)
+
+
+def dump_classes(classes: Iterable[type]) -> bytes:
+    return bytes(cloudpickle.dumps(tuple(classes), protocol=5))
+
+
+def load_classes(data: bytes) -> tuple[type, ...]:
+    found: tuple[type, ...] = pickle.loads(data)
+    return found
 
 
 def dump_error(error: exceptions.TaskError) -> bytes:

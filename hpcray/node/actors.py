@@ -66,6 +66,14 @@ _AHEAD_SHORT = 64
 _AHEAD_LONG = 4
 
 
+# Calls of one turn wait for each other: those of a caller, or each for itself.
+Turn = tuple[int, int] | bytes
+
+
+def turn_of(task: TaskRecord) -> Turn:
+    return task.task_id if task.template.unordered else (task.home, task.client)
+
+
 class ActorState(enum.IntEnum):
     """Travels in `ActorIs.state`; the order means nothing."""
 
@@ -90,7 +98,7 @@ class Route:
         self.resend: deque[TaskRecord] = deque()
         self.waiting: deque[TaskRecord] = deque()
         # Per caller: calls behind one whose dependencies are not ready.
-        self.blocked: dict[int, deque[TaskRecord]] = {}
+        self.blocked: dict[Turn, deque[TaskRecord]] = {}
         self.open_calls = 0
 
 
@@ -132,7 +140,7 @@ class Hosted:
         # Its end is wanted (exit_actor, last handle gone, kill): the reason, or None.
         self.intended: str | None = None
         self.calls: deque[TaskRecord] = deque()
-        self.blocked: dict[tuple[int, int], deque[TaskRecord]] = {}
+        self.blocked: dict[Turn, deque[TaskRecord]] = {}
         self.in_flight: dict[bytes, TaskRecord] = {}
 
 
@@ -344,8 +352,8 @@ class Actors:
         route.open_calls += 1
         # AC-3
         self._machine.directory.hold(ids.creation_object_id(actor_id))
-        if task.missing or (route.blocked and client.number in route.blocked):
-            route.blocked.setdefault(client.number, deque()).append(task)
+        if task.missing or (route.blocked and turn_of(task) in route.blocked):
+            route.blocked.setdefault(turn_of(task), deque()).append(task)
         else:
             self._send_or_wait(route, task)
 
@@ -410,7 +418,7 @@ class Actors:
                 route.state = ActorState.UNKNOWN
                 self._ask_again(route)
             else:
-                self._accept(hosted, task, (self._rank, task.client))
+                self._accept(hosted, task)
             return
         tasks = self._machine.tasks
         tasks.tell_template(route.rank, task.template)
@@ -430,13 +438,13 @@ class Actors:
         route = self.routes.get(task.actor_id)
         if route is None:
             return
-        queue = route.blocked.get(task.client)
+        queue = route.blocked.get(turn_of(task))
         while queue and (queue[0].missing == 0 or queue[0].cancelled):
             head = queue.popleft()
             if not head.cancelled:
                 self._send_or_wait(route, head)
         if not queue:
-            route.blocked.pop(task.client, None)
+            route.blocked.pop(turn_of(task), None)
 
     def call_cancelled(self, task: TaskRecord) -> None:
         """Unstarted, and it has its outcome: those behind it must not wait for its dependencies."""
@@ -454,6 +462,11 @@ class Actors:
             self._ask_again(route)
         else:
             self._flush_route(route)
+
+    def call_again(self, task: TaskRecord) -> None:
+        """A call that raised and is retried for it: the actor is there, and others may go first."""
+        task.rank = task.worker = -1
+        self._send_or_wait(self.routes[task.actor_id], task)
 
     def resend(self, task: TaskRecord) -> None:
         """A crashed call with retries left goes first, in the order the crashes are told (AC-1)."""
@@ -528,16 +541,16 @@ class Actors:
         task = tasks.foreign(rank, message, tasks.templates[message.template_id])
         task.actor_id = message.actor_id
         task.client = message.caller
-        self._accept(hosted, task, (rank, message.caller))
+        self._accept(hosted, task)
 
-    def _accept(self, hosted: Hosted, task: TaskRecord, caller: tuple[int, int]) -> None:
-        if hosted.blocked and caller in hosted.blocked:
-            hosted.blocked[caller].append(task)
+    def _accept(self, hosted: Hosted, task: TaskRecord) -> None:
+        if hosted.blocked and turn_of(task) in hosted.blocked:
+            hosted.blocked[turn_of(task)].append(task)
             if task.dep_count:
                 self._machine.tasks.fetch(task)
             return
         if task.dep_count and not self._machine.tasks.fetch(task):
-            hosted.blocked[caller] = deque((task,))
+            hosted.blocked[turn_of(task)] = deque((task,))
             return
         hosted.calls.append(task)
         self._pump[hosted.actor_id] = hosted
@@ -546,12 +559,11 @@ class Actors:
         hosted = self.hosted.get(task.actor_id)
         if hosted is None:
             return
-        caller = (task.home, task.client)
-        queue = hosted.blocked.get(caller)
+        queue = hosted.blocked.get(turn_of(task))
         while queue and (queue[0].missing == 0 or queue[0].cancelled):
             hosted.calls.append(queue.popleft())  # cancelled ones are skipped there
         if not queue:
-            hosted.blocked.pop(caller, None)
+            hosted.blocked.pop(turn_of(task), None)
         self._pump[hosted.actor_id] = hosted
 
     def end_turn(self) -> None:
@@ -567,11 +579,14 @@ class Actors:
         tasks = self._machine.tasks
         calls = hosted.calls
         in_flight = hosted.in_flight
-        concurrent = hosted.template.is_async or hosted.template.max_concurrency > 1
+        template = hosted.template
+        concurrent = template.is_async or template.max_concurrency > 1 or template.groups
         while calls:
             statistics = tasks.statistics[calls[0].template.template_id]
             if concurrent:
-                ahead = max(hosted.template.max_concurrency, _AHEAD_SHORT)
+                # The calls of a full group must not keep those of others back.
+                ahead = (max(template.max_concurrency, _AHEAD_SHORT) if not template.groups
+                         else len(in_flight) + _BATCH_MAX)
                 batch = _BATCH_MAX
             else:
                 batch = statistics.batch(_BATCH_MAX)

@@ -501,7 +501,11 @@ class Tasks:
     def raised(self, task: TaskRecord, error: bytes, retry: bool) -> None:
         """The task raised; retried only if it asks for that."""
         if retry and task.retries_left != 0 and not task.cancelled:
-            self._try_again(task)
+            self._count_retry(task)
+            if task.template.kind == METHOD:
+                self._machine.actors.call_again(task)
+            else:
+                self._requeue(task)
         elif task.cancelled:
             self.fail(task, values.pack_failure(cancelled_failure(task)))
         else:
@@ -518,15 +522,16 @@ class Tasks:
             task.attempt += 1
             self._requeue(task)
         elif task.retries_left != 0:
-            self._try_again(task)
+            self._count_retry(task)
+            self._requeue(task)
         else:
             self.fail(task, values.pack_failure(failure))
 
-    def _try_again(self, task: TaskRecord) -> None:
+    @staticmethod
+    def _count_retry(task: TaskRecord) -> None:
         if task.retries_left > 0:
             task.retries_left -= 1
         task.attempt += 1
-        self._requeue(task)
 
     def _requeue(self, task: TaskRecord) -> None:
         task.rank = -1

@@ -66,6 +66,7 @@ class Template(msgspec.Struct, array_like=True, gc=False, frozen=True):
     held_resources: tuple[tuple[str, int], ...] | None = None  # None: the same as `resources`
     max_retries: int = 0  # system failures; -1 without limit
     retry_exceptions: bool = False
+    retry_only: bytes = b""  # of these exceptions only: a pickled tuple of classes
     # Placement: -1 anywhere, else a rank (hard unless soft).
     rank: int = -1
     soft: bool = False
@@ -74,7 +75,11 @@ class Template(msgspec.Struct, array_like=True, gc=False, frozen=True):
     max_restarts: int = 0
     max_concurrency: int = 1
     is_async: bool = False
+    groups: tuple[tuple[str, int], ...] = ()  # concurrency groups and their limits
     # METHOD only.
+    group: str = ""  # the concurrency group it runs in
+    unordered: bool = False  # may overtake calls whose arguments are not there yet
+    # TASK and ACTOR_CREATION.
     env_vars: tuple[tuple[str, str], ...] = ()  # set while it runs (for an actor: for good)
     max_calls: int = 0  # TASK: the worker exits after this many; 0 without limit
     # Of a generator: NO_STREAM, STREAM (items as they come), DYNAMIC (all at the end).

@@ -189,6 +189,10 @@ class Body:
         handle = rng.choice(self.handles)
         if rng.random() < 0.5:
             ref = p.call(handle, "keep", [label, path, self.some(self.pairs)])[0]
+        elif self.mix.wild and rng.random() < 0.2:
+            ref = p.call(handle, "boom", [label, path, self.some(self.pairs)],
+                         max_retries=rng.choice((0, 1)), retry_exceptions=True,
+                         unordered=rng.random() < 0.5)[0]
         else:
             ref = p.call(handle, "give", [label, path])[0]
         self.pairs.append([ref, label, path])

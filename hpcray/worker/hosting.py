@@ -1,7 +1,7 @@
 """Hosting an actor in a worker: sequential, threaded or asyncio.
 
     sequential  one call after the other, in the order given (per caller: the order submitted)
-    threaded    max_concurrency > 1: a pool of threads; started in order, finished in any
+    threaded    max_concurrency > 1 or concurrency groups: a pool of threads per group
     asyncio     some method is a coroutine: one event loop in the main thread, calls interleave
 """
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 def host(worker: Worker, template: Template, instance: Any, actor_id: bytes) -> HostedActor:
     if template.is_async:
         return AsyncActor(worker, template, instance, actor_id)
-    if template.max_concurrency > 1:
+    if template.max_concurrency > 1 or template.groups:
         return ThreadedActor(worker, template, instance, actor_id)
     return HostedActor(worker, template, instance, actor_id)
 
@@ -97,6 +97,10 @@ class HostedActor:
             name = template.name if template is not None else "method"
             worker.client.report(worker.failure(run, name, began_s, error, template))
 
+    def group(self, run: Run) -> str:
+        """The concurrency group of a call; "" is the default one."""
+        return self.worker.load(run).template.group if self.template.groups else ""
+
     def method(self, name: str) -> Any:
         found = self._methods.get(name)
         if found is None:
@@ -154,8 +158,11 @@ class HostedActor:
 class ThreadedActor(HostedActor):
     def __init__(self, worker: Worker, template: Template, instance: Any, actor_id: bytes) -> None:
         super().__init__(worker, template, instance, actor_id)
-        self._threads = ThreadPoolExecutor(
-            template.max_concurrency, thread_name_prefix="hpcray-actor")
+        # By concurrency group; "" is everybody else's.
+        self._threads = {
+            group: ThreadPoolExecutor(limit, thread_name_prefix="hpcray-actor")
+            for group, limit in (("", template.max_concurrency), *template.groups)
+        }
 
     def serve(self, queue: deque[Run | Stop]) -> int:
         worker = self.worker
@@ -166,10 +173,11 @@ class ThreadedActor(HostedActor):
                 continue
             item = queue.popleft()
             if type(item) is Stop:
-                self._threads.shutdown(wait=True)
+                for threads in self._threads.values():
+                    threads.shutdown(wait=True)
                 return self.finish()
             assert isinstance(item, Run)
-            self._threads.submit(self._call_and_flush, item)
+            self._threads[self.group(item)].submit(self._call_and_flush, item)
 
     def _call_and_flush(self, run: Run) -> None:
         try:
@@ -202,7 +210,10 @@ class AsyncActor(HostedActor):
         loop = asyncio.get_running_loop()
         worker = self.worker
         self._loop = loop
-        self._limit = asyncio.Semaphore(self.template.max_concurrency)
+        self._limits = {
+            group: asyncio.Semaphore(limit)
+            for group, limit in (("", self.template.max_concurrency), *self.template.groups)
+        }
         self._stopping = loop.create_future()
         channel: socket.socket = worker.client._channel.socket
         loop.add_reader(worker._tasks, self._readable, queue)
@@ -271,7 +282,7 @@ class AsyncActor(HostedActor):
     async def _call_within_limit(self, run: Run) -> None:
         from hpcray.worker.main import FailedDependency
 
-        async with self._limit:
+        async with self._limits[self.group(run)]:
             worker = self.worker
             began_s = time.monotonic()
             if run.task_id in worker.cancelled:

@@ -137,6 +137,7 @@ class Worker:
         self.host = settings.get("host", "")
         self.address = settings.get("address", "")
         self.rank = settings.get("rank", 0)
+        self._retry_only: dict[bytes, tuple[type, ...]] = {}
         self._devices: tuple[int, ...] | None = None
         self._replaced: dict[str, str | None] = {}  # variables as they were before the task
         client.before_wait = self._before_wait
@@ -403,8 +404,16 @@ class Worker:
             run.actor_id.hex() or None)
         packed = serialization.dump_error(task_error)
         retry = (template is not None and template.retry_exceptions
-                 and not isinstance(error, exceptions.TaskCancelledError))
+                 and not isinstance(error, exceptions.TaskCancelledError)
+                 and (not template.retry_only or isinstance(error, self._retried(template))))
         return Failed(run.task_id, run.attempt, _us(began_s), packed, retry)
+
+    def _retried(self, template: Template) -> tuple[type, ...]:
+        found = self._retry_only.get(template.retry_only)
+        if found is None:
+            found = self._retry_only[template.retry_only] = serialization.load_classes(
+                template.retry_only)
+        return found
 
     def describe(self, name: str, error: BaseException) -> str:
         """The remote traceback, headed by where it comes from; our own frames left out."""

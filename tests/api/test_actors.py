@@ -493,7 +493,6 @@ def test_generator_method(ray):
     assert [ray.get(ref) for ref in A.remote().count.remote(3)] == [0, 1, 2]
 
 
-@pytest.mark.not_yet("max_pending_calls")
 def test_max_pending_calls(ray, gate):
     enter = gate.enter
 

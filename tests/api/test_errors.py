@@ -423,7 +423,6 @@ def test_retry_exceptions_gives_up(ray, counter):
     assert counter.value == 3
 
 
-@pytest.mark.not_yet("retry_exceptions as a list")
 def test_retry_exceptions_of_some_types(ray, counter):
     add = counter.add
 
