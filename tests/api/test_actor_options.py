@@ -78,6 +78,7 @@ def test_a_group_at_the_call(ray, grouped, gate):
     ray.get(full)
 
 
+@pytest.mark.ray_differs("Ray gives every group an event loop of its own")
 def test_groups_of_an_async_actor(ray, grouped, eventually):
     actor = grouped[1].remote()
     held = [actor.io.remote() for _ in range(5)]
