@@ -279,6 +279,7 @@ class ActorClass(Generic[T]):
         self._definition = definition
         self._options = options
         self._template: Template | None = None
+        self._captured = b""
         self._client: Client | None = None
         # Set by _prepare:
         self._kind: _Kind
@@ -293,7 +294,8 @@ class ActorClass(Generic[T]):
           ValueError: the name is taken.
         """
         client = references._client
-        if client is None or client is not self._client:
+        if (client is None or client is not self._client
+                or references._capture is not self._captured):
             client = self._prepare()
         options = self._options
         name: str = options.get("name") or ""
@@ -324,6 +326,9 @@ class ActorClass(Generic[T]):
     def _prepare(self) -> Client:
         client = references.current_client()
         template = self._template
+        if references._capture is not self._captured:
+            self._captured = references._capture
+            template = None
         if template is None:
             definition = self._definition
             cls = definition.target
@@ -350,7 +355,8 @@ class ActorClass(Generic[T]):
                         f"class concurrency_groups={{{group!r}: ...}}")
             self._kind = _kind_of(msgspec.msgpack.encode(description))
             template = options_.actor_template(
-                definition.function_id, cls.__name__, self._options, is_async)
+                definition.function_id, cls.__name__,
+                options_.captured(self._options, self._captured), is_async)
             self._template = template
         self._definition.define(client, template)
         self._client = client

@@ -193,8 +193,6 @@ class Option:
     unsupported: str = ""
 
 
-_PLACEMENT_GROUPS = "placement groups are not supported yet"
-
 TABLE: dict[str, Option] = {
     "num_cpus": Option("ta", None, _resource),
     "num_gpus": Option("ta", None, _gpus),
@@ -227,9 +225,10 @@ TABLE: dict[str, Option] = {
     "fallback_strategy": Option("ta", None, _any, "fallback_strategy is not supported"),
     "object_store_memory": Option(
         "ta", None, _any, "object_store_memory can be set for the job only: init(...)"),
-    "placement_group": Option("ta", "default", _any, _PLACEMENT_GROUPS),
-    "placement_group_bundle_index": Option("ta", -1, _any, _PLACEMENT_GROUPS),
-    "placement_group_capture_child_tasks": Option("ta", None, _any, _PLACEMENT_GROUPS),
+    # Ray's older way to say PlacementGroupSchedulingStrategy.
+    "placement_group": Option("ta", "default", _any),
+    "placement_group_bundle_index": Option("ta", -1, _whole(-1)),
+    "placement_group_capture_child_tasks": Option("ta", None, _instance(bool)),
     "tensor_transport": Option("m", None, _any, "tensor_transport is not supported"),
     "_generator_backpressure_num_objects": Option(
         "tm", None, _window),
@@ -303,15 +302,91 @@ def placement(strategy: Any) -> tuple[int, bool, bool]:
     if strategy == "SPREAD":
         return -1, False, True
     # Only now: most programs never load it.
-    from hpcray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, rank_of
+    from hpcray.util.scheduling_strategies import (
+        NodeAffinitySchedulingStrategy,
+        PlacementGroupSchedulingStrategy,
+        rank_of,
+    )
 
     if isinstance(strategy, NodeAffinitySchedulingStrategy):
         return rank_of(strategy.node_id), strategy.soft, False
+    if isinstance(strategy, PlacementGroupSchedulingStrategy):
+        return -1, False, False
     if isinstance(strategy, str):
         raise ValueError(f"scheduling_strategy must be 'DEFAULT', 'SPREAD' or a strategy object, "
                          f"not {strategy!r}")
-    raise TypeError("scheduling_strategy must be 'DEFAULT', 'SPREAD' or a "
-                    f"NodeAffinitySchedulingStrategy, not {strategy!r}")
+    raise TypeError("scheduling_strategy must be 'DEFAULT', 'SPREAD' or one of the classes of "
+                    "hpcray.util.scheduling_strategies, such as NodeAffinitySchedulingStrategy, "
+                    f"not {strategy!r}")
+
+
+def group_strategy(options: Mapping[str, Any]) -> Any:
+    """The PlacementGroupSchedulingStrategy that the options ask for, or None."""
+    strategy = options.get("scheduling_strategy")
+    old = options.get("placement_group", "default")
+    if old not in (None, "default"):
+        if strategy is not None:
+            raise ValueError("give either placement_group or scheduling_strategy, not both")
+        from hpcray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        return PlacementGroupSchedulingStrategy(
+            old, value_of(options, "placement_group_bundle_index"),
+            options.get("placement_group_capture_child_tasks"))
+    return strategy if hasattr(strategy, "placement_group") else None
+
+
+def captured(options: Options, group_id: bytes) -> Options:
+    """The options of a child of a task that runs in a group and captures its children."""
+    if (not group_id or options.get("scheduling_strategy") is not None
+            or options.get("placement_group", "default") != "default"):
+        return options
+    from hpcray.util.placement_group import get_current_placement_group
+    from hpcray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    group = get_current_placement_group()
+    if group is None:
+        return options
+    return {**options, "scheduling_strategy": PlacementGroupSchedulingStrategy(group, -1, True)}
+
+
+# What every task in a group takes of its bundle: see node/placement.py.
+_MEMBER = ("bundle", 10)
+
+
+def _in_group(template: Template, options: Mapping[str, Any]) -> Template:
+    """The template with its resources as the group offers them.
+
+    Raises:
+      ValueError: no bundle is large enough.
+    """
+    strategy = group_strategy(options)
+    if strategy is None or strategy.placement_group.is_empty:
+        return template
+    group, index = strategy.placement_group, strategy.placement_group_bundle_index
+    bundles = [{name: amount(name, have) for name, have in bundle.items()}
+               for bundle in group.bundle_specs]
+    wanted = dict(template.resources)
+    if not any(all(bundle.get(name, 0) >= units for name, units in wanted.items())
+               for bundle in (bundles if index < 0 else [bundles[index]])):
+        asked = {name: units / UNIT for name, units in wanted.items()}
+        where = "any bundle" if index < 0 else f"bundle {index}"
+        raise ValueError(
+            f"Cannot schedule {template.name} with the placement group because the resource "
+            f"request {asked} cannot fit into {where} of the placement group, "
+            f"{group.bundle_specs}.")
+
+    def offered(shape: Resources) -> Resources:
+        suffixes = [f"@{group.id.hex()}"]
+        if index >= 0:
+            suffixes.append(f"@{group.id.hex()}:{index}")
+        return tuple(sorted((name + suffix, units) for name, units in (*shape, _MEMBER)
+                            for suffix in suffixes))
+
+    held = template.held_resources
+    return msgspec.structs.replace(
+        template, resources=offered(template.resources),
+        held_resources=None if held is None else offered(held), group_id=group.id.binary(),
+        captures=bool(strategy.placement_group_capture_child_tasks))
 
 
 def _explicit(options: Mapping[str, Any]) -> dict[str, int]:
@@ -400,7 +475,7 @@ def task_template(function_id: bytes, name: str, options: Mapping[str, Any]) -> 
         spread=spread,
         max_calls=value_of(options, "max_calls"),
     )
-    return _with_id(_with_environment(template, options))
+    return _with_id(_in_group(_with_environment(template, options), options))
 
 
 def actor_concurrency(class_name: str, options: Mapping[str, Any], is_async: bool) -> int:
@@ -444,7 +519,7 @@ def actor_template(
         is_async=is_async,
         groups=tuple(sorted((options.get("concurrency_groups") or {}).items())),
     )
-    return _with_id(_with_environment(template, options))
+    return _with_id(_in_group(_with_environment(template, options), options))
 
 
 def method_template(

@@ -53,6 +53,7 @@ class RemoteFunction(Generic[P, R]):
         self._template: Template | None = None
         self._template_id = b""
         self._return_count = 1
+        self._captured = b""
         # The client our template is defined at; None before the first call.
         self._client: Client | None = None
         # Set by _prepare:
@@ -70,7 +71,8 @@ class RemoteFunction(Generic[P, R]):
           RaySystemError: the connection to the node is gone.
         """
         client = references._client
-        if client is None or client is not self._client:
+        if (client is None or client is not self._client
+                or references._capture is not self._captured):
             client = self._prepare()
         if args or kwargs:
             if kwargs or not self._least <= len(args) <= self._most:
@@ -91,10 +93,14 @@ class RemoteFunction(Generic[P, R]):
         """Connect if nobody has, and make our template known. Safe to repeat."""
         client = references.current_client()
         template = self._template
+        if references._capture is not self._captured:
+            self._captured = references._capture
+            template = None
         if template is None:
             definition = self._definition
             template = options_.task_template(
-                definition.function_id, definition.name, self._options)
+                definition.function_id, definition.name,
+                options_.captured(self._options, self._captured))
             self._least = definition.signature.least
             self._most = definition.signature.most
             self._return_count = submitted_returns(template)

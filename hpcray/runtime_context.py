@@ -97,7 +97,12 @@ class RuntimeContext:
 
     def get_assigned_resources(self) -> dict[str, float]:
         """What the task or actor holds; nothing in the driver."""
-        return {name: units / UNIT for name, units in context.current().resources}
+        current = context.current()
+        if not current.group_id:
+            return {name: units / UNIT for name, units in current.resources}
+        # In a placement group names carry the group, and "bundle" is its own.
+        return {name.split("@")[0]: units / UNIT for name, units in current.resources
+                if ":" not in name and not name.startswith("bundle@")}
 
     def get_accelerator_ids(self) -> dict[str, list[str]]:
         """The devices the task or actor holds, by kind."""
@@ -111,7 +116,12 @@ class RuntimeContext:
         return dict(references.current_client().session.get("runtime_env") or {})
 
     def get_placement_group_id(self) -> str | None:
-        return None  # there are no placement groups yet
+        """The placement group it runs in, hexadecimal."""
+        return context.current().group_id.hex() or None
+
+    @property
+    def should_capture_child_tasks_in_placement_group(self) -> bool:
+        return context.current().captures
 
     def get(self) -> dict[str, Any]:
         """The ids above in one dictionary; those that do not apply here are left out."""

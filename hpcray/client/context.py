@@ -22,6 +22,9 @@ class TaskContext:
     resources: tuple[tuple[str, int], ...] = ()
     devices: tuple[int, ...] = ()
     namespace: str = ""
+    # The placement group it runs in, and whether its children do by default.
+    group_id: bytes = b""
+    captures: bool = False
     labels: dict[str, str] = field(default_factory=dict)
 
 

@@ -225,6 +225,8 @@ class ReferenceTable:
 
 
 _client: Client | None = None
+# The placement group that children of the running task go to by default; b"": none.
+_capture = b""
 _connect: Callable[[], Client] | None = None
 
 

@@ -625,6 +625,12 @@ class Actors:
         if hosted is not None:
             hosted.intended = "it called exit_actor()"
 
+    def group_removed(self, actor_id: bytes) -> None:
+        """Its worker is being killed with its placement group."""
+        hosted = self.hosted.get(actor_id)
+        if hosted is not None:
+            hosted.intended = "its placement group was removed"
+
     def worker_gone(self, actor_id: bytes, worker: int, failure: values.Failure) -> None:
         hosted = self.hosted.get(actor_id)
         if hosted is None or hosted.worker != worker:

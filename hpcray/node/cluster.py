@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from hpcray.node.ledger import Shape
+from hpcray.node.ledger import Shape, is_group_shape
 from hpcray.node.outbox import Outbox
 from hpcray.node.records import QUEUED, TaskRecord
 from hpcray.protocol import ids
@@ -96,6 +96,8 @@ class Cluster:
 
     def place_actor(self, task: TaskRecord) -> None:
         """Ask the global scheduler where the actor should live."""
+        if task.template.group_id and self._machine.bundles.refuse(task):
+            return
         waiting = self._actors_waiting.get(task.template.resources)
         if waiting is None:
             waiting = self._actors_waiting[task.template.resources] = deque()
@@ -115,6 +117,13 @@ class Cluster:
                 self._machine.tasks.assign(task, message.rank)
         if not waiting:
             self._actors_waiting.pop(message.shape, None)
+
+    def end_group(self, group: str) -> None:
+        """A placement group is gone: refuse the actors that wait for it."""
+        for shape in [s for s in self._actors_waiting if any(group in name for name, _ in s)]:
+            for task in self._actors_waiting.pop(shape):
+                if not task.cancelled:
+                    self._machine.bundles.refuse(task)
 
     def granted(self, message: Grant, now_s: float) -> None:
         self._demanded.pop((message.shape, message.actor), None)
@@ -328,7 +337,7 @@ class GlobalScheduler:
         if message.count:
             self._demands[key] = message
             self._changed = True
-            if key not in self._reported and not any(
+            if key not in self._reported and not is_group_shape(message.shape) and not any(
                 _covers(view.total, message.shape) for view in self.views.values()
             ):
                 self._reported.add(key)

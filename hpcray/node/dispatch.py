@@ -22,7 +22,7 @@ import enum
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from hpcray.node.ledger import ResourceLedger, Shape, cpu_part
+from hpcray.node.ledger import ResourceLedger, Shape, cpu_part, is_group_shape, without_cpu
 from hpcray.node.outbox import KillWorker, Outbox, StartWorker, TakeBack
 from hpcray.node.records import QUEUED, TaskRecord
 from hpcray.protocol import values
@@ -106,6 +106,8 @@ class Dispatcher:
 
     def enqueue(self, task: TaskRecord, *, front: bool = False) -> None:
         template = task.template
+        if template.group_id and self._machine.bundles.refuse(task):
+            return
         creation = template.kind == ACTOR_CREATION
         queue = self.queues.get((template.resources, creation))
         if queue is None:
@@ -178,7 +180,7 @@ class Dispatcher:
     def _unlease(self, worker: Worker) -> None:
         shape = worker.shape
         if worker.blocked:
-            shape = tuple(pair for pair in shape if pair[0] != "CPU")
+            shape = without_cpu(shape)
             worker.blocked = False
         if worker.shape or worker.devices:
             self.ledger.release(shape, worker.devices)
@@ -465,17 +467,30 @@ class Dispatcher:
         if worker is None:
             return
         devices = worker.devices
-        keeps_gpu = any(name == "GPU" for name, _ in held)
+        keeps_gpu = any(name[:3] == "GPU" for name, _ in held)
         self.ledger.release(worker.shape, devices)
-        self.ledger.take_back(held)
-        if keeps_gpu:
-            amount = dict(held)["GPU"]
-            for index in devices:
-                self.ledger._gpus[index] -= min(amount, 10_000)
+        self.ledger.take_back(held, devices)
         worker.shape = held
         worker.devices = devices if keeps_gpu else ()
         worker.datagrams.clear()
         self._dirty = True
+
+    def resources_changed(self) -> None:
+        self._dirty = True
+
+    def end_group(self, group: str) -> None:
+        """A placement group is gone: kill the workers in it, refuse what is queued."""
+        for worker in self.workers.values():
+            if any(group in name for name, _ in worker.shape):
+                self._outbox.actions.append(KillWorker(worker.number))
+                if worker.actor_id:
+                    self._machine.actors.group_removed(worker.actor_id)
+        for queue in self.queues.values():
+            if any(group in name for name, _ in queue.shape):
+                tasks, queue.tasks = queue.tasks, deque()
+                for task in tasks:
+                    if not task.cancelled:
+                        self._machine.bundles.refuse(task)
 
     def stop_worker(self, number: int, *, kill: bool) -> None:
         worker = self.workers.get(number)
@@ -490,17 +505,19 @@ class Dispatcher:
         """Queues that can never be served on this node, each reported once."""
         found = []
         for queue in self.queues.values():
-            if queue.tasks and not queue.starved and not self.ledger.could_ever_fit(queue.shape):
+            if queue.tasks and not queue.starved and not is_group_shape(queue.shape) and (
+                not self.ledger.could_ever_fit(queue.shape)
+            ):
                 queue.starved = True
                 found.append((queue, queue.tasks[0]))
         return found
 
     def validate(self) -> None:
-        held = []
+        held = self._machine.bundles.held_shapes()
         for worker in self.workers.values():
             shape = worker.shape
             if worker.blocked:
-                shape = tuple(pair for pair in shape if pair[0] != "CPU")
+                shape = without_cpu(shape)
             held.append(shape)
             if worker.state is WorkerState.IDLE:
                 assert not worker.shape and not worker.datagrams, worker.number

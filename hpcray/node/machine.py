@@ -22,6 +22,7 @@ from hpcray.node.dispatch import Dispatcher
 from hpcray.node.ledger import ResourceLedger
 from hpcray.node.memory import NodeMemory
 from hpcray.node.outbox import Outbox, ServePull, StopJob
+from hpcray.node.placement import Bundles, Groups
 from hpcray.node.records import WAIT_LOCAL, WAIT_READY, WAIT_VALUE, ClientRecord
 from hpcray.node.requests import Requests
 from hpcray.node.streams import Streams
@@ -57,6 +58,8 @@ class Machine:
         self.dispatcher = Dispatcher(self, self.outbox, ResourceLedger(resources))
         self.actors = Actors(self, self.outbox)
         self.cluster = Cluster(self, self.outbox)
+        self.bundles = Bundles(self, self.outbox, self.dispatcher.ledger)
+        self.groups = Groups(self, self.outbox)
         self.requests = Requests(self, self.outbox)
         self.directory.on_freed_creation = self.actors.last_handle_gone
         self._foreign_since_s: float | None = None
@@ -207,6 +210,7 @@ class Machine:
     def _load(self, rank: int, message: m.Load) -> None:
         if self.cluster.scheduler is not None:
             self.cluster.scheduler.load(rank, message)
+            self.groups.resources_changed()
 
     def _demand(self, rank: int, message: m.Demand) -> None:
         if self.cluster.scheduler is not None:
@@ -220,6 +224,8 @@ class Machine:
     def end_turn(self, now_s: float) -> None:
         """Decide what follows from this turn's messages."""
         self.now_s = now_s
+        self.bundles.end_turn()
+        self.groups.end_turn()
         self.dispatcher.end_turn(now_s)
         self.actors.end_turn()
         self.cluster.end_turn(now_s)
@@ -302,6 +308,7 @@ class Machine:
         self.streams.validate()
         self.dispatcher.validate()
         self.actors.validate()
+        self.bundles.validate()
         self.memory.budget.validate()
 
 
@@ -379,5 +386,11 @@ _PEER_HANDLERS: dict[type, Callable[[Machine, int, Any], None]] = {
         rank, message.shape, message.count),
     m.RecallTask: lambda self, _, message: self.tasks.recalled(message),
     m.TaskYield: lambda self, rank, message: self.streams.peer_yielded(rank, message),
+    m.PrepareBundles: lambda self, rank, message: self.outbox.peers[rank].append(
+        m.BundlesPrepared(message.group, self.bundles.prepare(message))),
+    m.BundlesPrepared: lambda self, rank, message: self.groups.prepared(rank, message),
+    m.CommitBundles: lambda self, _, message: self.bundles.commit(message),
+    m.ReleaseBundles: lambda self, _, message: self.bundles.release(message.group),
+    m.GroupRemoved: lambda self, _, message: self.bundles.removed(message.group),
     m.TaskRoom: lambda self, _, message: self.streams.room(message),
 }

@@ -5,6 +5,7 @@ requests keep the asking client's number until the answer comes back. Names:
 
     nodes  cluster_resources  available_resources  statistics            facts
     reserve_name  name_created  release_name  get_actor  list_named_actors   names, at node 0
+    create_placement_group  remove_placement_group  placement_groups     groups, at node 0
     kill_actor  actor_handle                                             at the actor's home
     cancel                                                               at the task's home
 """
@@ -58,6 +59,9 @@ class Requests:
             "actor_handle": self._actor_handle,
             "kill_actor": self._kill_actor,
             "cancel": self._cancel,
+            "create_placement_group": machine.groups.create,
+            "remove_placement_group": machine.groups.remove,
+            "placement_groups": machine.groups.table,
             "statistics": lambda _: self._machine.statistics(),
         }
 
@@ -154,7 +158,7 @@ class Requests:
                 if rank != self._machine.rank:
                     for name, amount in view.free.items():
                         free[name] = free.get(name, 0) + max(amount, 0)
-        return {name: amount for name, amount in free.items() if amount > 0}
+        return {name: amount for name, amount in free.items() if amount > 0 and "@" not in name}
 
     # --- names ------------------------------------------------------------------------------------
 

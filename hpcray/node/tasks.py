@@ -401,6 +401,7 @@ class Tasks:
         if task.dep_count:
             task.state = QUEUED  # pins went with the client
         task.worker = -1
+        failure = self._machine.bundles.reason(task.template) or failure
         if started:
             self.statistics[task.template.template_id].singly = True
         if task.home == self._rank:
@@ -513,6 +514,8 @@ class Tasks:
 
     def crashed(self, task: TaskRecord, failure: values.Failure, *, started: bool) -> None:
         """A system failure took the task down."""
+        if task.template.group_id and self._machine.bundles.refuse(task):
+            return
         if task.template.kind == ACTOR_CREATION:
             self._machine.actors.creation_crashed(task, failure, started=started)
             return

@@ -82,6 +82,8 @@ class Template(msgspec.Struct, array_like=True, gc=False, frozen=True):
     # TASK and ACTOR_CREATION.
     env_vars: tuple[tuple[str, str], ...] = ()  # set while it runs (for an actor: for good)
     max_calls: int = 0  # TASK: the worker exits after this many; 0 without limit
+    group_id: bytes = b""  # the placement group it runs in
+    captures: bool = False  # so do its children
     # Of a generator: NO_STREAM, STREAM (items as they come), DYNAMIC (all at the end).
     stream: int = 0
     stream_window: int = 0  # how far it may run ahead of its consumer; 0 without limit
@@ -645,6 +647,36 @@ class TaskRoom(_Message, tag=41):
     taken: int
 
 
+class PrepareBundles(_Message, tag=42):
+    """Node 0: hold these bundles of a placement group, all or none; say BundlesPrepared."""
+
+    group: bytes
+    bundles: tuple[tuple[int, tuple[tuple[str, int], ...]], ...]
+
+
+class BundlesPrepared(_Message, tag=43):
+    group: bytes
+    ok: bool
+
+
+class CommitBundles(_Message, tag=44):
+    """Node 0: everybody has prepared; the group's tasks may come."""
+
+    group: bytes
+
+
+class ReleaseBundles(_Message, tag=45):
+    """Node 0: somebody could not; let go."""
+
+    group: bytes
+
+
+class GroupRemoved(_Message, tag=46):
+    """Node 0, to all: end what runs in it, fail what waits for it."""
+
+    group: bytes
+
+
 class PullRefused(_Message, tag=22):
     object_id: bytes
     transfer: int
@@ -769,6 +801,7 @@ ToPeer = (
     | FreeCopies
     | Load | Demand | Grant | ActorWhere | ActorIs | ActorStop | ActorDown | PeerRequest | PeerReply
     | PeerOutput | Notice | RecallTask | GiveBack | PullMapped | PullEnded | TaskYield | TaskRoom
+    | PrepareBundles | BundlesPrepared | CommitBundles | ReleaseBundles | GroupRemoved
 )
 
 encode = msgspec.msgpack.Encoder().encode

@@ -268,6 +268,7 @@ class SimulatedNode:
         check("routes", [(r.actor_id.hex(), r.state.name, r.open_calls)
                          for r in machine.actors.routes.values()])
         check("leases", machine.cluster._leases)
+        check("bundles", machine.bundles.held)
         check("streams", list(machine.streams.records))
         check("function waits", machine._function_waits)
         check("requests for memory", machine.memory._waiting)

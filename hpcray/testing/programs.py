@@ -20,6 +20,7 @@ import random
 from collections.abc import Generator
 from typing import Any
 
+from hpcray.node.placement import group_name
 from hpcray.protocol import ids
 from hpcray.protocol.messages import UNIT
 from hpcray.testing.processes import (
@@ -35,6 +36,8 @@ Pair = list[Any]  # [Ref, label, path in the tree of submissions]
 
 # What may befall an object when workers are killed.
 _DEATHS = ("WorkerCrashedError", "ActorDiedError", "ActorUnavailableError")
+# When placement groups are removed.
+_GROUPS = ("PlacementGroupRemoved", "placement group was removed")
 # And what a wild program does to itself.
 _WILD = (*_DEATHS, "TaskCancelledError", "boom")
 
@@ -63,6 +66,8 @@ class Body:
         self.handles = list(handles)
         # [stream, label of its next item, path], newest last.
         self.streams: list[list[Any]] = []
+        # The placement group (driver only, one at a time): id, strategy, number of bundles.
+        self.group: tuple[bytes, int] | None = None
         self.children = 0
 
     def some(self, things: list[Any]) -> list[Any]:
@@ -98,9 +103,11 @@ class Body:
             yield from p.wait([pair[0] for pair in self.some(waitable)], rng.random() < 0.5)
         elif choice < 0.88 and self.mix.streams:
             yield from self.consume()
-        elif choice < 0.89 and self.mix.slow:
+        elif choice < 0.9 and self.mix.groups and not self.path:
+            yield from self.regroup()
+        elif choice < 0.91 and self.mix.slow:
             yield from p.sleep(rng.random() * 0.02)
-        elif choice < 0.9 and self.mix.wild:
+        elif choice < 0.94 and self.mix.wild:
             yield from self.harm()
         elif self.mix.actors:
             self.act()
@@ -128,6 +135,45 @@ class Body:
                     return
                 self.pairs.append([ref, entry[1], entry[2]])
                 entry[1] += 1
+
+    def regroup(self) -> Script:
+        """A placement group of half CPUs, tasks and actors in it, and its removal with them."""
+        p, rng = self.p, self.rng
+        if self.group is None:
+            group, count = rng.randbytes(18), rng.randint(1, 2)
+            strategies = ["PACK", "SPREAD", "STRICT_PACK"]
+            if count <= p.cluster.size:
+                strategies.append("STRICT_SPREAD")
+            yield from p.request("create_placement_group", {
+                "group": group, "bundles": [{"CPU": UNIT // 2}] * count,
+                "strategy": rng.choice(strategies)})
+            self.group = group, count
+        elif rng.random() < 0.3:
+            yield from self.ungroup()
+        else:
+            self.in_group()
+
+    def ungroup(self) -> Script:
+        if self.group is not None:
+            yield from self.p.request("remove_placement_group", {"group": self.group[0]})
+            self.group = None
+
+    def in_group(self) -> None:
+        p, rng = self.p, self.rng
+        assert self.group is not None
+        group, count = self.group
+        index = rng.randint(-1, count - 1)
+        names = [group_name("", group)] + ([group_name("", group, index)] if index >= 0 else [])
+        shape = tuple(sorted((resource + name, amount) for name in names
+                             for resource, amount in (("CPU", UNIT // 2), ("bundle", 10))))
+        label, path = rng.getrandbits(30), self.child()
+        if rng.random() < 0.3:
+            self.handles.append(p.create_actor(
+                "Shelf", [label], resources=shape, held_resources=shape, group_id=group))
+            return
+        ref = p.submit("leaf", [label, path], resources=shape, group_id=group,
+                       max_retries=rng.choice((0, 3)))[0]
+        self.pairs.append([ref, label, path])
 
     def harm(self) -> Script:
         """Cancel, kill, give up waiting."""
@@ -206,6 +252,8 @@ class Body:
             value = yield from p.get(pair[0])
         except (SystemFailed, TaskFailed) as error:
             allowed = _WILD if self.mix.wild else _DEATHS if self.mix.deaths else ()
+            if self.mix.groups:
+                allowed = (*allowed, *_GROUPS)
             if not any(kind in str(error) for kind in allowed):
                 p.cluster.fault(f"{p!r} got {error!r} from {pair[0]!r}", error)
             return None
@@ -233,7 +281,7 @@ class Mix:
     def __init__(
         self, *, steps: int = 8, depth: int = 2, actors: bool = True, restarts: bool = False,
         deaths: bool = False, slow: bool = True, large: float = 0.3, wild: bool = False,
-        streams: bool = True,
+        streams: bool = True, groups: bool = False,
     ) -> None:
         self.step_count = steps
         self.depth = depth
@@ -245,6 +293,7 @@ class Mix:
         # Programs that cancel, kill, raise and give up.
         self.wild = wild
         self.streams = streams
+        self.groups = groups
 
     def bodies(self) -> dict[str, Any]:
         return {"mixed": self.mixed, "leaf": self.leaf, "two": self.two, "boom": self.boom,
@@ -255,6 +304,7 @@ class Mix:
         yield from body.steps(2 * self.step_count)
         for pair in body.pairs:
             yield from body.get(pair)
+        yield from body.ungroup()
 
     def value(self, rng: random.Random, label: int, pairs: list[Pair]) -> Any:
         value = [label, pairs]

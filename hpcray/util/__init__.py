@@ -5,6 +5,16 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+# Not on first use: `placement_group` is a module too, and whoever imports that would hide the
+# function by it.
+from hpcray.util.placement_group import (
+    get_current_placement_group,
+    get_placement_group,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+
 if TYPE_CHECKING:
     from hpcray.actor import list_named_actors
     from hpcray.client.serialization import deregister_serializer, register_serializer
@@ -44,9 +54,14 @@ __all__ = [
     "ActorPool",
     "as_completed",
     "deregister_serializer",
+    "get_current_placement_group",
     "get_node_ip_address",
+    "get_placement_group",
     "inspect_serializability",
     "list_named_actors",
     "map_unordered",
+    "placement_group",
+    "placement_group_table",
+    "remove_placement_group",
     "register_serializer",
 ]

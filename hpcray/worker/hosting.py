@@ -190,7 +190,8 @@ class ThreadedActor(HostedActor):
         shared = self.worker.context
         context.set_context(TaskContext(
             run.task_id, template.name, run.attempt, self.actor_id, shared.incarnation,
-            shared.resources, shared.devices, shared.namespace))
+            shared.resources, shared.devices, shared.namespace, shared.group_id,
+            shared.captures))
 
 
 class AsyncActor(HostedActor):
@@ -322,7 +323,8 @@ class AsyncActor(HostedActor):
         shared = self.worker.context
         context.set_context(TaskContext(
             run.task_id, template.name, run.attempt, self.actor_id, shared.incarnation,
-            shared.resources, shared.devices, shared.namespace))
+            shared.resources, shared.devices, shared.namespace, shared.group_id,
+            shared.captures))
 
 
 def _ready() -> bool:

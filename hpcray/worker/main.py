@@ -286,6 +286,10 @@ class Worker:
             self._set_devices(run.devices)
         if template.env_vars or self._replaced:
             self._set_variables(template)
+        if template.group_id or current.group_id:
+            current.group_id = template.group_id
+            current.captures = template.captures
+            references._capture = template.group_id if template.captures else b""
         self.client.begin_task(run.task_id, run.attempt)
 
     def _set_variables(self, template: Template) -> None:

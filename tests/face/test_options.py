@@ -47,7 +47,7 @@ NODE_1 = ids.node_id_hex(1, b"key")
     ("t", {"runtime_env": {"pip": ["x"]}}, NotImplementedError, "'pip'"),
     ("t", {"runtime_env": {"env_vars": {"A": 1}}}, TypeError, "str to str"),
     ("t", {"accelerator_type": "A100"}, NotImplementedError, "accelerator_type"),
-    ("t", {"placement_group": "x"}, NotImplementedError, "placement groups"),
+    ("t", {"placement_group_bundle_index": -2}, ValueError, "at least -1"),
     ("a", {"lifetime": "forever"}, ValueError, "detached"),
     ("a", {"namespace": ""}, ValueError, "namespace"),
     ("a", {"max_concurrency": 0}, ValueError, "max_concurrency"),
@@ -62,7 +62,7 @@ def test_refused(whom: str, given_options: dict[str, Any], error: type, says: st
 
 
 def test_defaults_of_unsupported_options_are_accepted() -> None:
-    given_options: dict[str, Any] = {"placement_group": "default", "accelerator_type": None}
+    given_options: dict[str, Any] = {"fallback_strategy": None, "accelerator_type": None}
     assert options.check_options(given_options, "t") == {}
 
 

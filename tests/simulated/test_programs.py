@@ -57,6 +57,15 @@ def test_wild_programs(nodes: int, deaths: bool, seed_shift: int) -> None:
             time_scale=(1.0, 0.02)[seed % 2])
 
 
+@pytest.mark.parametrize("nodes", [1, 2, 3])
+@pytest.mark.parametrize("deaths", [False, True])
+def test_programs_with_placement_groups(nodes: int, deaths: bool, seed_shift: int) -> None:
+    """What is in a group that is removed fails for that reason, and all its room comes back."""
+    for seed in range(seed_shift + 200, seed_shift + 210):
+        mix = Mix(steps=24, groups=True, deaths=deaths, wild=deaths, restarts=True)
+        run(seed, nodes=nodes, mix=mix, death_rate=0.02 if deaths else 0.0)
+
+
 def test_the_same_seed_gives_the_same_run() -> None:
     runs = []
     for _ in range(2):

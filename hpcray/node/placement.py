@@ -1,0 +1,367 @@
+"""Placement groups: bundles of resources reserved on nodes, all or none. Pure.
+
+    create --> PENDING --PrepareBundles--> every chosen node --BundlesPrepared(ok)--> CREATED
+                  ^---------- somebody has no room: ReleaseBundles to the others ---+   |
+    remove --> REMOVED: GroupRemoved to every node: its work ends, then the room is free <+
+
+Node 0 decides (`Groups`); each node holds its bundles (`Bundles`). A bundle is a piece of the
+node's ledger under names of its own: `CPU@<group>` for the group's share of this node,
+`CPU@<group>:<index>` for one bundle's. A task of the group asks for those names, so the queues,
+grants and leases that move every other task move it too. Until the bundles of all nodes are
+committed nobody has these names, and its tasks wait.
+
+Invariants, checked by `validate`:
+
+PG-1  what bundles hold is held in the ledger; a prepared bundle offers nothing yet.
+PG-2  the names of a group that is not here are not in the ledger.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hpcray.node.ledger import ResourceLedger, Shape
+from hpcray.node.names import RequestError
+from hpcray.node.outbox import Outbox
+from hpcray.node.records import TaskRecord
+from hpcray.protocol import values
+from hpcray.protocol.messages import (
+    ACTOR_CREATION,
+    UNIT,
+    BundlesPrepared,
+    CommitBundles,
+    GroupRemoved,
+    PrepareBundles,
+    ReleaseBundles,
+    Template,
+)
+
+if TYPE_CHECKING:
+    from hpcray.node.machine import Machine
+
+GROUPS_RANK = 0
+# What a task without any resources takes of its bundle, so that it runs there.
+MEMBER = "bundle"
+_MEMBERS = 1000 * UNIT
+
+PENDING = "PENDING"
+PREPARING = "PREPARING"
+CREATED = "CREATED"
+REMOVED = "REMOVED"
+
+
+def group_name(resource: str, group: bytes, index: int = -1) -> str:
+    name = f"{resource}@{group.hex()}"
+    return name if index < 0 else f"{name}:{index}"
+
+
+class Bundles:
+    """This node's part."""
+
+    def __init__(self, machine: Machine, outbox: Outbox, ledger: ResourceLedger) -> None:
+        self._machine = machine
+        self._outbox = outbox
+        self._ledger = ledger
+        # group -> [(index, shape, devices)]: held, offered once committed.
+        self.held: dict[bytes, list[tuple[int, Shape, tuple[int, ...]]]] = {}
+        self._committed: set[bytes] = set()
+        # Removed, but its workers are not dead yet.
+        self._ending: set[bytes] = set()
+        self._removed: set[bytes] = set()
+
+    def prepare(self, message: PrepareBundles) -> bool:
+        """Hold the bundles if there is room for all of them."""
+        ledger = self._ledger
+        taken: list[tuple[int, Shape, tuple[int, ...]]] = []
+        for index, shape in message.bundles:
+            if message.group in self._removed or not ledger.fits(shape):
+                for _, other, devices in taken:
+                    ledger.release(other, devices)
+                return False
+            taken.append((index, shape, ledger.acquire(shape)))
+        self.held[message.group] = taken
+        return True
+
+    def commit(self, message: CommitBundles) -> None:
+        """Offer them to tasks of the group."""
+        group = message.group
+        if group in self.held and group not in self._committed:
+            self._committed.add(group)
+            for index, shape, devices in self.held[group]:
+                self._ledger.offer(group_name("", group), index, (*shape, (MEMBER, _MEMBERS)),
+                                   devices)
+            self._machine.dispatcher.resources_changed()
+
+    def release(self, group: bytes) -> None:
+        """Prepared in vain."""
+        if group in self._committed:
+            return
+        for _, shape, devices in self.held.pop(group, ()):
+            self._ledger.release(shape, devices)
+        self._machine.dispatcher.resources_changed()
+
+    def removed(self, group: bytes) -> None:
+        """End what runs in the group and fail what waits for it."""
+        self._removed.add(group)
+        if group in self._committed:
+            self._ledger.withdraw(group_name("", group))
+            self._ending.add(group)
+        else:
+            self.release(group)
+        self._machine.dispatcher.end_group(group_name("", group))
+        self._machine.cluster.end_group(group_name("", group))
+
+    def reason(self, template: Template) -> values.Failure | None:
+        """Why what ran in a removed group has died."""
+        if template.group_id not in self._removed:
+            return None
+        kind = "ActorPlacementGroupRemoved" if template.kind == ACTOR_CREATION else (
+            "TaskPlacementGroupRemoved")
+        return values.Failure(kind, f"the placement group of {template.name} was removed")
+
+    def refuse(self, task: TaskRecord) -> bool:
+        """Whether the task's group is gone; then it has failed."""
+        failure = self.reason(task.template)
+        if failure is None:
+            return False
+        tasks = self._machine.tasks
+        if task.home != self._machine.rank:
+            tasks.give_back(task)  # its home knows, or will
+        elif task.template.kind == ACTOR_CREATION:
+            self._machine.actors.creation_failed_at_home(task, values.pack_failure(failure))
+        else:
+            tasks.fail(task, values.pack_failure(failure))
+        return True
+
+    def end_turn(self) -> None:
+        for group in list(self._ending):
+            if self._ledger.forget(group_name("", group)):
+                self._ending.remove(group)
+                self._committed.remove(group)
+                for _, shape, devices in self.held.pop(group):
+                    self._ledger.release(shape, devices)
+                self._machine.dispatcher.resources_changed()
+
+    def held_shapes(self) -> list[Shape]:
+        return [shape for bundles in self.held.values() for _, shape, _ in bundles]
+
+    def validate(self) -> None:
+        offered = {name.split("@")[1].split(":")[0] for name in self._ledger.total if "@" in name}
+        assert offered == {group.hex() for group in self._committed}, "PG-2"
+        assert self._ending <= self._committed <= set(self.held), "PG-1"
+
+
+class Group:
+    __slots__ = ("asked", "bundles", "creator", "group", "name", "namespace", "ranks", "reported",
+                 "state", "strategy", "waits_for")
+
+    def __init__(self, group: bytes, arguments: Any) -> None:
+        self.group = group
+        self.name: str = arguments.get("name") or ""
+        self.namespace: str = arguments.get("namespace") or ""
+        self.strategy: str = arguments["strategy"]
+        self.bundles: list[Shape] = [
+            tuple(sorted((name, amount) for name, amount in bundle.items()))
+            for bundle in arguments["bundles"]]
+        self.state = PENDING
+        self.ranks: list[int] = []  # of each bundle, once chosen
+        self.asked: set[int] = set()  # nodes that were asked to prepare
+        self.waits_for: set[int] = set()  # those that have not answered
+        self.reported = False
+
+
+class Groups:
+    """Node 0's part: every group of the job, and where its bundles go."""
+
+    def __init__(self, machine: Machine, outbox: Outbox) -> None:
+        self._machine = machine
+        self._outbox = outbox
+        self.groups: dict[bytes, Group] = {}
+        self._pending: dict[bytes, Group] = {}
+        self._changed = False
+        self._seen: dict[str, int] = {}  # what was free here at the last try
+
+    # --- asked by clients -------------------------------------------------------------------------
+
+    def create(self, arguments: Any) -> None:
+        name, namespace = arguments.get("name") or "", arguments.get("namespace") or ""
+        if name and self._named(name, namespace) is not None:
+            raise RequestError("ValueError", f"there is a placement group named {name!r} already")
+        group = Group(arguments["group"], arguments)
+        self.groups[group.group] = self._pending[group.group] = group
+        self._changed = True
+
+    def remove(self, arguments: Any) -> None:
+        group = self.groups.get(arguments["group"])
+        if group is None or group.state == REMOVED:
+            return
+        group.state = REMOVED
+        self._pending.pop(group.group, None)
+        for rank in self._machine.cluster.nodes:
+            self._send(rank, GroupRemoved(group.group))
+
+    def table(self, arguments: Any) -> list[dict[str, Any]]:
+        """Of one group (by id, or by name), or of all."""
+        if arguments.get("name"):
+            found = self._named(arguments["name"], arguments.get("namespace") or "")
+            if found is None:
+                raise RequestError(
+                    "ValueError", f"there is no placement group named {arguments['name']!r}")
+            return [self._facts(found)]
+        if arguments.get("group"):
+            one = self.groups.get(arguments["group"])
+            return [] if one is None else [self._facts(one)]
+        return [self._facts(group) for group in self.groups.values()]
+
+    def _named(self, name: str, namespace: str) -> Group | None:
+        for group in self.groups.values():
+            if (group.name, group.namespace) == (name, namespace) and group.state != REMOVED:
+                return group
+        return None
+
+    @staticmethod
+    def _facts(group: Group) -> dict[str, Any]:
+        return {
+            "group": group.group, "name": group.name, "strategy": group.strategy,
+            "state": PENDING if group.state == PREPARING else group.state,
+            "bundles": [dict(bundle) for bundle in group.bundles],
+            "ranks": group.ranks if group.state == CREATED else [],
+        }
+
+    # --- reserving --------------------------------------------------------------------------------
+
+    def resources_changed(self) -> None:
+        """A node has told a load: what did not fit may fit now."""
+        self._changed = True
+
+    def end_turn(self) -> None:
+        if not self._pending:
+            return
+        free = self._machine.dispatcher.ledger.free
+        if not self._changed and free == self._seen:
+            return
+        self._changed = False
+        self._seen = dict(free)
+        for group in list(self._pending.values()):
+            if group.state == PENDING:
+                self._try(group)
+
+    def _try(self, group: Group) -> None:
+        nodes = self._machine.cluster.nodes
+        free = {rank: dict(have) for rank, have in self._free().items()}
+        chosen = choose(group.bundles, group.strategy, free)
+        if chosen is None:
+            totals = {rank: dict(node.resources) for rank, node in nodes.items()}
+            if not group.reported and choose(group.bundles, group.strategy, totals) is None:
+                group.reported = True
+                self._outbox.notices.append(
+                    f"Warning: placement group {group.name or group.group.hex()} asks for "
+                    f"{len(group.bundles)} bundles with {group.strategy}, which the nodes of this "
+                    "job can never hold. It stays pending; remove it, or start a larger job.")
+            return
+        group.state = PREPARING
+        group.ranks = chosen
+        group.asked = set(chosen)
+        group.waits_for = set(chosen)
+        for rank in sorted(group.asked):
+            self._send(rank, PrepareBundles(group.group, tuple(
+                (index, bundle) for index, bundle in enumerate(group.bundles)
+                if chosen[index] == rank)))
+
+    def _free(self) -> dict[int, dict[str, int]]:
+        scheduler = self._machine.cluster.scheduler
+        own = self._machine.rank
+        found = {own: self._machine.dispatcher.ledger.free}
+        if scheduler is not None:
+            found.update({rank: view.free for rank, view in scheduler.views.items()
+                          if rank != own})
+        return found
+
+    def prepared(self, rank: int, message: BundlesPrepared) -> None:
+        group = self.groups.get(message.group)
+        if group is None or group.state != PREPARING or rank not in group.waits_for:
+            return  # it was removed meanwhile: GroupRemoved is on its way
+        group.waits_for.remove(rank)
+        if not message.ok:
+            group.asked.discard(rank)
+            group.ranks = []
+        if group.waits_for:
+            return
+        if group.ranks:
+            group.state = CREATED
+            del self._pending[group.group]
+            for other in sorted(group.asked):
+                self._send(other, CommitBundles(group.group))
+            return
+        group.state = PENDING  # again when a load has told who has room
+        for other in sorted(group.asked):
+            self._send(other, ReleaseBundles(group.group))
+
+    def _send(self, rank: int, message: Any) -> None:
+        if rank != self._machine.rank:
+            self._outbox.peers[rank].append(message)
+            return
+        bundles = self._machine.bundles
+        if type(message) is PrepareBundles:
+            self.prepared(rank, BundlesPrepared(message.group, bundles.prepare(message)))
+        elif type(message) is CommitBundles:
+            bundles.commit(message)
+        elif type(message) is ReleaseBundles:
+            bundles.release(message.group)
+        else:
+            bundles.removed(message.group)
+
+
+# --- where bundles go -----------------------------------------------------------------------------
+
+
+def choose(
+    bundles: list[Shape], strategy: str, free: dict[int, dict[str, int]]
+) -> list[int] | None:
+    """The node of each bundle, or None if they do not fit. `free` is used up.
+
+    PACK takes as few nodes as it can and SPREAD as many; their STRICT forms insist.
+    """
+    if strategy == "STRICT_PACK":
+        together: dict[str, int] = {}
+        for bundle in bundles:
+            for name, amount in bundle:
+                together[name] = together.get(name, 0) + amount
+        rank = _best(tuple(together.items()), free, dict.fromkeys(free, 0))
+        return None if rank is None else [rank] * len(bundles)
+    if strategy == "PACK":
+        alone = choose(bundles, "STRICT_PACK", free)
+        if alone is not None:
+            return alone
+    chosen = [-1] * len(bundles)
+    used = dict.fromkeys(free, 0)
+    # The large ones first: they have the fewest places.
+    for index in sorted(range(len(bundles)), key=lambda i: (-_size(bundles[i]), i)):
+        bundle = bundles[index]
+        ranks = dict(free)
+        if strategy == "STRICT_SPREAD":
+            ranks = {rank: have for rank, have in free.items() if not used[rank]}
+        preference = {rank: -used[rank] if strategy == "PACK" else used[rank] for rank in ranks}
+        rank = _best(bundle, ranks, preference)
+        if rank is None:
+            return None
+        used[rank] += 1
+        chosen[index] = rank
+        for name, amount in bundle:
+            free[rank][name] -= amount
+    return chosen
+
+
+def _size(shape: Shape) -> int:
+    return sum(amount for name, amount in shape if name != "memory")
+
+
+def _best(
+    shape: Shape, free: dict[int, dict[str, int]], preference: dict[int, int]
+) -> int | None:
+    """The node with room that is preferred (least first), of those the one with most CPU free."""
+    fitting = [rank for rank, have in free.items()
+               if all(have.get(name, 0) >= amount for name, amount in shape)]
+    if not fitting:
+        return None
+    return min(fitting, key=lambda rank: (preference[rank], -free[rank].get("CPU", 0), rank))

@@ -1,0 +1,236 @@
+"""Placement groups: resources reserved together, on one node or on several, for tasks and actors.
+
+    pg = placement_group([{"CPU": 1}, {"CPU": 1, "GPU": 1}], strategy="PACK")
+    ray.get(pg.ready())
+    f.options(scheduling_strategy=PlacementGroupSchedulingStrategy(pg)).remote()
+
+The names, arguments and errors are Ray's. A group lives until it is removed or the job ends.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from hpcray.client import context, references
+from hpcray.client.references import BaseID, ObjectRef
+from hpcray.protocol.messages import UNIT
+
+STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
+_ID_BYTES = 18
+
+
+class PlacementGroupID(BaseID):
+    __slots__ = ()
+
+
+class PlacementGroup:
+    """A handle of a group; may be passed to tasks and actors. Made by `placement_group`."""
+
+    __slots__ = ("_bundles", "id")
+
+    def __init__(self, id: PlacementGroupID, bundle_cache: list[dict[str, float]]) -> None:
+        self.id = id
+        self._bundles = bundle_cache
+
+    @staticmethod
+    def empty() -> PlacementGroup:
+        return PlacementGroup(PlacementGroupID(b""), [])
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.id.binary()
+
+    @property
+    def bundle_specs(self) -> list[dict[str, float]]:
+        """What each bundle holds."""
+        return [dict(bundle) for bundle in self._bundles]
+
+    @property
+    def bundle_count(self) -> int:
+        return len(self._bundles)
+
+    def ready(self) -> ObjectRef[PlacementGroup]:
+        """A ref that is ready when all bundles are reserved; its value is this group."""
+        from hpcray.api import remote
+        from hpcray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        global _ready
+        if _ready is None:
+            _ready = remote(num_cpus=0)(_same)
+        ref: ObjectRef[PlacementGroup] = _ready.options(
+            name="PlacementGroup.ready", scheduling_strategy=PlacementGroupSchedulingStrategy(self),
+        ).remote(self)
+        return ref
+
+    def wait(self, timeout_seconds: float = 30) -> bool:
+        """Whether all bundles are reserved within so many seconds.
+
+        Raises:
+          ValueError: the group was removed.
+        """
+        from hpcray.api import get, wait
+        from hpcray.exceptions import TaskPlacementGroupRemoved
+
+        found, _ = wait([self.ready()], timeout=timeout_seconds)
+        if found:
+            try:
+                get(found[0])
+            except TaskPlacementGroupRemoved:
+                raise ValueError(f"placement group {self.id.hex()} was removed") from None
+        return bool(found)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PlacementGroup) and other.id == self.id
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (PlacementGroup, (self.id, self._bundles))
+
+    def __repr__(self) -> str:
+        return f"PlacementGroup({self.id.hex()})"
+
+
+_ready: Any = None
+
+
+def _same(group: PlacementGroup) -> PlacementGroup:
+    return group
+
+
+def placement_group(
+    bundles: list[dict[str, float]],
+    strategy: str = "PACK",
+    name: str = "",
+    lifetime: str | None = None,
+    _soft_target_node_id: str | None = None,
+    bundle_label_selector: list[dict[str, str]] | None = None,
+) -> PlacementGroup:
+    """Ask for a group; returns at once, and `ready()` tells when all of it is reserved.
+
+    Args:
+      bundles: resources of each bundle; a bundle lies on one node.
+      strategy: "PACK" as few nodes as possible, "SPREAD" as many; the "STRICT_" forms insist.
+      name: for `get_placement_group`, within the namespace.
+      lifetime: "detached" or None; either way it lives until removed or the job ends.
+
+    Raises:
+      ValueError: no bundles, empty ones, an unknown strategy, or the name is taken.
+    """
+    units = _check_bundles(bundles)
+    if strategy not in STRATEGIES:
+        raise ValueError(f"Invalid placement group strategy {strategy!r}: use one of "
+                         f"{', '.join(STRATEGIES)}")
+    if lifetime not in (None, "detached"):
+        raise ValueError(
+            f"a placement group's lifetime is None or 'detached', not {lifetime!r}")
+    if not isinstance(name, str):
+        raise TypeError(f"a placement group's name is a string, not {name!r}")
+    if _soft_target_node_id is not None or bundle_label_selector:
+        raise NotImplementedError(
+            "placement_group() supports neither _soft_target_node_id nor bundle_label_selector")
+    group = PlacementGroupID(os.urandom(_ID_BYTES))
+    references.current_client().request("create_placement_group", {
+        "group": group.binary(), "bundles": units, "strategy": strategy, "name": name,
+        "namespace": context.current().namespace,
+    })
+    return PlacementGroup(group, [{key: float(amount) for key, amount in bundle.items()}
+                                  for bundle in bundles])
+
+
+def _check_bundles(bundles: Any) -> list[dict[str, int]]:
+    from hpcray.options import amount
+
+    if not isinstance(bundles, list):
+        raise ValueError(
+            f"placement group bundles must be a list of dicts, not {type(bundles).__name__}")
+    if not bundles:
+        raise ValueError('a placement group needs a bundle, such as [{"CPU": 1}]')
+    checked = []
+    for bundle in bundles:
+        if not isinstance(bundle, Mapping) or not all(isinstance(key, str) for key in bundle):
+            raise ValueError(f"a bundle is a dict of resources and amounts, not {bundle!r}")
+        try:
+            units = {key: amount(f"bundle[{key!r}]", value) for key, value in bundle.items()}
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+        if not any(units.values()):
+            raise ValueError(f"a bundle must hold something; this one is {dict(bundle)!r}")
+        checked.append({key: value for key, value in units.items() if value})
+    return checked
+
+
+def remove_placement_group(placement_group: PlacementGroup) -> None:
+    """Free the group's resources: its tasks and actors are killed, what waits for it fails with
+    `TaskPlacementGroupRemoved`. Once more is no error."""
+    _check_group(placement_group)
+    references.current_client().request(
+        "remove_placement_group", {"group": placement_group.id.binary()})
+
+
+def _check_group(group: Any) -> None:
+    if not isinstance(group, PlacementGroup):
+        raise TypeError(f"this takes a PlacementGroup, not {type(group).__name__}")
+
+
+def get_placement_group(placement_group_name: str) -> PlacementGroup:
+    """The group of that name, in this namespace.
+
+    Raises:
+      ValueError: there is none.
+    """
+    if not placement_group_name:
+        raise ValueError("get_placement_group needs a non-empty name")
+    [facts] = references.current_client().request("placement_groups", {
+        "name": placement_group_name, "namespace": context.current().namespace})
+    return _from_facts(facts)
+
+
+def _from_facts(facts: dict[str, Any]) -> PlacementGroup:
+    return PlacementGroup(PlacementGroupID(facts["group"]), [
+        {name: amount / UNIT for name, amount in bundle.items()} for bundle in facts["bundles"]])
+
+
+def get_current_placement_group() -> PlacementGroup | None:
+    """The group this task or actor runs in; None outside of any."""
+    group = context.current().group_id
+    if not group:
+        return None
+    found = references.current_client().request("placement_groups", {"group": group})
+    return _from_facts(found[0]) if found else None
+
+
+def placement_group_table(placement_group: PlacementGroup | None = None) -> dict[str, Any]:
+    """Facts about a group: id, name, strategy, state, bundles and their nodes; without an argument
+    about all groups, by their hexadecimal ids."""
+    client = references.current_client()
+    if placement_group is not None:
+        _check_group(placement_group)
+        found = client.request("placement_groups", {"group": placement_group.id.binary()})
+        return _row(found[0]) if found else {}
+    return {facts["group"].hex(): _row(facts) for facts in client.request("placement_groups", {})}
+
+
+def _row(facts: dict[str, Any]) -> dict[str, Any]:
+    from hpcray.api import _node_id
+
+    client = references.current_client()
+    return {
+        "placement_group_id": facts["group"].hex(),
+        "name": facts["name"],
+        "bundles": {index: {name: amount / UNIT for name, amount in bundle.items()}
+                    for index, bundle in enumerate(facts["bundles"])},
+        "bundles_to_node_id": {index: _node_id(client, rank)
+                               for index, rank in enumerate(facts["ranks"])},
+        "strategy": facts["strategy"],
+        "state": facts["state"],
+    }
+
+
+__all__ = [
+    "PlacementGroup", "PlacementGroupID", "get_current_placement_group", "get_placement_group",
+    "placement_group", "placement_group_table", "remove_placement_group",
+]
