@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, overload
 
 from hpcray import options as options_
@@ -30,6 +30,7 @@ from hpcray.remote_function import RemoteFunction
 
 if TYPE_CHECKING:
     from hpcray.client.client import Client
+    from hpcray.remote_function import RemoteGenerator
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -302,11 +303,15 @@ class _Remote(Protocol):
     @overload
     def __call__(self, target: type[T], /) -> ActorClass[T]: ...  # type: ignore[overload-overlap]
     @overload
+    def __call__(self, target: Callable[P, Iterator[R]], /) -> RemoteGenerator[P, R]: ...
+    @overload
     def __call__(self, target: Callable[P, R], /) -> RemoteFunction[P, R]: ...
 
 
 @overload
 def remote(target: type[T], /) -> ActorClass[T]: ...  # type: ignore[overload-overlap]
+@overload
+def remote(target: Callable[P, Iterator[R]], /) -> RemoteGenerator[P, R]: ...
 @overload
 def remote(target: Callable[P, R], /) -> RemoteFunction[P, R]: ...
 @overload

@@ -21,6 +21,7 @@ from hpcray.protocol.messages import NO_ARGS, Template
 
 if TYPE_CHECKING:
     from hpcray.client.client import Client
+    from hpcray.client.streams import ObjectRefGenerator
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -138,6 +139,18 @@ class RemoteFunction(Generic[P, R]):
 
     def __repr__(self) -> str:
         return f"RemoteFunction({self._definition.full_name})"
+
+
+if TYPE_CHECKING:
+
+    class RemoteGenerator(RemoteFunction[P, R]):
+        """What type checkers see of a remote generator that yields R; it is a RemoteFunction."""
+
+        def remote(  # type: ignore[override]
+            self, *args: Any, **kwargs: Any
+        ) -> ObjectRefGenerator[R]: ...
+
+        def options(self, **options: Any) -> RemoteGenerator[P, R]: ...
 
 
 def _blank_function() -> RemoteFunction[Any, Any]:
