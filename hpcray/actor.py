@@ -279,7 +279,7 @@ class ActorClass(Generic[T]):
         self._definition = definition
         self._options = options
         self._template: Template | None = None
-        self._captured = b""
+        self._inherited = b""
         self._client: Client | None = None
         # Set by _prepare:
         self._kind: _Kind
@@ -295,7 +295,7 @@ class ActorClass(Generic[T]):
         """
         client = references._client
         if (client is None or client is not self._client
-                or references._capture is not self._captured):
+                or references._inherited is not self._inherited):
             client = self._prepare()
         options = self._options
         name: str = options.get("name") or ""
@@ -326,8 +326,8 @@ class ActorClass(Generic[T]):
     def _prepare(self) -> Client:
         client = references.current_client()
         template = self._template
-        if references._capture is not self._captured:
-            self._captured = references._capture
+        if references._inherited is not self._inherited:
+            self._inherited = references._inherited
             template = None
         if template is None:
             definition = self._definition
@@ -356,7 +356,7 @@ class ActorClass(Generic[T]):
             self._kind = _kind_of(msgspec.msgpack.encode(description))
             template = options_.actor_template(
                 definition.function_id, cls.__name__,
-                options_.captured(self._options, self._captured), is_async)
+                options_.inherited(client, self._options), is_async)
             self._template = template
         self._definition.define(client, template)
         self._client = client

@@ -164,6 +164,11 @@ def init(
         context.set_process_context(
             context.TaskContext(task_id=driver, name="driver", namespace=config.namespace))
         references.set_client(client)
+        if set(config.runtime_env) - {"env_vars"}:
+            from hpcray.environment import packages_of
+
+            # Its children inherit it: every task and actor of the job.
+            context.current().packages = packages_of(client, config.runtime_env)
         _end_with_interpreter()
         return InitContext(client, config.namespace)
 

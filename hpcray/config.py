@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -41,7 +42,7 @@ class InitConfig(msgspec.Struct, frozen=True, kw_only=True):
     namespace: str = ""
     log_to_driver: bool = True
     preload: list[str] = []
-    runtime_env: dict[str, Any] = {}  # {"env_vars": {...}} or empty
+    runtime_env: dict[str, Any] = {}  # as `check_runtime_env` returns it
     labels: dict[str, str] = {}
     redis_url: str = ""  # may hold a password: never print it, print `public_redis_url`
     start_timeout_s: float = 300.0
@@ -131,7 +132,8 @@ def make_config(
 
 
 def check_runtime_env(runtime_env: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A runtime_env reduced to what it says: {} or {"env_vars": {str: str}}.
+    """A runtime_env reduced to what it says, with absolute paths: env_vars, working_dir,
+    py_modules, excludes.
 
     Raises:
       NotImplementedError: for the fields of Ray's that hpcray does not have.
@@ -140,15 +142,18 @@ def check_runtime_env(runtime_env: Mapping[str, Any] | None) -> dict[str, Any]:
         return {}
     if not isinstance(runtime_env, Mapping):
         raise TypeError(f"runtime_env must be a dict, not {type(runtime_env).__name__}")
-    others = sorted(str(key) for key in runtime_env if key != "env_vars")
+    others = sorted(str(key) for key in runtime_env if key not in _RUNTIME_ENV)
     if others:
         raise NotImplementedError(
-            f"runtime_env supports 'env_vars' only, not {', '.join(map(repr, others))}: workers "
-            "already run in the driver's directory and environment; install packages before the job"
-        )
+            f"runtime_env supports {', '.join(_RUNTIME_ENV)} only, not "
+            f"{', '.join(map(repr, others))}: workers use the driver's Python; install packages "
+            "into its environment before the job")
+    checked: dict[str, Any] = {}
+    if len(runtime_env) > ("env_vars" in runtime_env):
+        checked = _check_directories(runtime_env)
     env_vars = runtime_env.get("env_vars")
     if env_vars is None:
-        return {}
+        return checked
     if not isinstance(env_vars, Mapping):
         raise TypeError(f"runtime_env['env_vars'] must be a dict, not {type(env_vars).__name__}")
     for key, value in env_vars.items():
@@ -157,7 +162,59 @@ def check_runtime_env(runtime_env: Mapping[str, Any] | None) -> dict[str, Any]:
                 f"runtime_env['env_vars'] maps str to str; {key!r}: {value!r} does not")
         if not key or "=" in key or "\0" in key or "\0" in value:
             raise ValueError(f"runtime_env['env_vars']: {key!r} cannot name or hold a variable")
-    return {"env_vars": dict(env_vars)} if env_vars else {}
+    return {**checked, "env_vars": dict(env_vars)} if env_vars else checked
+
+
+_RUNTIME_ENV = ("env_vars", "working_dir", "py_modules", "excludes")
+
+
+def _check_directories(runtime_env: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields other than env_vars, with absolute paths.
+
+    Raises:
+      TypeError, ValueError: not a directory (or zip), or not on this machine.
+    """
+    checked: dict[str, Any] = {}
+    working_dir = runtime_env.get("working_dir")
+    if working_dir is not None:
+        checked["working_dir"] = _path("working_dir", working_dir, (".zip",))
+    modules = runtime_env.get("py_modules")
+    if modules is not None:
+        if not isinstance(modules, (list, tuple)):
+            raise TypeError(f"runtime_env['py_modules'] must be a list, not {modules!r}")
+        checked["py_modules"] = [
+            _path("py_modules", _module_path(module), (".zip", ".whl", ".py"))
+            for module in modules]
+    excludes = runtime_env.get("excludes")
+    if excludes is not None:
+        if not isinstance(excludes, (list, tuple)) or not all(
+            isinstance(pattern, str) for pattern in excludes
+        ):
+            raise TypeError(f"runtime_env['excludes'] must be a list of patterns, not {excludes!r}")
+        checked["excludes"] = list(excludes)
+    return checked
+
+
+def _module_path(module: Any) -> Any:
+    if not isinstance(module, ModuleType):
+        return module
+    paths = list(getattr(module, "__path__", ())) or [module.__file__]
+    return paths[0]
+
+
+def _path(field: str, path: Any, files: tuple[str, ...]) -> str:
+    if isinstance(path, os.PathLike):
+        path = os.fspath(path)
+    if not isinstance(path, str):
+        raise TypeError(f"runtime_env[{field!r}] takes paths, not {path!r}")
+    if "://" in path:
+        raise ValueError(f"runtime_env[{field!r}]: {path!r} is remote; copy it to a directory that "
+                         "this machine can read")
+    full = os.path.abspath(os.path.expanduser(path))
+    if not (os.path.isdir(full) or (os.path.isfile(full) and full.endswith(files))):
+        kinds = ", ".join(("a directory", *(f"a {suffix} file" for suffix in files)))
+        raise ValueError(f"runtime_env[{field!r}]: {full} is none of {kinds}")
+    return full
 
 
 def check_namespace(namespace: object) -> str:

@@ -13,10 +13,11 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from hpcray.client import context
 from hpcray.config import check_namespace, check_runtime_env
 from hpcray.protocol import messages
 from hpcray.protocol.messages import (
@@ -28,6 +29,9 @@ from hpcray.protocol.messages import (
     UNIT,
     Template,
 )
+
+if TYPE_CHECKING:
+    from hpcray.client.client import Client
 
 # Ray's defaults.
 TASK_MAX_RETRIES = 3
@@ -166,14 +170,7 @@ def _namespace(_name: str, value: Any) -> None:
 
 
 def _runtime_env(_name: str, value: Any) -> None:
-    env = check_runtime_env(value)
-    if env and not _TEMPLATES_CARRY_ENVIRONMENT:
-        raise NotImplementedError(
-            "runtime_env of a single task or actor is not supported yet; "
-            "set it for the job: init(runtime_env=...)")
-
-
-_TEMPLATES_CARRY_ENVIRONMENT = "env_vars" in Template.__struct_fields__
+    check_runtime_env(value)
 
 
 def _strategy(_name: str, value: Any) -> None:
@@ -263,7 +260,8 @@ def check_options(options: Mapping[str, Any], whom: str, *, later: bool = False)
                 raise NotImplementedError(f"{name}={value!r}: {option.unsupported}")
             continue
         option.check(name, value)
-        checked[name] = value
+        # Paths are meant from where they are written.
+        checked[name] = check_runtime_env(value) if name == "runtime_env" and value else value
     if later and whom == "t" and options.get("max_calls") is not None:
         raise ValueError("max_calls belongs to the function: give it to @remote, not to .options()")
     if whom == "a" and options.get("get_if_exists") and not options.get("name") and not later:
@@ -335,9 +333,15 @@ def group_strategy(options: Mapping[str, Any]) -> Any:
     return strategy if hasattr(strategy, "placement_group") else None
 
 
-def captured(options: Options, group_id: bytes) -> Options:
-    """The options of a child of a task that runs in a group and captures its children."""
-    if (not group_id or options.get("scheduling_strategy") is not None
+def inherited(client: Client, options: Options) -> Options:
+    """The options with what the running task hands on: its environment, and its group if that
+    captures children."""
+    parent = context.current()
+    if parent.env_vars or parent.packages or options.get("runtime_env"):
+        from hpcray.environment import with_parents
+
+        options = with_parents(client, options)
+    if (not parent.captures or options.get("scheduling_strategy") is not None
             or options.get("placement_group", "default") != "default"):
         return options
     from hpcray.util.placement_group import get_current_placement_group
@@ -452,11 +456,14 @@ def _with_id(template: Template) -> Template:
 
 
 def _with_environment(template: Template, options: Mapping[str, Any]) -> Template:
-    env_vars = check_runtime_env(options.get("runtime_env")).get("env_vars")
-    if not env_vars:
-        return template
-    changes: dict[str, Any] = {"env_vars": tuple(sorted(env_vars.items()))}
-    return msgspec.structs.replace(template, **changes)
+    env_vars = (options.get("runtime_env") or {}).get("env_vars")
+    packages = options.get("_packages")
+    if env_vars:
+        template = msgspec.structs.replace(template, env_vars=tuple(sorted(env_vars.items())))
+    if packages:
+        digest = blake2b(messages.encode(packages), digest_size=16).digest()
+        template = msgspec.structs.replace(template, packages=packages, environment=digest)
+    return template
 
 
 def task_template(function_id: bytes, name: str, options: Mapping[str, Any]) -> Template:

@@ -54,7 +54,7 @@ class RemoteFunction(Generic[P, R]):
         self._template: Template | None = None
         self._template_id = b""
         self._return_count = 1
-        self._captured = b""
+        self._inherited = b""
         # The client our template is defined at; None before the first call.
         self._client: Client | None = None
         # Set by _prepare:
@@ -73,7 +73,7 @@ class RemoteFunction(Generic[P, R]):
         """
         client = references._client
         if (client is None or client is not self._client
-                or references._capture is not self._captured):
+                or references._inherited is not self._inherited):
             client = self._prepare()
         if args or kwargs:
             if kwargs or not self._least <= len(args) <= self._most:
@@ -94,14 +94,14 @@ class RemoteFunction(Generic[P, R]):
         """Connect if nobody has, and make our template known. Safe to repeat."""
         client = references.current_client()
         template = self._template
-        if references._capture is not self._captured:
-            self._captured = references._capture
+        if references._inherited is not self._inherited:
+            self._inherited = references._inherited
             template = None
         if template is None:
             definition = self._definition
             template = options_.task_template(
                 definition.function_id, definition.name,
-                options_.captured(self._options, self._captured))
+                options_.inherited(client, self._options))
             self._least = definition.signature.least
             self._most = definition.signature.most
             self._return_count = submitted_returns(template)

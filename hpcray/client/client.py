@@ -131,6 +131,8 @@ class Client:
         self._rooms: dict[bytes, Room] = {}  # made here
         # Actors with `max_pending_calls`: the results of calls that may not be over.
         self._pending: dict[bytes, list[ObjectRef[Any]]] = {}
+        # runtime_env's directories: digest of the packed content -> object.
+        self.packages: dict[bytes, bytes] = {}
         self._defined: set[bytes] = set()
         self._templates: dict[bytes, Waiter] = {}
         self._lost: str | None = None

@@ -25,6 +25,9 @@ class TaskContext:
     # The placement group it runs in, and whether its children do by default.
     group_id: bytes = b""
     captures: bool = False
+    # What its children inherit (see hpcray/environment.py).
+    env_vars: tuple[tuple[str, str], ...] = ()
+    packages: tuple[tuple[int, bytes], ...] = ()
     labels: dict[str, str] = field(default_factory=dict)
 
 

@@ -225,8 +225,8 @@ class ReferenceTable:
 
 
 _client: Client | None = None
-# The placement group that children of the running task go to by default; b"": none.
-_capture = b""
+# Names what children of the running task inherit (group, environment); b"": nothing.
+_inherited = b""
 _connect: Callable[[], Client] | None = None
 
 

@@ -53,7 +53,8 @@ class WorkerState(enum.Enum):
 
 class Worker:
     __slots__ = (
-        "actor_id", "blocked", "calls", "datagrams", "devices", "idle_since_s", "number", "pid",
+        "actor_id", "blocked", "calls", "datagrams", "devices", "environment", "idle_since_s",
+        "number", "pid",
         "sent_s", "shape", "slow", "state",
     )
 
@@ -67,6 +68,8 @@ class Worker:
         self.datagrams: deque[deque[TaskRecord]] = deque()
         self.blocked = False
         self.slow = False
+        # The runtime environment it is in, for good; b"": none yet.
+        self.environment = b""
         self.actor_id = b""
         self.sent_s = 0.0  # when its oldest datagram began
         self.idle_since_s = 0.0
@@ -249,7 +252,9 @@ class Dispatcher:
         """Lease an idle worker for the queue and give it work; False if nothing could start."""
         if not self._idle or not self.ledger.fits(queue.shape):
             return False
-        worker = self._idle.popleft()
+        worker = self._take_idle(queue)
+        if worker is None:
+            return False
         worker.devices = self.ledger.acquire(queue.shape)
         worker.shape = queue.shape
         worker.state = WorkerState.LEASED
@@ -261,6 +266,22 @@ class Dispatcher:
             self._make_idle(worker, now_s)
             return bool(queue.tasks)
         return True
+
+    def _take_idle(self, queue: ShapeQueue) -> Worker | None:
+        """An idle worker for the first task: one in its runtime environment, or in none yet."""
+        wanted = queue.tasks[0].template.environment
+        if self._idle[0].environment == wanted:
+            return self._idle.popleft()
+        chosen = None
+        for worker in self._idle:
+            if worker.environment == wanted:
+                chosen = worker
+                break
+            if chosen is None and not worker.environment:
+                chosen = worker
+        if chosen is not None:
+            self._idle.remove(chosen)
+        return chosen
 
     def _fill(self, queue: ShapeQueue, worker: Worker, now_s: float) -> bool:
         """Send one datagram of tasks to the worker; False if none in the queue can run yet."""
@@ -278,6 +299,10 @@ class Dispatcher:
                 continue
             if task.template is not template:
                 template = task.template
+                if template.environment != worker.environment:
+                    if worker.environment or run or worker.datagrams:
+                        break  # for another worker
+                    worker.environment = template.environment
                 batch = tasks.statistics[template.template_id].batch(BATCH_MAX)
                 if template.max_retries == 0 or template.max_calls or queue.creation:
                     batch = 1  # its outcome must be known before anything else runs
@@ -313,7 +338,9 @@ class Dispatcher:
     def _start_for(self, queue: ShapeQueue) -> None:
         """Fork workers if that is what is missing."""
         if self._idle:
-            return
+            wanted_in = queue.tasks[0].template.environment
+            if any(worker.environment in (b"", wanted_in) for worker in self._idle):
+                return
         wanted = min(len(queue.tasks), self.ledger.slots(queue.shape), _STARTING_MAX)
         if self._stillborn >= 3:
             wanted = min(wanted, 1)

@@ -181,6 +181,7 @@ class WorkerPool:
         self._target = target
         self._sys_path = sys_path
         self._cleanup_paths = tuple(cleanup_paths)
+        self._cleanup_folder = ""
         self._descriptor_limit = raise_descriptor_limit()
         self._handles: dict[int, WorkerHandle] = {}
         self._outgoing: deque[_Outgoing] = deque()
@@ -208,7 +209,13 @@ class WorkerPool:
         """Files the zygote unlinks if this node vanishes: what its MPI library would leak."""
         self._cleanup_paths = tuple(paths)
         if self._socket is not None:
-            self._send(_Outgoing(_encode(zygote.CleanupRequest(self._cleanup_paths))))
+            self._send(_Outgoing(_encode(zygote.CleanupRequest(
+                self._cleanup_paths, self._cleanup_folder))))
+
+    def set_cleanup_folder(self, folder: str) -> None:
+        """A folder, made by workers, that the zygote removes if this node vanishes."""
+        self._cleanup_folder = folder
+        self.set_cleanup_paths(self._cleanup_paths)
 
     def flush(self) -> None:
         """Send what waits, as far as the socket takes it."""
@@ -421,7 +428,7 @@ class WorkerPool:
             sys_path=self._sys_path,
             descriptor_limit=self._descriptor_limit,
         )
-        if self._cleanup_paths:
+        if self._cleanup_paths or self._cleanup_folder:
             self.set_cleanup_paths(self._cleanup_paths)
 
     def _send(self, outgoing: _Outgoing) -> None:

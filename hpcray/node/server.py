@@ -21,8 +21,10 @@ import contextlib
 import gc
 import os
 import secrets
+import shutil
 import signal
 import socket
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -98,6 +100,7 @@ class NodeServer:
         self._config: dict[str, Any] | None = None
         self._early: list[tuple[int, list[Any]]] = []
         self._settings: dict[str, Any] = {}
+        self._packages = ""
         self._last_mpi_s = time.monotonic()
         self._next_tick_s = 0.0
         # Until then a turn without events would do nothing.
@@ -590,12 +593,16 @@ class NodeServer:
         self._segments = Segments()
         if self._transport is not None:
             self._transfers = Transfers(machine, self._segments, self._transport)
+        # Workers unpack runtime environments there; it is there only if one did.
+        self._packages = os.path.join(
+            tempfile.gettempdir(), f"hpcray-packages-{session['node_ids'][self.rank]}")
+        self._pool.set_cleanup_folder(self._packages)
         environ = {**self._journal.worker_environ, **config.get("environ", {})}
         self._settings = {
             "environ": environ, "cwd": config.get("cwd") or os.getcwd(),
             "sys_path": config.get("sys_path"), "blas_threads": 1, "rank": self.rank,
             "host": self._me.host, "address": self._me.address,
-            "namespace": config.get("namespace", ""),
+            "namespace": config.get("namespace", ""), "packages": self._packages,
         }
         self._settings = {k: v for k, v in self._settings.items() if v is not None}
         self._journal.begin(
@@ -639,6 +646,7 @@ class NodeServer:
         if not park:
             self.drop_shared_files()
         self._pool.close(2.0)
+        shutil.rmtree(self._packages, ignore_errors=True)
         if park:
             self._pool = self._connections.pool = self._pool.again()
             self._watch_zygote()
@@ -653,6 +661,8 @@ class NodeServer:
         """After `run`: end what is left, whatever the state."""
         self.drop_shared_files()
         self._pool.close(2.0)
+        if self._packages:
+            shutil.rmtree(self._packages, ignore_errors=True)
         self._segments.close_all()
         if self._driver is not None:
             self._driver.close()

@@ -44,6 +44,9 @@ TASK = 0
 ACTOR_CREATION = 1
 METHOD = 2
 
+WORKING_DIR = 0
+PY_MODULE = 1
+
 NO_STREAM = 0
 STREAM = 1
 DYNAMIC = 2
@@ -82,6 +85,9 @@ class Template(msgspec.Struct, array_like=True, gc=False, frozen=True):
     # TASK and ACTOR_CREATION.
     env_vars: tuple[tuple[str, str], ...] = ()  # set while it runs (for an actor: for good)
     max_calls: int = 0  # TASK: the worker exits after this many; 0 without limit
+    # Directories it runs with: (WORKING_DIR or PY_MODULE, object); named by their digest.
+    packages: tuple[tuple[int, bytes], ...] = ()
+    environment: bytes = b""
     group_id: bytes = b""  # the placement group it runs in
     captures: bool = False  # so do its children
     # Of a generator: NO_STREAM, STREAM (items as they come), DYNAMIC (all at the end).

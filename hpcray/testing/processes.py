@@ -203,6 +203,7 @@ class Process:
         self._arrivals: dict[bytes, m.Located] = {}
         self._open: set[int] = set()
         self._streams: dict[bytes, StreamState] = {}  # consumed here
+        self._environment: bytes | None = None
         self._taken = 0  # of the stream made here
         self._emitted = 0
         self._templates: dict[bytes, m.Template] = {}
@@ -694,6 +695,11 @@ class Process:
             args = yield from self._arguments(run)
             self.task_id = run.task_id
             self._prefix = ids.task_prefix(run.task_id, run.attempt)
+            if template.kind != m.METHOD and self._environment not in (None, template.environment):
+                self.cluster.fault(f"{self!r} has run in {self._environment!r}, not in "
+                                   f"{template.environment!r}")
+            if template.kind != m.METHOD and (template.environment or self._environment):
+                self._environment = template.environment
             self.cluster.started(run, template, self)
             body = self.cluster.bodies[template.name]
             self._taken = self._emitted = 0

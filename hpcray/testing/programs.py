@@ -203,6 +203,8 @@ class Body:
             options["rank"] = rng.randrange(p.cluster.size)
         if rng.random() < 0.1:
             options["resources"] = (("CPU", UNIT // 2),)
+        if rng.random() < 0.1:
+            options["environment"] = rng.choice((b"e1", b"e2"))
         if self.mix.wild:
             options["retry_exceptions"] = rng.random() < 0.3
             options["max_calls"] = rng.choice((0, 0, 0, 1, 3))

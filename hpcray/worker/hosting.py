@@ -191,7 +191,7 @@ class ThreadedActor(HostedActor):
         context.set_context(TaskContext(
             run.task_id, template.name, run.attempt, self.actor_id, shared.incarnation,
             shared.resources, shared.devices, shared.namespace, shared.group_id,
-            shared.captures))
+            shared.captures, shared.env_vars, shared.packages))
 
 
 class AsyncActor(HostedActor):
@@ -324,7 +324,7 @@ class AsyncActor(HostedActor):
         context.set_context(TaskContext(
             run.task_id, template.name, run.attempt, self.actor_id, shared.incarnation,
             shared.resources, shared.devices, shared.namespace, shared.group_id,
-            shared.captures))
+            shared.captures, shared.env_vars, shared.packages))
 
 
 def _ready() -> bool:

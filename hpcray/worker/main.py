@@ -139,6 +139,7 @@ class Worker:
         self.rank = settings.get("rank", 0)
         self._retry_only: dict[bytes, tuple[type, ...]] = {}
         self._devices: tuple[int, ...] | None = None
+        self._entered = False  # a runtime environment, for good
         self._replaced: dict[str, str | None] = {}  # variables as they were before the task
         client.before_wait = self._before_wait
         client.after_wait = self._after_wait
@@ -286,10 +287,13 @@ class Worker:
             self._set_devices(run.devices)
         if template.env_vars or self._replaced:
             self._set_variables(template)
-        if template.group_id or current.group_id:
+        if template.group_id or template.env_vars or template.packages or references._inherited:
             current.group_id = template.group_id
             current.captures = template.captures
-            references._capture = template.group_id if template.captures else b""
+            current.env_vars = template.env_vars
+            current.packages = template.packages
+            hands_on = template.captures or template.env_vars or template.packages
+            references._inherited = template.template_id if hands_on else b""
         self.client.begin_task(run.task_id, run.attempt)
 
     def _set_variables(self, template: Template) -> None:
@@ -319,6 +323,10 @@ class Worker:
         answer = self.client.fetch_template(run.template_id, ids.home_of_task(run.task_id))
         template = answer.template
         assert template is not None
+        if template.packages and not self._entered:
+            # Before its function is unpickled: that may import what the packages bring.
+            environment.enter(self.client, self._settings["packages"], template)
+            self._entered = True
         function: Any = None
         if template.kind != METHOD:
             packed: Any = answer.function
@@ -517,4 +525,4 @@ def _us(began_s: float) -> int:
 
 # Last, because they import from here: what actors need is in the zygote before the first fork.
 import hpcray.worker.hosting  # noqa: E402, F401
-from hpcray.worker import generators  # noqa: E402
+from hpcray.worker import environment, generators  # noqa: E402

@@ -33,6 +33,7 @@ import importlib
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import sys
@@ -106,9 +107,10 @@ class ReapRequest(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=2)
 
 
 class CleanupRequest(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=3):
-    """Unlink these files if the node vanishes. Replaces the former list."""
+    """Unlink these files, and remove the folder, if the node vanishes. Replaces the former ones."""
 
     paths: tuple[str, ...]
+    folder: str = ""
 
 
 class StopRequest(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=4):
@@ -177,6 +179,7 @@ class Zygote:
         self._dead: dict[int, int] = {}  # number -> pid, zombies
         self._burying: list[int] = []  # pids, zombies that the node is done with
         self._cleanup_paths: tuple[str, ...] = ()
+        self._cleanup_folder = ""
         self._prctl = _load_prctl()
         self._blas = _blas_controller()
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -219,6 +222,8 @@ class Zygote:
             for path in self._cleanup_paths:
                 with contextlib.suppress(OSError):
                     os.unlink(path)
+            if self._cleanup_folder:
+                shutil.rmtree(self._cleanup_folder, ignore_errors=True)
 
     def _serve_one_request(self) -> StopRequest | None:
         try:
@@ -245,6 +250,7 @@ class Zygote:
                         self._burying.append(self._dead.pop(request.number))
                 case CleanupRequest():
                     self._cleanup_paths = request.paths
+                    self._cleanup_folder = request.folder
                 case StopRequest():
                     return request
         finally:

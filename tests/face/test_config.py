@@ -55,7 +55,7 @@ def test_a_wrong_variable_is_named(name: str, value: str) -> None:
     ({"preload": "numpy"}, TypeError, "list of module names"),
     ({"namespace": ""}, ValueError, "namespace"),
     ({"labels": {"a": 1}}, TypeError, "labels"),
-    ({"runtime_env": {"working_dir": "."}}, NotImplementedError, "'working_dir'"),
+    ({"runtime_env": {"conda": "x"}}, NotImplementedError, "'conda'"),
     ({"runtime_env": {"env_vars": {"A=B": "c"}}}, ValueError, "A=B"),
 ])
 def test_a_wrong_argument_is_named(arguments: dict[str, Any], error: type, says: str) -> None:

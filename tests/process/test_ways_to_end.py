@@ -259,3 +259,24 @@ def test_an_error_before_the_session(start: Start, when: str):
                  "init": "import hpcray\nhpcray.init(num_cpus=-1)"}[when])
     job.finish(status=9 if when == "import" else 1)
 
+
+
+def test_packages_go_with_a_killed_node(start: Start):
+    """What workers have unpacked of a runtime_env is removed by the zygote."""
+    job = start(HEAD + """
+folder = os.path.join(os.environ["TMPDIR"], "mine")
+os.mkdir(folder)
+@ray.remote(runtime_env={"working_dir": folder})
+def where():
+    return os.getcwd()
+ray.init()
+print("unpacked in", ray.get(where.remote()), flush=True)
+try:
+    ray.get(ray.remote(time.sleep).remote(1000))
+except ray.exceptions.RaySystemError:
+    raise SystemExit(3)
+""")
+    job.expect("unpacked in .*hpcray-packages-")
+    job.kill("node")
+    job.finish(status=3)
+    assert not [name for name in os.listdir(job.environ["TMPDIR"]) if "packages" in name]
