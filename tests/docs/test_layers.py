@@ -50,7 +50,7 @@ NODE_KNOWS_OF_WORKER = {"worker", "worker.zygote"}
 EXTERNAL = {
     "mpi4py": ("transport.mpi", "collective."),
     "redis": ("control.",),
-    "dask": ("util.dask.",),
+    "dask": ("util.dask",),
     "cupy": ("gpu.",),
     "numpy": ("objects.segments", "gpu.", "collective."),
     "cloudpickle": ("client.serialization",),
