@@ -406,11 +406,14 @@ class Inventory:
 
     def task_state(self, task: TaskRecord) -> str:
         state = task.state
-        if state == RUNNING:
-            return "RUNNING" if self._is_running(task) else "SUBMITTED_TO_WORKER"
-        if state == WAITING and task.home != self._rank:
-            return "SUBMITTED_TO_WORKER"  # a call in its actor's queue
-        return _STATES[state]
+        if state == RUNNING and self._is_running(task):
+            return "RUNNING"
+        if task.template.kind == METHOD and (
+            state == RUNNING or (state == ASSIGNED and task.rank == self._rank)
+            or (state == WAITING and task.home != self._rank)
+        ):
+            return "PENDING_ACTOR_TASK_ORDERING_OR_CONCURRENCY"  # in its actor's queue
+        return "SUBMITTED_TO_WORKER" if state == RUNNING else _STATES[state]
 
     def _is_running(self, task: TaskRecord) -> bool:
         """Whether it runs, and does not lie unread at its worker."""

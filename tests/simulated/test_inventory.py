@@ -14,7 +14,8 @@ from hpcray.util.state.api import _merge
 TASKS = 24
 COLUMNS = ["task_id", "name", "state", "node_id"]
 STATES = {"PENDING_ARGS_AVAIL", "PENDING_NODE_ASSIGNMENT", "PENDING_ARGS_FETCH",
-          "SUBMITTED_TO_WORKER", "RUNNING", "FINISHED", "FAILED"}
+          "SUBMITTED_TO_WORKER", "PENDING_ACTOR_TASK_ORDERING_OR_CONCURRENCY", "RUNNING",
+          "FINISHED", "FAILED"}
 
 
 def nap(p: Process, seconds: float) -> Script:

@@ -66,8 +66,9 @@ class TaskState(StateSchema):
     """A task, an actor's creation or a call.
 
     `state`: PENDING_ARGS_AVAIL (its arguments are being made), PENDING_NODE_ASSIGNMENT (waits for
-    room), PENDING_ARGS_FETCH (its arguments are on their way), SUBMITTED_TO_WORKER (given to a
-    node, worker or actor, not begun), RUNNING, FINISHED, FAILED.
+    room), PENDING_ARGS_FETCH (its arguments are on their way), SUBMITTED_TO_WORKER (given to
+    another node or a worker, not begun), PENDING_ACTOR_TASK_ORDERING_OR_CONCURRENCY (a call in
+    its actor's queue), RUNNING, FINISHED, FAILED.
 
     Of what is over every node keeps the last 1,000 failed and up to 1,000 others; those know
     neither where they ran nor their attempt. `start_time_ms` is known of running tasks, not calls.
