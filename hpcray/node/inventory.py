@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from hpcray.node.actors import ActorHome, ActorState, class_name
 from hpcray.node.dispatch import Worker, WorkerState
 from hpcray.node.outbox import Outbox
+from hpcray.node.placement import MEMBER
 from hpcray.node.records import (
     ASSIGNED,
     FAILED,
@@ -376,9 +377,6 @@ class Inventory:
             found.append(WorkerFacts(0, machine.clients[0].pid))
         return [found, list(self.gone_workers)]
 
-    def _placement_groups(self, _: dict[str, Any]) -> Sources:
-        return []  # there are none yet
-
     @staticmethod
     def _live(
         records: dict[bytes, Any], query: dict[str, Any], key: str
@@ -619,6 +617,7 @@ COLUMNS: dict[str, dict[str, Column]] = {
         "error_type": lambda i, t: i.task_error(t)[0],
         "language": lambda _i, _t: "PYTHON",
         "required_resources": lambda _, t: _amounts(t.template.resources),
+        "placement_group_id": lambda _, t: t.template.group_id.hex() or None,
         "runtime_env_info": lambda _, t: (
             {"env_vars": dict(t.template.env_vars)} if t.template.env_vars else None),
         "start_time_ms": Inventory.task_age_ms,
@@ -639,6 +638,7 @@ COLUMNS: dict[str, dict[str, Column]] = {
         "death_cause": lambda _, a: (
             {"actor_died_error_context": {"error_message": a.failure.message}}
             if a.failure is not None else None),
+        "placement_group_id": lambda _, a: a.template.group_id.hex() or None,
         "is_detached": lambda _, a: a.detached,
         "repr_name": lambda _i, _a: "",
         "num_restarts": lambda _, a: a.incarnation,
@@ -668,16 +668,17 @@ COLUMNS: dict[str, dict[str, Column]] = {
         "pid": lambda _, w: w.pid,
         "exit_detail": lambda _, w: w.exit_detail,
     },
-    "placement_groups": {},
 }
 _SOURCES: dict[str, Callable[[Inventory, dict[str, Any]], Sources]] = {
     "tasks": Inventory._tasks,
     "actors": Inventory._actors,
     "objects": Inventory._objects,
     "workers": Inventory._workers,
-    "placement_groups": Inventory._placement_groups,
 }
 
 
 def _amounts(shape: Any) -> dict[str, float]:
-    return {name: amount / UNIT for name, amount in shape}
+    """Under the names the user gave: those of a bundle are `CPU@<group>`, `CPU@<group>:<index>`."""
+    found = {name.partition("@")[0]: amount / UNIT for name, amount in shape}
+    found.pop(MEMBER, None)
+    return found

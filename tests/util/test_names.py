@@ -13,6 +13,7 @@ def test_facts_of_the_context_that_are_rarely_asked_for(ray: ModuleType):
     assert context.get_accelerator_ids() == {"GPU": []}
     assert context.get_node_labels() == {}
     assert context.get_placement_group_id() is None
+    assert context.should_capture_child_tasks_in_placement_group is False
     with pytest.raises(NotImplementedError, match="MPI"):
         context.gcs_address  # noqa: B018
 
@@ -23,6 +24,12 @@ def test_facts_of_the_context_that_are_rarely_asked_for(ray: ModuleType):
 
     first, second = ray.get(inside.remote())
     assert first == second and first
+
+
+def test_the_empty_placement_group(ray: ModuleType):
+    from hpcray.util.placement_group import PlacementGroup
+
+    assert PlacementGroup.empty().is_empty
 
 
 @pytest.mark.parametrize("value", [True, False])

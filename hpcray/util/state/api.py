@@ -118,7 +118,7 @@ def list_placement_groups(
 ) -> list[PlacementGroupState]:
     """Placement groups. For the arguments see `list_tasks`."""
     return _list(
-        PlacementGroupState, "placement_groups", address, filters, limit, timeout, detail)
+        PlacementGroupState, _placement_groups, address, filters, limit, timeout, detail)
 
 
 # --- one record ----------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def get_placement_group(
     _explain: bool = False,
 ) -> PlacementGroupState | None:
     """The placement group with this hexadecimal id; None if unknown."""
-    return _get(PlacementGroupState, "placement_groups", id, None, address, timeout)
+    return _get(PlacementGroupState, _placement_groups, id, None, address, timeout)
 
 
 # --- counts --------------------------------------------------------------------------------------
@@ -419,6 +419,25 @@ def _jobs(client: Client, _timeout: float) -> list[dict[str, Any]]:
                         "pid": str(config.get("driver_pid", ""))},
         "runtime_env": dict(client.session.get("runtime_env") or {}),
     }]
+
+
+def _placement_groups(client: Client, timeout: float) -> list[dict[str, Any]]:
+    node_ids = client.session["node_ids"]
+    found = []
+    for group in client.request("placement_groups", {}, timeout):
+        group_id, ranks = group["group"].hex(), group["ranks"]
+        bundles = [
+            {
+                "bundle_id": {"placement_group_id": group_id, "bundle_index": index},
+                "unit_resources": {name: units / UNIT for name, units in bundle.items()},
+                "node_id": node_ids[ranks[index]] if ranks else None,
+            }
+            for index, bundle in enumerate(group["bundles"])
+        ]
+        found.append({
+            "placement_group_id": group_id, "name": group["name"], "state": group["state"],
+            "creator_job_id": client.job_id.hex(), "bundles": bundles})
+    return found
 
 
 __all__ = [
