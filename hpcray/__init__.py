@@ -40,7 +40,8 @@ __version__ = "0.1.0"
 ObjectID = ObjectRef  # Ray's older name
 
 # Submodules that load on first use.
-_LAZY = frozenset({"collective", "config", "futures", "gpu", "runtime_context", "testing", "util"})
+_LAZY = frozenset({"collective", "config", "experimental", "futures", "gpu", "runtime_context",
+                   "testing", "util"})
 
 
 def __getattr__(name: str) -> Any:

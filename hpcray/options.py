@@ -481,6 +481,7 @@ def task_template(function_id: bytes, name: str, options: Mapping[str, Any]) -> 
         soft=soft,
         spread=spread,
         max_calls=value_of(options, "max_calls"),
+        function_name=name if options.get("name") else "",
     )
     return _with_id(_in_group(_with_environment(template, options), options))
 
@@ -545,4 +546,5 @@ def method_template(
         group=options.get("concurrency_group") or "",
         unordered=unordered,
         **retries(options),
+        function_name=f"{class_name}.{method}" if options.get("name") else "",
     ))

@@ -6,7 +6,6 @@ known here (an actor's name, a handle to oneself), so those are slower.
 
 from __future__ import annotations
 
-from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 from hpcray.client import context, references
@@ -39,8 +38,7 @@ class RuntimeContext:
     def get_worker_id(self) -> str:
         """Of this process: the driver has one too."""
         client = references.current_client()
-        text = f"{client.job_id.hex()}/{client.rank}/{client.number}"
-        return blake2b(text.encode(), digest_size=28).hexdigest()
+        return ids.worker_id_hex(client.job_id, client.rank, client.number)
 
     def get_task_id(self) -> str | None:
         """Of the task running here; None in the driver."""

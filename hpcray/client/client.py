@@ -48,6 +48,7 @@ from hpcray.protocol.messages import (
     Released,
     Reply,
     Request,
+    Rows,
     SegmentClosed,
     SegmentDenied,
     SegmentGrant,
@@ -124,6 +125,7 @@ class Client:
         self._waiters: dict[bytes, Any] = {}  # id -> Waiter or list of Waiters, for values
         self._ready_waiters: dict[bytes, Any] = {}
         self._replies: dict[int, Waiter] = {}
+        self._rows: dict[int, list[Any]] = {}  # parts of replies on their way
         self._request_count = 0
         self._futures: dict[bytes, list[tuple[Any, Future[Any]]]] = {}
         self._ready_futures: deque[tuple[Any, Future[Any]]] = deque()
@@ -736,13 +738,18 @@ class Client:
 
     # --- the slow path ----------------------------------------------------------------------------
 
-    def request(self, name: str, arguments: Any = None, timeout_s: float | None = None) -> Any:
-        """Ask the node something rare; the reply or its error."""
+    def request(
+        self, name: str, arguments: Any = None, timeout_s: float | None = None,
+        rows: list[Any] | None = None,
+    ) -> Any:
+        """Ask the node something rare: the reply or its error. `rows` takes what comes in parts."""
         with self._lock:
             self._check()
             self._request_count += 1
             number = self._request_count
             waiter = self._replies[number] = Waiter(1)
+            if rows is not None:
+                self._rows[number] = rows
             self._send_holds(self._channel.outbox)
             self._channel.outbox.append(Request(number, name, arguments))
             self._flush()
@@ -752,6 +759,7 @@ class Client:
                     raise exceptions.GetTimeoutError(f"no answer to {name!r} in {timeout_s} s")
             finally:
                 self._replies.pop(number, None)
+                self._rows.pop(number, None)
         reply: Reply = waiter.result
         if reply.error is not None:
             raise serialization.failure_to_exception(reply.error)
@@ -1046,6 +1054,11 @@ class Client:
             waiter.result = message
             waiter.remaining = 0
 
+    def _on_rows(self, message: Rows, _: list[int]) -> None:
+        rows = self._rows.get(message.request)
+        if rows is not None:
+            rows.extend(message.rows)
+
     def _on_output(self, message: Output, _: list[int]) -> None:
         self.on_output(message.lines)
 
@@ -1088,6 +1101,7 @@ _HANDLERS: dict[type, Callable[[Client, Any, list[int]], None]] = {
     SegmentReclaim: Client._on_reclaim,
     TemplateIs: Client._on_template,
     Reply: Client._on_reply,
+    Rows: Client._on_rows,
     Output: Client._on_output,
     CancelTask: Client._on_cancel,
     Welcome: Client._on_welcome,

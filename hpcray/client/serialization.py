@@ -178,6 +178,11 @@ def load_error(data: Any) -> BaseException:
     return error.as_instanceof_cause()
 
 
+def error_text(data: bytes) -> str:
+    """The traceback in an ERROR value; what was raised is not unpickled."""
+    return str(pickle.loads(memoryview(data)[1:])[1])
+
+
 def failure_to_exception(failure: values.Failure) -> BaseException:
     kind: Any = getattr(exceptions, failure.kind, None) or {
         "ValueError": ValueError, "TypeError": TypeError, "RuntimeError": RuntimeError,

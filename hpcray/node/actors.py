@@ -42,6 +42,7 @@ from hpcray.node.records import (
 from hpcray.protocol import ids, values
 from hpcray.protocol.messages import (
     METHOD,
+    ActorAt,
     ActorDown,
     ActorIs,
     ActorStop,
@@ -103,9 +104,9 @@ class Route:
 
 
 class ActorHome:
-    __slots__ = ("actor_id", "args", "client", "dep_count", "failure", "handle", "incarnation",
-                 "name",
-                 "namespace", "rank", "refs", "restarts_left", "state", "subscribers", "template")
+    __slots__ = ("actor_id", "args", "client", "dep_count", "detached", "failure", "handle",
+                 "incarnation", "name", "namespace", "pid", "rank", "refs", "restarts_left",
+                 "state", "subscribers", "template")
 
     def __init__(self, message: CreateActor, template: Template, client: int) -> None:
         self.actor_id = message.actor_id
@@ -115,6 +116,8 @@ class ActorHome:
         self.refs = message.refs
         self.dep_count = message.dep_count
         self.handle = message.handle
+        self.detached = message.detached
+        self.pid = 0  # of its worker, if that is on another node
         self.name = message.name
         self.namespace = message.namespace
         self.state = ActorState.PENDING
@@ -259,12 +262,21 @@ class Actors:
         self._machine.requests.actor_died(home.actor_id, home.namespace, home.name)
         self._publish(home)
         if ids.creation_object_id(home.actor_id) not in self._machine.directory.records:
-            self.homes.pop(home.actor_id, None)
+            self._forget(home)
+
+    def _forget(self, home: ActorHome) -> None:
+        if self.homes.pop(home.actor_id, None) is not None:
+            self._machine.inventory.actor_forgotten(home)
 
     def actor_down(self, message: ActorDown) -> None:
         home = self.homes.get(message.actor_id)
         if home is not None and message.incarnation == home.incarnation:
             self.went_down(home, message.failure, intended=message.intended)
+
+    def actor_at(self, message: ActorAt) -> None:
+        home = self.homes.get(message.actor_id)
+        if home is not None and message.incarnation == home.incarnation:
+            home.pid = message.pid
 
     def last_handle_gone(self, object_id: bytes) -> None:
         """The creation object is freed: the actor ends when its queue has drained."""
@@ -275,7 +287,7 @@ class Actors:
             home.restarts_left = 0
             self._stop(home, kill=False)
         elif home.state is ActorState.DEAD:
-            self.homes.pop(home.actor_id, None)
+            self._forget(home)
         # PENDING or RESTARTING: `_created` looks again.
 
     def kill(self, actor_id: bytes, *, no_restart: bool) -> None:
@@ -528,6 +540,10 @@ class Actors:
             held = hosted.template.held_resources
             self._machine.dispatcher.actor_holds(
                 hosted.worker, hosted.template.resources if held is None else held)
+            if hosted.home != self._rank:
+                self._outbox.peers[hosted.home].append(ActorAt(
+                    hosted.actor_id, hosted.incarnation,
+                    self._machine.dispatcher.workers[hosted.worker].pid))
         hosted.in_flight.pop(task.task_id, None)
         if hosted.calls:
             self._pump[task.actor_id] = hosted

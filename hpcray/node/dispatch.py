@@ -158,6 +158,7 @@ class Dispatcher:
         worker = self.workers.pop(number, None)
         if worker is None:
             return
+        self._machine.inventory.worker_gone(worker, failure)
         if worker.state is WorkerState.STARTING:
             self._starting -= 1
             self._stillborn += 1

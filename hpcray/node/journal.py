@@ -90,6 +90,7 @@ class Journal:
         writer = self._writer
         if machine.tasks.lineage:
             lineage, machine.tasks.lineage = machine.tasks.lineage, []
+            machine.inventory.remember(lineage)
             if writer is not None:
                 writer.write_lineage(self._rank, _encode(lineage))
         if machine.new_functions:

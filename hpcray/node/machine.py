@@ -19,6 +19,7 @@ from hpcray.node.actors import Actors
 from hpcray.node.cluster import Cluster
 from hpcray.node.directory import Directory
 from hpcray.node.dispatch import Dispatcher
+from hpcray.node.inventory import Inventory
 from hpcray.node.ledger import ResourceLedger
 from hpcray.node.memory import NodeMemory
 from hpcray.node.outbox import Outbox, ServePull, StopJob
@@ -61,6 +62,7 @@ class Machine:
         self.bundles = Bundles(self, self.outbox, self.dispatcher.ledger)
         self.groups = Groups(self, self.outbox)
         self.requests = Requests(self, self.outbox)
+        self.inventory = Inventory(self, self.outbox)
         self.directory.on_freed_creation = self.actors.last_handle_gone
         self._foreign_since_s: float | None = None
         self._squeezed = False
@@ -231,6 +233,8 @@ class Machine:
         self.cluster.end_turn(now_s)
         self.memory.end_turn()
         self.directory.end_turn()
+        if self.inventory.questions:
+            self.inventory.end_turn()
 
     def tick(self, now_s: float) -> None:
         """Every 10 ms or so while `wants_ticks`, else every second."""
@@ -285,7 +289,7 @@ class Machine:
     def wants_ticks(self) -> bool:
         return bool(
             self.dispatcher.piled or self.memory.waiting or self._foreign_since_s is not None
-            or self.cluster.load_is_stale
+            or self.cluster.load_is_stale or self.inventory.questions
             or self.directory.inline_bytes > self.memory.budget.capacity_bytes // 10
             or (self.size > 1 and (self.dispatcher.queued() or self.cluster.actors_waiting)))
 
@@ -381,6 +385,8 @@ _PEER_HANDLERS: dict[type, Callable[[Machine, int, Any], None]] = {
     m.ActorDown: lambda self, _, message: self.actors.actor_down(message),
     m.PeerRequest: lambda self, rank, message: self.requests.peer_asked(rank, message),
     m.PeerReply: lambda self, _, message: self.requests.peer_answered(message),
+    m.PeerRows: lambda self, _, message: self.inventory.peer_rows(message),
+    m.ActorAt: lambda self, _, message: self.actors.actor_at(message),
     m.Notice: Machine._notice,
     m.GiveBack: lambda self, rank, message: self.dispatcher.give_back_to(
         rank, message.shape, message.count),

@@ -79,6 +79,9 @@ QUEUED = 1  # unbound, in a queue of its home (or of the executor)
 FETCHING = 2  # bound to this node; dependencies are on their way
 ASSIGNED = 3  # bound to another rank, or to an actor
 RUNNING = 4  # sent to a worker of this node
+# Of a record that is only told of any more (node/inventory.py).
+FINISHED = 5
+FAILED = 6
 
 
 class TaskRecord(msgspec.Struct, gc=False):
@@ -105,10 +108,12 @@ class TaskRecord(msgspec.Struct, gc=False):
 class TemplateStatistics:
     """How long the tasks of a template take; drives batching and placement."""
 
-    __slots__ = ("count", "mean_us", "singly", "slow_us")
+    __slots__ = ("count", "mean_us", "raised", "singly", "slow_us", "told")
 
     def __init__(self) -> None:
         self.count = 0
+        self.told = 0  # of these, runs elsewhere
+        self.raised = 0  # of those here, runs that raised
         self.mean_us = 0.0
         self.slow_us = 0  # the slowest recent run
         # A worker died under one: batches would blur which, so go one by one from now on.

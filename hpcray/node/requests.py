@@ -8,6 +8,8 @@ requests keep the asking client's number until the answer comes back. Names:
     create_placement_group  remove_placement_group  placement_groups     groups, at node 0
     kill_actor  actor_handle                                             at the actor's home
     cancel                                                               at the task's home
+    locations  local_locations                      at the objects' home; at the asker's node
+    state                              what there is, at every node: see node/inventory.py
 """
 
 from __future__ import annotations
@@ -41,8 +43,8 @@ class Requests:
     def __init__(self, machine: Machine, outbox: Outbox) -> None:
         self._machine = machine
         self._outbox = outbox
-        # Forwarded: our number -> who asked, or None if nobody waits.
-        self._forwarded: dict[int, Asker | None] = {}
+        # Forwarded: our number -> who asked or what to call, or None if nobody waits.
+        self._forwarded: dict[int, Asker | Callable[[], None] | None] = {}
         self._count = 0
         self.names = Names()  # used on node 0
         # Names asked for here whose actors are not created yet: (client, its number) -> which.
@@ -62,6 +64,8 @@ class Requests:
             "create_placement_group": machine.groups.create,
             "remove_placement_group": machine.groups.remove,
             "placement_groups": machine.groups.table,
+            "locations": lambda arguments: self._machine.inventory.locations(arguments),
+            "local_locations": lambda arguments: self._machine.inventory.locations(arguments),
             "statistics": lambda _: self._machine.statistics(),
         }
 
@@ -69,6 +73,9 @@ class Requests:
 
     def asked(self, client: int, message: Request) -> None:
         name, arguments = message.name, message.arguments
+        if name == "state":
+            self._machine.inventory.asked(client, message)
+            return
         if name == "reserve_name":
             self._reserving[client, message.request] = Reservation(
                 arguments["actor_id"], arguments["namespace"], arguments["name"])
@@ -77,28 +84,39 @@ class Requests:
         if rank == self._machine.rank:
             self._answer(name, arguments, asker)
         else:
-            self._forward(rank, name, arguments, asker)
+            self.forward(rank, name, arguments, asker)
 
-    def _forward(self, rank: int, name: str, arguments: Any, asker: Asker | None) -> None:
+    def forward(
+        self, rank: int, name: str, arguments: Any, asker: Asker | Callable[[], None] | None
+    ) -> int:
+        """Ask another node; the number its answer will carry."""
         self._count += 1
         self._forwarded[self._count] = asker
         self._outbox.peers[rank].append(PeerRequest(self._count, name, arguments))
+        return self._count
 
     def _rank_for(self, name: str, arguments: Any) -> int:
         if name in ("kill_actor", "actor_handle"):
             return ids.home_of_actor(arguments["actor_id"])
         if name == "cancel":
             return ids.home_of_object(arguments["object_id"])
-        if name == "statistics":
+        if name == "locations":
+            return ids.home_of_object(arguments["ids"][:28])
+        if name in ("statistics", "local_locations"):
             return self._machine.rank
         return NAMES_RANK
 
     def peer_asked(self, rank: int, message: PeerRequest) -> None:
-        self._answer(message.name, message.arguments, (rank, -1, message.request))
+        if message.name == "state":
+            self._machine.inventory.peer_asked(rank, message.request, message.arguments)
+        else:
+            self._answer(message.name, message.arguments, (rank, -1, message.request))
 
     def peer_answered(self, message: PeerReply) -> None:
         asker = self._forwarded.pop(message.request, None)
-        if asker is not None:
+        if callable(asker):
+            asker()
+        elif asker is not None:
             self._deliver(asker, message.result, message.error)
 
     def _answer(self, name: str, arguments: Any, asker: Asker) -> None:
@@ -189,7 +207,7 @@ class Requests:
         if self._machine.rank == NAMES_RANK:
             self._handlers[request](arguments)
         else:
-            self._forward(NAMES_RANK, request, arguments, None)
+            self.forward(NAMES_RANK, request, arguments, None)
 
     def client_gone(self, number: int) -> None:
         """Names it has reserved for actors that will not be."""

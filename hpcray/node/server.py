@@ -212,6 +212,8 @@ class NodeServer:
             due_s = min(due_s, max(self._output.deadline_s, now_s + 0.001))
         if self._end_deadline_s is not None:
             due_s = min(due_s, self._end_deadline_s)
+        if machine is not None and machine.inventory.questions:
+            due_s = now_s  # a slice of the answer every turn
         self._next_due_s = due_s
 
     @staticmethod

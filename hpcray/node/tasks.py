@@ -367,6 +367,7 @@ class Tasks:
         if task is None or task.worker != client.number:
             return
         self._ran(task, message.run_us)
+        self.statistics[task.template.template_id].raised += 1
         if task.template.kind == ACTOR_CREATION:
             self._machine.actors.creation_failed(task, message.error)
             return
@@ -433,7 +434,9 @@ class Tasks:
     def peer_done(self, rank: int, message: TaskDone) -> None:
         task = self._current(rank, message)
         if task is not None:
-            self.statistics[task.template.template_id].add(message.run_us)
+            statistics = self.statistics[task.template.template_id]
+            statistics.add(message.run_us)
+            statistics.told += 1
             self.complete(task, message.value)
             self._machine.cluster.finished(rank, task)
 
@@ -451,7 +454,9 @@ class Tasks:
 
             directory.holders.release(barrier, rank, HandedOver(message.handover))
         if task is not None:
-            self.statistics[task.template.template_id].add(message.run_us)
+            statistics = self.statistics[task.template.template_id]
+            statistics.add(message.run_us)
+            statistics.told += 1
             self._finish(task)
             if task.template.stream == STREAM:
                 self._machine.streams.ended(task)
@@ -552,6 +557,8 @@ class Tasks:
             self._machine.directory.resolve_inline(ids.return_id(task.task_id, index), error)
         if task.template.stream == STREAM:
             self._machine.streams.failed(task, error)
+        if task.task_id in self.records:
+            self._machine.inventory.failed(task, error)
         self._finish(task)
         if task.template.stream == STREAM:
             self._machine.streams.ended(task)

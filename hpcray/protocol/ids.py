@@ -115,6 +115,11 @@ def split_ids(joined: bytes) -> list[ObjectID]:
     return [joined[i : i + 28] for i in range(0, len(joined), 28)]
 
 
+def worker_id_hex(job: JobID, rank: int, client: int) -> str:
+    """Ray's 28-byte hexadecimal worker id, of client number `client` on that rank."""
+    return blake2b(f"{job.hex()}/{rank}/{client}".encode(), digest_size=28).hexdigest()
+
+
 def node_id_hex(rank: int, job_key: bytes) -> str:
     """Ray's 28-byte hexadecimal node id; the rank is its last four bytes."""
     return (blake2b(job_key + rank.to_bytes(4, "big"), digest_size=24).digest()

@@ -93,6 +93,7 @@ class Template(msgspec.Struct, array_like=True, gc=False, frozen=True):
     # Of a generator: NO_STREAM, STREAM (items as they come), DYNAMIC (all at the end).
     stream: int = 0
     stream_window: int = 0  # how far it may run ahead of its consumer; 0 without limit
+    function_name: str = ""  # if `name` is one the user gave
 
 
 class Located(msgspec.Struct, array_like=True, gc=False, frozen=True):
@@ -440,10 +441,17 @@ class JobEnded(_Message, tag=15):
     """Everything of the job is gone; nodes are parked (or leave)."""
 
 
+class Rows(_Message, tag=80):
+    """A part of the answer to a request; its Reply comes behind the last."""
+
+    request: int
+    rows: list[Any]
+
+
 ToClient = (
     Welcome | Value | ValueAt | Ready | Released | SegmentGrant | SegmentDenied | SegmentOpened
     | SegmentClosed | SegmentReclaim | TemplateIs | Reply | Output | CancelTask | InlineLimit
-    | JobEnded | Yielded | StreamEnded | StreamRoom
+    | JobEnded | Yielded | StreamEnded | StreamRoom | Rows
 )
 
 # --- node -> worker, the task channel -----------------------------------------------------------
@@ -799,6 +807,21 @@ class GiveBack(_Message, tag=37):
     count: int
 
 
+class PeerRows(_Message, tag=80):
+    """A part of the answer to a PeerRequest; its PeerReply comes behind the last."""
+
+    request: int
+    rows: list[Any]
+
+
+class ActorAt(_Message, tag=81):
+    """Host to home: the process the actor lives in, for those who list actors."""
+
+    actor_id: bytes
+    incarnation: int
+    pid: int
+
+
 ToPeer = (
     Joined | Begin | Ending | Ended | TemplateDef | FetchFunction | FunctionDef | Assign
     | AssignCall
@@ -808,6 +831,7 @@ ToPeer = (
     | Load | Demand | Grant | ActorWhere | ActorIs | ActorStop | ActorDown | PeerRequest | PeerReply
     | PeerOutput | Notice | RecallTask | GiveBack | PullMapped | PullEnded | TaskYield | TaskRoom
     | PrepareBundles | BundlesPrepared | CommitBundles | ReleaseBundles | GroupRemoved
+    | PeerRows | ActorAt
 )
 
 encode = msgspec.msgpack.Encoder().encode

@@ -211,6 +211,7 @@ class Process:
         self._defined: set[bytes] = set()
         self._answer: Any = None
         self._replies: dict[int, m.Reply] = {}
+        self.rows: dict[int, list[Any]] = {}  # parts of replies, by request
         self._requests = 0
         self._tail = ids.id_tail(node.rank, cluster.job_id)
         self._counter = 0
@@ -846,6 +847,8 @@ class Process:
         elif kind is m.StreamRoom:
             if self.run is not None and self.run.task_id == message.task_id:
                 self._taken = max(self._taken, message.taken)
+        elif kind is m.Rows:
+            self.rows.setdefault(message.request, []).extend(message.rows)
         elif kind is m.CancelTask:
             if self.run is not None and self.run.task_id == message.task_id:
                 self._cancelled = True

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hpcray.util.address import get_node_ip_address
     from hpcray.util.check_serialize import inspect_serializability
     from hpcray.util.completion import as_completed, map_unordered
+    from hpcray.util.object_locations import get_object_locations
 
 # Names that live in modules of another name; everything else is a submodule of this package.
 _NAMES = {
@@ -29,6 +30,7 @@ _NAMES = {
     "as_completed": "hpcray.util.completion",
     "deregister_serializer": "hpcray.client.serialization",
     "get_node_ip_address": "hpcray.util.address",
+    "get_object_locations": "hpcray.util.object_locations",
     "inspect_serializability": "hpcray.util.check_serialize",
     "list_named_actors": "hpcray.actor",
     "map_unordered": "hpcray.util.completion",
@@ -56,6 +58,7 @@ __all__ = [
     "deregister_serializer",
     "get_current_placement_group",
     "get_node_ip_address",
+    "get_object_locations",
     "get_placement_group",
     "inspect_serializability",
     "list_named_actors",

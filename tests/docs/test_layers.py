@@ -27,8 +27,8 @@ FLOORS = (
     ("transport", "control"),
     ("protocol", "exceptions", "config"),
 )
-FACE = {"__init__", "api", "actor", "definition", "environment", "futures", "options",
-        "remote_function", "runtime_context", "util"}
+FACE = {"__init__", "api", "actor", "definition", "environment", "experimental", "futures",
+        "options", "remote_function", "runtime_context", "util"}
 NEIGHBOURS = {
     ("worker", "client"): "a worker is a client of its node",
     ("launch", "client"): "connecting a driver makes its client",
@@ -50,6 +50,7 @@ NODE_KNOWS_OF_WORKER = {"worker", "worker.zygote"}
 EXTERNAL = {
     "mpi4py": ("transport.mpi", "collective."),
     "redis": ("control.",),
+    "dask": ("util.dask",),
     "cupy": ("gpu.",),
     "numpy": ("objects.segments", "gpu.", "collective."),
     "cloudpickle": ("client.serialization",),
@@ -59,7 +60,8 @@ PURE = ("protocol.", "objects.allocator", "objects.budget", "transport.peers", "
         "transport.transfers", "transport.base", "control.schema", "control.address",
         *(f"node.{name}" for name in (
             "machine", "directory", "holders", "tasks", "dispatch", "ledger", "actors", "cluster",
-            "memory", "names", "placement", "requests", "records", "outbox", "streams")))
+            "inventory", "memory", "names", "placement", "requests", "records", "outbox",
+            "streams")))
 WORLD = {"socket", "select", "selectors", "threading", "time", "os", "signal", "subprocess", "mmap",
          "multiprocessing", "asyncio", "ctypes", "fcntl", "pathlib", "random", "secrets", "mpi4py"}
 

@@ -100,7 +100,9 @@ def test_decisions_have_one_form() -> None:
     folder = ROOT / "docs" / "decisions"
     records = sorted(p for p in folder.glob("*.md") if p.name != "README.md")
     index = (folder / "README.md").read_text()
-    for number, record in enumerate(records, 1):
+    numbers = [int(record.name[:4]) for record in records]
+    assert len(set(numbers)) == len(numbers)
+    for number, record in zip(numbers, records, strict=True):
         text = record.read_text()
         assert record.name.startswith(f"{number:04d}-") and text.startswith(f"# {number}. ")
         assert re.findall(r"^## (.+)$", text, flags=re.M) == [
