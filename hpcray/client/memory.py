@@ -160,6 +160,10 @@ class ClientMemory:
 
         return pinned_view(view, release)
 
+    def unpin(self, object_id: bytes) -> None:
+        """Of what the node has pinned for us and nobody will open."""
+        self._unpins.append(object_id)
+
     def ensure_open(self, segment: int) -> None:
         """Map the segment for reading; asks the node for its descriptor the first time."""
         from hpcray.client.client import Waiter

@@ -273,6 +273,7 @@ class Worker:
             raise KeyboardInterrupt
 
     def cancellation(self, run: Run, began_s: float) -> Failed:
+        self._unpin(run, run.deps)
         failure = values.Failure("TaskCancelledError", "", run.task_id.hex())
         return Failed(run.task_id, run.attempt, _us(began_s), values.pack_failure(failure))
 
@@ -349,7 +350,14 @@ class Worker:
         if not run.deps:
             args, kwargs = serialization.deserialize(run.args)
             return args, kwargs
-        data = [self._dependency(run, index, dep) for index, dep in enumerate(run.deps)]
+        deps, run.deps = run.deps, ()  # from here on they are opened, or unpinned below
+        data: list[Any] = []
+        try:
+            for index, dep in enumerate(deps):
+                data.append(self._dependency(run, index, dep))
+        except BaseException:
+            self._unpin(run, deps, len(data))
+            raise
         for item in data:
             if item[0] >= values.ERROR:
                 raise FailedDependency(bytes(item))
@@ -364,6 +372,12 @@ class Worker:
             if type(value) is Placeholder:
                 kwargs[key] = found[value.index]
         return args, kwargs
+
+    def _unpin(self, run: Run, deps: tuple[bytes | Located, ...], start: int = 0) -> None:
+        """Let go of dependencies that will not be opened."""
+        for index in range(start, len(deps)):
+            if type(deps[index]) is Located:
+                self.client.memory.unpin(run.ids[index * 28 : index * 28 + 28])
 
     def _dependency(self, run: Run, index: int, dep: bytes | Located) -> Any:
         object_id = run.ids[index * 28 : index * 28 + 28]
@@ -411,6 +425,7 @@ class Worker:
 
     def failure(self, run: Run, name: str, began_s: float, error: BaseException,
                 template: Template | None = None) -> Failed:
+        self._unpin(run, run.deps)
         task_error = exceptions.TaskError(
             name, self.describe(name, error), error, os.getpid(), self.address, self.rank,
             run.actor_id.hex() or None)

@@ -493,3 +493,32 @@ def _call_until_up(ray, actor, method="call"):
             return ray.get(getattr(actor, method).remote(), timeout=30)
         except ray.exceptions.ActorUnavailableError:
             continue
+
+
+@pytest.mark.hpcray_only("what a node has pinned is not seen from outside in Ray")
+@pytest.mark.parametrize("how", ["function", "argument"])
+def test_arguments_of_a_task_that_cannot_start_are_let_go(ray, eventually, how):
+    """Its function, or one of its arguments, cannot be unpickled: the others are not kept."""
+    import hpcray.client.references as references
+
+    class Bomb:
+        def __reduce__(self):
+            return (exec, ("raise ValueError('cannot be read')",))
+
+    def used():
+        return references.current_client().request("statistics")["object_bytes"]
+
+    before = used()
+    large = ray.put(bytes(1_000_000))
+    if how == "function":
+        bomb = Bomb()
+        task = ray.remote(lambda *args: bomb)
+        ref = task.remote(large)
+    else:
+        bad = ray.put([Bomb(), bytes(200_000)])
+        ref = ray.remote(lambda *args: None).remote(bad, large)
+        del bad
+    with pytest.raises(Exception, match="cannot be read"):
+        ray.get(ref)
+    del large, ref
+    eventually(lambda: used() <= before)
