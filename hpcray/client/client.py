@@ -748,8 +748,7 @@ class Client:
             self._request_count += 1
             number = self._request_count
             waiter = self._replies[number] = Waiter(1)
-            if rows is not None:
-                self._rows[number] = rows
+            found = self._rows[number] = [] if rows is None else rows
             self._send_holds(self._channel.outbox)
             self._channel.outbox.append(Request(number, name, arguments))
             self._flush()
@@ -763,7 +762,7 @@ class Client:
         reply: Reply = waiter.result
         if reply.error is not None:
             raise serialization.failure_to_exception(reply.error)
-        return reply.result
+        return found + reply.result if rows is None and found else reply.result
 
     def notify(self, message: Any) -> None:
         """Queue a one-way message and send it now."""
@@ -803,6 +802,12 @@ class Client:
         """Send what is queued; with `drain` (before a process idles) dropped refs too."""
         with self._lock:
             self._flush(drain=drain)
+
+    def flush_drops(self) -> None:
+        """Before a process idles: tell of refs and views that have died, if any did."""
+        with self._lock:
+            if self._refs.pending_drops() or self.memory.pending_unpins():
+                self._flush(drain=True)
 
     def flush_lingering(self) -> bool:
         """By the helper: send what has waited; whether there was anything."""

@@ -45,6 +45,7 @@ from hpcray.protocol import ids, values
 from hpcray.protocol.messages import (
     ACTOR_CREATION,
     METHOD,
+    ROWS_BYTES,
     TASK,
     UNIT,
     PeerReply,
@@ -64,8 +65,6 @@ SLICE = 2000
 KEPT = 1000
 # An error larger than this is not kept: its ref has it.
 _ERROR_BYTES = 8 * 1024
-# Rows of a message; a datagram has its limit.
-_ROWS_BYTES = 64 * 1024
 
 Row = list[Any]
 Sources = list[Iterable[Any]]
@@ -308,7 +307,7 @@ class Inventory:
         question.rows.append(row)
         question.nbytes += 16 * len(row) + sum(
             len(value) for value in row if type(value) is str or type(value) is bytes)
-        if question.nbytes > _ROWS_BYTES:
+        if question.nbytes > ROWS_BYTES:
             self._send(question)
 
     @staticmethod

@@ -14,19 +14,42 @@ requests keep the asking client's number until the answer comes back. Names:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from hpcray.node.names import Asker, Names, NotYet, RequestError
 from hpcray.node.outbox import Outbox
 from hpcray.protocol import ids
-from hpcray.protocol.messages import PeerReply, PeerRequest, Reply, Request
+from hpcray.protocol.messages import (
+    ROWS_BYTES,
+    PeerReply,
+    PeerRequest,
+    Reply,
+    Request,
+    Rows,
+    encode,
+)
 from hpcray.protocol.values import Failure
 
 if TYPE_CHECKING:
     from hpcray.node.machine import Machine
 
 NAMES_RANK = 0
+
+
+def parts(rows: list[Any]) -> Iterator[list[Any]]:
+    """A long list in lists that fit into a datagram each."""
+    part: list[Any] = []
+    nbytes = 0
+    for row in rows:
+        size = len(encode(row))
+        if part and nbytes + size > ROWS_BYTES:
+            yield part
+            part, nbytes = [], 0
+        part.append(row)
+        nbytes += size
+    if part:
+        yield part
 
 
 class Reservation:
@@ -141,7 +164,11 @@ class Requests:
             return
         alive = client in self._machine.clients
         if alive:
-            self._outbox.clients[client].append(Reply(number, result, error))
+            to_client = self._outbox.clients[client]
+            if type(result) is list and len(encode(result)) > ROWS_BYTES:
+                to_client += [Rows(number, part) for part in parts(result)]
+                result = []
+            to_client.append(Reply(number, result, error))
         reservation = self._reserving.get((client, number)) if self._reserving else None
         if reservation is not None:
             reservation.granted = result is None and error is None

@@ -32,6 +32,8 @@ UNIT = 10_000
 
 # A datagram stays below what a default socket buffer takes (212,992 B), with room to spare.
 DATAGRAM_MAX_BYTES = 160 * 1024
+# What one message of many rows carries, so that it fits.
+ROWS_BYTES = 64 * 1024
 
 
 class _Message(msgspec.Struct, array_like=True, gc=False):

@@ -139,6 +139,7 @@ class Worker:
         self.rank = settings.get("rank", 0)
         self._retry_only: dict[bytes, tuple[type, ...]] = {}
         self._devices: tuple[int, ...] | None = None
+        self._surrounded = False  # the last task had a group or an environment
         self._entered = False  # a runtime environment, for good
         self._replaced: dict[str, str | None] = {}  # variables as they were before the task
         client.before_wait = self._before_wait
@@ -288,7 +289,8 @@ class Worker:
             self._set_devices(run.devices)
         if template.env_vars or self._replaced:
             self._set_variables(template)
-        if template.group_id or template.env_vars or template.packages or references._inherited:
+        if template.group_id or template.env_vars or template.packages or self._surrounded:
+            self._surrounded = bool(template.group_id or template.env_vars or template.packages)
             current.group_id = template.group_id
             current.captures = template.captures
             current.env_vars = template.env_vars

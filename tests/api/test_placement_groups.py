@@ -291,3 +291,14 @@ def test_a_group_that_can_never_be_is_told(run_driver):
     assert done.returncode == 0, done.stderr
     assert "placement group apart" in done.stdout + done.stderr
     assert "can never hold" in done.stdout + done.stderr
+
+
+@pytest.mark.hpcray_only("an answer that is longer than a datagram")
+def test_a_table_of_many_groups(ray4, util):
+    groups = [util.placement_group([{"CPU": 1000}] * 20, name=f"many {i}") for i in range(300)]
+    table = util.placement_group_table()
+    assert [table[group.id.hex()]["name"] for group in groups] == [
+        f"many {i}" for i in range(300)]
+    assert all(len(table[group.id.hex()]["bundles"]) == 20 for group in groups)
+    for group in groups:
+        util.remove_placement_group(group)
