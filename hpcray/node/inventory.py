@@ -59,8 +59,8 @@ from hpcray.protocol.messages import (
 if TYPE_CHECKING:
     from hpcray.node.machine import Machine
 
-# Records looked at per turn: about 2 ms.
-SLICE = 2000
+# Records looked at per turn: under 1 ms. What runs meanwhile takes a few turns for a round trip.
+SLICE = 500
 # Things that are over and still told of, of each kind.
 KEPT = 1000
 # An error larger than this is not kept: its ref has it.
