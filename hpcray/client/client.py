@@ -803,12 +803,6 @@ class Client:
         with self._lock:
             self._flush(drain=drain)
 
-    def flush_drops(self) -> None:
-        """Before a process idles: tell of refs and views that have died, if any did."""
-        with self._lock:
-            if self._refs.pending_drops() or self.memory.pending_unpins():
-                self._flush(drain=True)
-
     def flush_lingering(self) -> bool:
         """By the helper: send what has waited; whether there was anything."""
         with self._lock:

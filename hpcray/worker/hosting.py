@@ -235,9 +235,10 @@ class AsyncActor(HostedActor):
         self.worker.client.complete_futures()
 
     def _readable(self, queue: deque[Run | Stop]) -> None:
-        # One datagram: if there are more, the loop calls again, which costs less than asking here.
         try:
-            self.worker.read_tasks(wait=False)
+            for _ in range(16):
+                if not self.worker.read_tasks(wait=False):
+                    break
         except ChannelClosed:
             os._exit(1)
         self._start_calls(queue)
@@ -259,8 +260,6 @@ class AsyncActor(HostedActor):
     def _over(self, task_id: bytes, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
         self._by_id.pop(task_id, None)
-        if not self._running:
-            self.worker.client.flush_drops()  # what died with the call, after its outcome left
 
     def _cancel(self, task_id: bytes) -> None:
         """By whoever reads the client channel."""
@@ -312,9 +311,7 @@ class AsyncActor(HostedActor):
                     raise
                 name = template.name if template is not None else "method"
                 worker.client.report(worker.failure(run, name, began_s, error, template))
-            if len(self._running) == 1:
-                self._flush()  # the only call: nothing else can join its outcome
-            elif not self._flush_due:
+            if not self._flush_due:
                 self._flush_due = True
                 self._loop.call_soon(self._flush)
 
