@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpcray.node.names import Asker, Names, NotYet, RequestError
 from hpcray.node.outbox import Outbox
-from hpcray.protocol import ids
+from hpcray.protocol import ids, labels
 from hpcray.protocol.messages import PeerReply, PeerRequest, Reply, Request
 from hpcray.protocol.values import Failure
 
@@ -176,7 +176,8 @@ class Requests:
                 if rank != self._machine.rank:
                     for name, amount in view.free.items():
                         free[name] = free.get(name, 0) + max(amount, 0)
-        return {name: amount for name, amount in free.items() if amount > 0 and "@" not in name}
+        return {name: amount for name, amount in free.items()
+                if amount > 0 and "@" not in name and not labels.is_condition(name)}
 
     # --- names ------------------------------------------------------------------------------------
 
