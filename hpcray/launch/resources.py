@@ -305,7 +305,7 @@ def _accelerator(root: Path) -> str:
     an A100. AMD's drivers have no name for people."""
     gpus = root / "proc/driver/nvidia/gpus"
     for entry in _list(gpus):
-        model = re.search(r"^Model:\s*(.+)$", read_text(gpus / entry / "information"), re.MULTILINE)
+        model = re.search(r"^Model:[ \t]*(\S.*)$", read_text(gpus / entry / "information"), re.MULTILINE)
         if model is None:
             continue
         words = [word for word in model[1].split() if word not in _MAKERS]

@@ -139,7 +139,7 @@ class Cluster:
         template = task.template
         total = self._totals.get(template.rank)
         if total is None or not _covers(total, template.resources):
-            why = (f"there is no rank {template.rank} in this job" if total is None
+            why = ("there is no such node in this job (an id of another job?)" if total is None
                    else f"it can never hold {describe(template.resources)}")
             return self._place_elsewhere_or_fail(task, template.soft, why)
         if template.rank != self._rank:
@@ -421,17 +421,21 @@ class Cluster:
             ledger = dispatcher.ledger
             if spread and ledger.fits(shape) and count <= ledger.slots(shape):
                 continue  # it was this node's turn: they wait for workers only
-            self._demand(shape, count, False, spread, now_s)
+            self._demand(shape, queue.tasks, False, spread, now_s)
         for shape, waiting in self._actors_waiting.items():
-            self._demand(shape, len(waiting), True, False, now_s)
+            self._demand(shape, waiting, True, False, now_s)
 
     def _demand(
-        self, shape: Shape, count: int, actor: bool, spread: bool, now_s: float
+        self, shape: Shape, waiting: deque[TaskRecord], actor: bool, spread: bool, now_s: float
     ) -> None:
+        count = len(waiting)
         last = self._demanded.get((shape, actor))
         if last is None or count > 2 * last[0] or now_s - last[1] > _REPEAT_S:
             self._demanded[(shape, actor)] = (count, now_s)
-            self._to_scheduler(Demand(shape, count, actor, spread))
+            # Other homes' tasks are not ours to bind: a grant for them would only make the granted
+            # node look full. (Ours are seldom far behind; there are few of theirs.)
+            if any(task.home == self._rank for task in waiting):
+                self._to_scheduler(Demand(shape, count, actor, spread))
 
     def _send_load(self, now_s: float) -> None:
         dispatcher = self._machine.dispatcher
@@ -470,11 +474,12 @@ class Cluster:
 
 
 class NodeView:
-    __slots__ = ("actors", "free", "labels", "met", "queued", "recent", "total")
+    __slots__ = ("actors", "free", "labels", "met", "queued", "recent", "reported", "total")
 
     def __init__(self, node: Joined) -> None:
         self.total = dict(node.resources)
-        self.free = dict(self.total)
+        self.reported = dict(self.total)  # free, as it last said
+        self.free = dict(self.total)  # less what was granted since
         self.labels = dict(node.labels)
         # Conditions on labels it meets. It says so itself once it has met a task with them.
         self.met: dict[str, int] = {}
@@ -510,7 +515,8 @@ class GlobalScheduler:
     def load(self, rank: int, message: Load) -> None:
         view = self.views.get(rank)
         if view is not None:
-            view.free = {**dict(message.free), **view.met}
+            view.reported = dict(message.free)
+            view.free = {**view.reported, **view.met}
             view.queued = message.queued
             view.actors = message.actors
             self._changed = True

@@ -288,7 +288,8 @@ class Worker:
             self._set_devices(run.devices)
         if template.env_vars or self._replaced:
             self._set_variables(template)
-        if template.group_id or template.env_vars or template.packages or references._inherited:
+        if (template.group_id or current.group_id or template.env_vars or template.packages
+                or references._inherited):
             current.group_id = template.group_id
             current.captures = template.captures
             current.env_vars = template.env_vars

@@ -235,3 +235,21 @@ def test_priorities_of_what_is_not_bound_yet(seed: int) -> None:
     order = [n // 4 for n in c.order]  # type: ignore[attr-defined]
     last_urgent = max(i for i, priority in enumerate(order) if priority == 2)
     assert last_urgent < order.index(0), order
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_what_is_free_is_known_when_a_burst_is_over(seed: int) -> None:
+    """An executor asks for no room for others' tasks: nobody would use it, and it looked taken."""
+    def program(p: Process) -> Script:
+        for _ in range(5):
+            refs = [p.submit("where", [0.002], spread=True)[0] for _ in range(60)]
+            yield from gather(p, refs)
+            yield from p.sleep(0.03)
+            scheduler = p.node.machine.cluster.scheduler
+            assert scheduler is not None
+            for rank, view in scheduler.views.items():
+                free = p.cluster.nodes[rank].machine.dispatcher.ledger.free
+                assert view.free["CPU"] == free["CPU"], (rank, p.cluster.now_s)
+        return []
+
+    ran_on(cluster(seed), program)
