@@ -17,12 +17,15 @@ from urllib.parse import urlsplit, urlunsplit
 
 import msgspec
 
+from hpcray.protocol.labels import check_labels, parse_labels
+
 # Every variable read here, for `hpcray doctor` and the documentation.
 ENVIRONMENT = {
     "HPCRAY_NUM_CPUS": "CPUs of each node",
     "HPCRAY_NUM_GPUS": "GPUs of each node",
     "HPCRAY_OBJECT_STORE_BYTES": "shared memory each node may use for objects",
     "HPCRAY_MEMORY_BYTES": "the `memory` resource of each node",
+    "HPCRAY_LABELS": "labels of a node, read on every rank: JSON, or zone=a,tier=fast",
     "HPCRAY_NAMESPACE": "namespace of named actors",
     "HPCRAY_LOG_TO_DRIVER": "0: what workers print does not reach the driver's terminal",
     "HPCRAY_PRELOAD": "modules the zygote imports before it forks workers, separated by commas",
@@ -124,7 +127,7 @@ def make_config(
                        if log_to_driver is None else bool(log_to_driver)),
         preload=modules,
         runtime_env=check_runtime_env(runtime_env),
-        labels=_labels(labels),
+        labels=_labels(labels, found.text("HPCRAY_LABELS")),
         redis_url=redis_url,
         start_timeout_s=_seconds("start_timeout_s", start_timeout_s,
                                  found.number("HPCRAY_START_TIMEOUT_S"), 300.0),
@@ -238,10 +241,18 @@ def check_node_resources(resources: Mapping[str, float] | None) -> dict[str, flo
     for name, amount in resources.items():
         if not isinstance(name, str) or not name:
             raise TypeError(f"a resource is named by a non-empty string, not {name!r}")
+        check_resource_name(name)
         value = _amount(f"resources[{name!r}]", amount, None)
         if value is not None:
             checked[name] = value
     return checked
+
+
+def check_resource_name(name: str) -> None:
+    """Names that the runtime gives to parts of placement groups and to conditions on labels."""
+    if "@" in name or name[0] in "?~":
+        raise ValueError(f"a resource cannot be named {name!r}: '@', and '?' or '~' in front, are "
+                         "the runtime's own")
 
 
 _RESERVED = {
@@ -250,14 +261,18 @@ _RESERVED = {
 }
 
 
-def _labels(labels: Mapping[str, str] | None) -> dict[str, str]:
+def _labels(labels: Mapping[str, str] | None, of_this_rank: str) -> dict[str, str]:
+    """Those of every node. What the environment says of this one its node reads; here it is only
+    checked, where a mistake can be told."""
+    try:
+        parse_labels(of_this_rank)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"HPCRAY_LABELS in the environment: {error}") from None
     if labels is None:
         return {}
-    if not isinstance(labels, Mapping) or not all(
-        isinstance(item, str) for pair in labels.items() for item in pair
-    ):
+    if not isinstance(labels, Mapping):
         raise TypeError(f"labels must map str to str, not {labels!r}")
-    return dict(labels)
+    return check_labels(labels)
 
 
 def _amount(name: str, given: object, fallback: float | None) -> float | None:

@@ -166,15 +166,10 @@ class Definition:
 
         Raises:
           TypeError: it cannot be pickled.
-          ValueError: it is larger than MAX_PICKLED_BYTES, or placed on a rank that is not there.
+          ValueError: it is larger than MAX_PICKLED_BYTES.
         """
         if client.is_defined(template.template_id):
             return
-        if template.rank >= client.size and not template.soft:
-            raise ValueError(
-                f"{template.name}: its scheduling_strategy names rank {template.rank}, but this "
-                f"job has {client.size} node{'s' if client.size > 1 else ''}: a node id of "
-                "another job?")
         if client.is_defined(self.function_id):
             client.define(template, None)
         else:

@@ -18,15 +18,18 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from hpcray.client import context
-from hpcray.config import check_namespace, check_runtime_env
-from hpcray.protocol import messages
+from hpcray.config import check_namespace, check_resource_name, check_runtime_env
+from hpcray.protocol import labels, messages
 from hpcray.protocol.messages import (
     ACTOR_CREATION,
     DYNAMIC,
+    FAIL,
     METHOD,
+    SPILL,
     STREAM,
     TASK,
     UNIT,
+    WAIT,
     Template,
 )
 
@@ -36,6 +39,9 @@ if TYPE_CHECKING:
 # Ray's defaults.
 TASK_MAX_RETRIES = 3
 ASYNC_MAX_CONCURRENCY = 1000
+# What a task takes of an `accelerator_type:X`, in ten-thousandths.
+_ACCELERATOR_UNITS = 10
+_PRIORITY_MAX = 2**31 - 1
 
 Options = dict[str, Any]
 Resources = tuple[tuple[str, int], ...]
@@ -116,7 +122,26 @@ def _resources(name: str, value: Any) -> None:
             raise TypeError(f"a resource is named by a non-empty string, not {resource!r}")
         if resource in _OWN_OPTION:
             raise ValueError(f"use {_OWN_OPTION[resource]}= instead of {resource!r} in {name}")
+        check_resource_name(resource)
         amount(f"{name}[{resource!r}]", quantity)
+
+
+def _accelerator(name: str, value: Any) -> None:
+    _name(name, value)
+
+
+def _label_selector(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a dict, not {value!r}")
+    labels.parse_selector(value)
+
+
+def _priority(name: str, value: Any) -> None:
+    _whole(-_PRIORITY_MAX)(name, value)
+    if value is not None and value > _PRIORITY_MAX:
+        raise ValueError(f"{name} must be at most {_PRIORITY_MAX}, not {value}")
 
 
 def _num_returns(name: str, value: Any) -> None:
@@ -202,6 +227,7 @@ TABLE: dict[str, Option] = {
     "max_retries": Option("t", TASK_MAX_RETRIES, _whole(-1)),
     "retry_exceptions": Option("tm", False, _retry_exceptions),
     "max_calls": Option("t", 0, _whole(0)),
+    "priority": Option("t", 0, _priority),  # ours
     "namespace": Option("a", None, _namespace),
     "lifetime": Option("a", None, _lifetime),
     "get_if_exists": Option("a", False, _instance(bool, none=False)),
@@ -214,12 +240,12 @@ TABLE: dict[str, Option] = {
     "max_pending_calls": Option("a", -1, _whole(-1)),
     "concurrency_groups": Option("a", None, _groups),
     "concurrency_group": Option("m", None, _instance(str)),
+    "accelerator_type": Option("ta", None, _accelerator),
+    "label_selector": Option("ta", None, _label_selector),
     # Ray's, refused unless they say what happens anyway.
-    "accelerator_type": Option(
-        "ta", None, _any, "accelerator_type is not supported; name a custom resource instead"),
-    "label_selector": Option(
-        "ta", None, _any, "label_selector is not supported; use NodeAffinitySchedulingStrategy"),
-    "fallback_strategy": Option("ta", None, _any, "fallback_strategy is not supported"),
+    "fallback_strategy": Option(
+        "ta", None, _any, "fallback_strategy is not supported; NodeLabelSchedulingStrategy has "
+        "soft conditions"),
     "object_store_memory": Option(
         "ta", None, _any, "object_store_memory can be set for the job only: init(...)"),
     # Ray's older way to say PlacementGroupSchedulingStrategy.
@@ -293,29 +319,57 @@ def for_generator(options: Options, is_generator: bool, name: str) -> Options:
 # --- what they mean ------------------------------------------------------------------------------
 
 
-def placement(strategy: Any) -> tuple[int, bool, bool]:
-    """(rank or -1, soft, spread) of a scheduling strategy."""
+def placement(strategy: Any) -> dict[str, Any]:
+    """What a scheduling strategy says in a template."""
     if strategy is None or strategy == "DEFAULT":
-        return -1, False, False
+        return {}
     if strategy == "SPREAD":
-        return -1, False, True
+        return {"spread": True}
     # Only now: most programs never load it.
     from hpcray.util.scheduling_strategies import (
         NodeAffinitySchedulingStrategy,
+        NodeLabelSchedulingStrategy,
         PlacementGroupSchedulingStrategy,
         rank_of,
     )
 
     if isinstance(strategy, NodeAffinitySchedulingStrategy):
-        return rank_of(strategy.node_id), strategy.soft, False
+        return {"rank": rank_of(strategy.node_id), "soft": strategy.soft,
+                "unavailable": SPILL if strategy._spill_on_unavailable
+                else FAIL if strategy._fail_on_unavailable else WAIT}
+    if isinstance(strategy, NodeLabelSchedulingStrategy):
+        return {"spread": bool(strategy.soft)}
     if isinstance(strategy, PlacementGroupSchedulingStrategy):
-        return -1, False, False
+        return {}
     if isinstance(strategy, str):
         raise ValueError(f"scheduling_strategy must be 'DEFAULT', 'SPREAD' or a strategy object, "
                          f"not {strategy!r}")
     raise TypeError("scheduling_strategy must be 'DEFAULT', 'SPREAD' or one of the classes of "
                     "hpcray.util.scheduling_strategies, such as NodeAffinitySchedulingStrategy, "
                     f"not {strategy!r}")
+
+
+def _on_labels(template: Template, options: Mapping[str, Any]) -> Template:
+    """The template with its conditions on labels among its resources: see protocol/labels.py."""
+    selector = options.get("label_selector")
+    strategy = options.get("scheduling_strategy")
+    hard = labels.parse_selector(selector) if selector else []
+    soft: list[labels.Condition] = []
+    if strategy is not None and not isinstance(strategy, str):
+        from hpcray.util.scheduling_strategies import NodeLabelSchedulingStrategy, conditions
+
+        if isinstance(strategy, NodeLabelSchedulingStrategy):
+            hard += conditions(strategy.hard)
+            soft = conditions(strategy.soft)
+    if not hard and not soft:
+        return template
+    names = [labels.name(kind, found)
+             for kind, found in ((labels.HARD, hard), (labels.SOFT, soft)) if found]
+
+    def also(shape: Resources) -> Resources:
+        return tuple(sorted((*shape, *((name, labels.TAKEN) for name in names))))
+
+    return msgspec.structs.replace(template, resources=also(template.resources))
 
 
 def group_strategy(options: Mapping[str, Any]) -> Any:
@@ -401,6 +455,8 @@ def _explicit(options: Mapping[str, Any]) -> dict[str, int]:
         value = options.get(option)
         if value is not None:
             found[resource] = amount(option, value)
+    if options.get("accelerator_type"):
+        found[f"accelerator_type:{options['accelerator_type']}"] = _ACCELERATOR_UNITS
     return found
 
 
@@ -466,8 +522,11 @@ def _with_environment(template: Template, options: Mapping[str, Any]) -> Templat
     return template
 
 
+def _placed(template: Template, options: Mapping[str, Any]) -> Template:
+    return _with_id(_on_labels(_in_group(_with_environment(template, options), options), options))
+
+
 def task_template(function_id: bytes, name: str, options: Mapping[str, Any]) -> Template:
-    rank, soft, spread = placement(options.get("scheduling_strategy"))
     template = Template(
         template_id=b"",
         function_id=function_id,
@@ -477,13 +536,12 @@ def task_template(function_id: bytes, name: str, options: Mapping[str, Any]) -> 
         resources=task_resources(options),
         max_retries=value_of(options, "max_retries"),
         **retries(options),
-        rank=rank,
-        soft=soft,
-        spread=spread,
+        **placement(options.get("scheduling_strategy")),
         max_calls=value_of(options, "max_calls"),
         function_name=name if options.get("name") else "",
+        priority=value_of(options, "priority"),
     )
-    return _with_id(_in_group(_with_environment(template, options), options))
+    return _placed(template, options)
 
 
 def actor_concurrency(class_name: str, options: Mapping[str, Any], is_async: bool) -> int:
@@ -510,7 +568,6 @@ def overlapping(options: Mapping[str, Any], is_async: bool) -> bool:
 def actor_template(
     function_id: bytes, class_name: str, options: Mapping[str, Any], is_async: bool
 ) -> Template:
-    rank, soft, spread = placement(options.get("scheduling_strategy"))
     place, held = actor_resources(options)
     template = Template(
         template_id=b"",
@@ -519,15 +576,13 @@ def actor_template(
         name=f"{class_name}.__init__",
         resources=place,
         held_resources=None if held == place else held,
-        rank=rank,
-        soft=soft,
-        spread=spread,
+        **placement(options.get("scheduling_strategy")),
         max_restarts=value_of(options, "max_restarts"),
         max_concurrency=actor_concurrency(class_name, options, is_async),
         is_async=is_async,
         groups=tuple(sorted((options.get("concurrency_groups") or {}).items())),
     )
-    return _with_id(_in_group(_with_environment(template, options), options))
+    return _placed(template, options)
 
 
 def method_template(

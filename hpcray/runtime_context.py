@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hpcray.client import context, references
-from hpcray.protocol import ids
+from hpcray.protocol import ids, labels
 from hpcray.protocol.messages import UNIT
 
 if TYPE_CHECKING:
@@ -97,17 +97,22 @@ class RuntimeContext:
         """What the task or actor holds; nothing in the driver."""
         current = context.current()
         if not current.group_id:
-            return {name: units / UNIT for name, units in current.resources}
+            return {name: units / UNIT for name, units in current.resources
+                    if not labels.is_condition(name)}
         # In a placement group names carry the group, and "bundle" is its own.
         return {name.split("@")[0]: units / UNIT for name, units in current.resources
-                if ":" not in name and not name.startswith("bundle@")}
+                if "@" in name and not name.startswith("bundle@")
+                and ":" not in name.rpartition("@")[2]}
 
     def get_accelerator_ids(self) -> dict[str, list[str]]:
         """The devices the task or actor holds, by kind."""
         return {"GPU": [str(device) for device in context.current().devices]}
 
     def get_node_labels(self) -> dict[str, str]:
-        return dict(context.current().labels)
+        """Of the node this runs on."""
+        client = references.current_client()
+        [mine] = [node for node in client.request("nodes") if node["rank"] == client.rank]
+        return dict(mine["labels"])
 
     @property
     def runtime_env(self) -> dict[str, Any]:

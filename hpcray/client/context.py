@@ -7,7 +7,7 @@ driver has the one below with its driver task id.
 from __future__ import annotations
 
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 @dataclass(slots=True)
@@ -28,7 +28,6 @@ class TaskContext:
     # What its children inherit (see hpcray/environment.py).
     env_vars: tuple[tuple[str, str], ...] = ()
     packages: tuple[tuple[int, bytes], ...] = ()
-    labels: dict[str, str] = field(default_factory=dict)
 
 
 _process_context = TaskContext()

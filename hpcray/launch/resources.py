@@ -46,6 +46,8 @@ class HostResources:
         the user gave another number.
       shm_bytes: the size of /dev/shm, which the MPI library needs; our own segments are memfds,
         which do not count against it.
+      accelerator: the model of its GPUs as Ray names it ("H100"); "" if there are none, or nobody
+        says.
       sources: for each number ("cpus", "gpus", "memory"), in words, what decided it.
     """
 
@@ -56,6 +58,7 @@ class HostResources:
     shm_bytes: int
     node_ip: str
     hostname: str
+    accelerator: str
     sources: dict[str, str] = field(hash=False)
 
 
@@ -97,6 +100,7 @@ def detect_resources(
         shm_bytes=_filesystem_bytes(root / "dev/shm"),
         node_ip=node_ip(),
         hostname=socket.gethostname(),
+        accelerator=_accelerator(root) if gpu_ids else "",
         sources={"cpus": cpus.source, "gpus": gpu_source, "memory": memory.source},
     )
 
@@ -294,6 +298,26 @@ def _nvidia(root: Path) -> int:
     # A container may show the host's /proc but has device files only for what it was given.
     files = sum(re.fullmatch(r"nvidia\d+", name) is not None for name in _list(root / "dev"))
     return min(count, files) if files else count
+
+
+def _accelerator(root: Path) -> str:
+    """What the NVIDIA driver calls the first GPU, as Ray shortens it: "NVIDIA A100-SXM4-80GB" is
+    an A100. AMD's drivers have no name for people."""
+    gpus = root / "proc/driver/nvidia/gpus"
+    for entry in _list(gpus):
+        information = read_text(gpus / entry / "information")
+        model = re.search(r"^Model:[ \t]*(\S.*)$", information, re.MULTILINE)
+        if model is None:
+            continue
+        words = [word for word in model[1].split() if word not in _MAKERS]
+        if words and words[0] == "RTX":  # a family: its number belongs to the name
+            number = next((i for i, word in enumerate(words) if word[0].isdigit()), 0)
+            return "-".join(words[: number + 1])
+        return words[0].split("-")[0] if words else ""
+    return ""
+
+
+_MAKERS = ("NVIDIA", "Tesla", "Quadro", "GeForce")
 
 
 def _amd(root: Path) -> int:

@@ -22,6 +22,7 @@ from hpcray.launch.resources import detect_resources, widen_affinity
 from hpcray.node.journal import Journal
 from hpcray.node.pool import WorkerPool
 from hpcray.node.server import NodeServer
+from hpcray.protocol.labels import ACCELERATOR, HOST, parse_labels
 from hpcray.protocol.messages import UNIT, Joined
 from hpcray.transport.base import Transport
 
@@ -72,9 +73,15 @@ def main() -> int:
         "CPU": found.cpus * UNIT, "GPU": found.gpus * UNIT, "memory": found.memory_bytes * UNIT,
         f"node:{found.node_ip}": UNIT,
     }
+    node_labels = {HOST: found.hostname}
+    if found.accelerator:
+        resources[f"accelerator_type:{found.accelerator}"] = UNIT
+        node_labels[ACCELERATOR] = found.accelerator
+    node_labels.update(parse_labels(environ.get("HPCRAY_LABELS", "")))
     joined = Joined(
         launch.rank, found.hostname, found.node_ip, os.getpid(),
-        tuple((name, amount) for name, amount in sorted(resources.items()) if amount > 0))
+        tuple((name, amount) for name, amount in sorted(resources.items()) if amount > 0),
+        tuple(sorted(node_labels.items())))
     server = NodeServer(
         transport=transport, pool=pool, driver=driver, joined=joined,
         journal=journal,

@@ -11,6 +11,12 @@ it directly as results come back, until nothing waits.
 
 A grant is advice: the executor's own ledger decides, and what cannot start there soon comes
 back (`TaskReturned`).
+
+Where a task may run is decided by what never changes in a job: every node's resources and labels,
+known everywhere. A condition on labels is a name in the task's shape (protocol/labels.py), offered
+by the nodes that meet it. Tasks with an affinity go to their node (`place_at`); tasks that are to
+be spread, or prefer some nodes, are dealt out by their home in turn (`deal`) while there is room,
+and wait for grants like all others when there is none.
 """
 
 from __future__ import annotations
@@ -18,11 +24,24 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from hpcray.node.ledger import Shape, is_group_shape
 from hpcray.node.outbox import Outbox
 from hpcray.node.records import QUEUED, TaskRecord
-from hpcray.protocol import ids
-from hpcray.protocol.messages import ACTOR_CREATION, Demand, GiveBack, Grant, Joined, Load
+from hpcray.protocol import ids, labels, values
+from hpcray.protocol.messages import (
+    ACTOR_CREATION,
+    SPILL,
+    UNIT,
+    WAIT,
+    Demand,
+    GiveBack,
+    Grant,
+    Joined,
+    Load,
+    Template,
+)
 
 if TYPE_CHECKING:
     from hpcray.node.dispatch import ShapeQueue
@@ -42,6 +61,8 @@ _LOAD_INTERVAL_S = 0.002
 _ASK_BACK_S = 0.005
 _HEARTBEAT_S = 1.0
 _RECENT_S = 0.1
+# A node that had no room for what was dealt to it is left out for this long.
+_REST_S = 0.1
 # Below this many bytes an absent input does not decide where a task runs.
 _LOCALITY_BYTES = 4 * 1024 * 1024
 
@@ -57,6 +78,18 @@ class Lease:
         self.open = 0  # assigned, no outcome yet
 
 
+class Turns:
+    """Whose turn it is to get the next task of a shape that is dealt out."""
+
+    __slots__ = ("next", "ranks", "rests", "slots")
+
+    def __init__(self, slots: dict[int, int]) -> None:
+        self.ranks = list(slots)
+        self.slots = slots  # how many each could run at once if it had nothing else to do
+        self.next = 0
+        self.rests: dict[int, float] = {}  # until when
+
+
 class Cluster:
     """This node's dealings with the rest. The global scheduler itself is `GlobalScheduler`."""
 
@@ -65,6 +98,10 @@ class Cluster:
         self._outbox = outbox
         self._rank = machine.rank
         self.nodes: dict[int, Joined] = {}
+        # What each node has in all, conditions on labels that it meets among it.
+        self._totals: dict[int, dict[str, int]] = {}
+        self._turns: dict[Shape, Turns] = {}
+        self._movable: dict[bytes, Template] = {}
         self._leases: dict[tuple[int, Shape], Lease] = {}
         self._demanded: dict[tuple[Shape, bool], tuple[int, float]] = {}
         # Actors to be created, by what they need: placed one by one, where few actors are.
@@ -72,6 +109,127 @@ class Cluster:
         self._last_load: Any = None
         self._last_load_s = 0.0
         self.scheduler = GlobalScheduler() if self._rank == SCHEDULER_RANK else None
+
+    def joined(self, node: Joined) -> None:
+        """A node of the job, this one too."""
+        self.nodes[node.rank] = node
+        self._totals[node.rank] = dict(node.resources)
+        if self.scheduler is not None:
+            self.scheduler.joined(node)
+
+    def learn(self, shape: Shape) -> None:
+        """Conditions on labels in a shape: who meets them; if this node does, it says so."""
+        for name, _ in shape:
+            if not labels.is_condition(name):
+                continue
+            for rank, total in self._totals.items():
+                if may_run(dict(self.nodes[rank].labels), name):
+                    total[name] = labels.OFFERED
+                    if rank == self._rank:
+                        self._machine.dispatcher.ledger.offer_without_limit(name)
+
+    def totals(self) -> dict[int, dict[str, int]]:
+        """What each node has in all. To be copied before it is changed."""
+        return self._totals
+
+    # --- an affinity ------------------------------------------------------------------------------
+
+    def place_at(self, task: TaskRecord) -> bool:
+        """Bind a task to the node it asks for, or fail it; False if it is for this node's queue."""
+        template = task.template
+        total = self._totals.get(template.rank)
+        if total is None or not _covers(total, template.resources):
+            why = ("there is no such node in this job (an id of another job?)" if total is None
+                   else f"it can never hold {describe(template.resources)}")
+            return self._place_elsewhere_or_fail(task, template.soft, why)
+        if template.rank != self._rank:
+            self._machine.tasks.assign(task, template.rank)
+            return True
+        if template.unavailable != WAIT and not self._machine.dispatcher.has_room(template):
+            return self.unavailable(task)
+        return False
+
+    def unavailable(self, task: TaskRecord) -> bool:
+        """The node it asks for has no room now, and it would not wait."""
+        return self._place_elsewhere_or_fail(
+            task, task.template.unavailable == SPILL, "it has no room for it now")
+
+    def _place_elsewhere_or_fail(self, task: TaskRecord, elsewhere: bool, why: str) -> bool:
+        template = task.template
+        tasks = self._machine.tasks
+        if elsewhere:
+            task.template = self._without_affinity(template)
+            tasks.ready(task)
+            return True
+        creation = template.kind == ACTOR_CREATION
+        error = values.pack_failure(values.Failure(
+            "ActorUnschedulableError" if creation else "TaskUnschedulableError",
+            f"{template.name} asks for the node of rank {template.rank} and no other "
+            f"(soft=False), but {why}"))
+        if creation:
+            self._machine.actors.creation_failed_at_home(task, error)
+        else:
+            tasks.fail(task, error)
+        return True
+
+    def _without_affinity(self, template: Template) -> Template:
+        """The same for any node. Named by what it comes from: every node makes the same of it."""
+        other = self._movable.get(template.template_id)
+        if other is None:
+            name = bytes(255 - byte for byte in template.template_id)
+            other = msgspec.structs.replace(
+                template, template_id=name, rank=-1, soft=False, unavailable=WAIT)
+            self._movable[template.template_id] = other
+            self._machine.tasks.define(other)
+        return other
+
+    # --- dealing out ------------------------------------------------------------------------------
+
+    def deal(self, task: TaskRecord) -> bool:
+        """Bind a task to the node whose turn it is, if that has room; False: queue it here."""
+        shape = task.template.resources
+        turns = self._turns.get(shape)
+        if turns is None:
+            turns = self._turns[shape] = Turns(self._candidates(shape))
+        ranks = turns.ranks
+        for step in range(len(ranks)):
+            rank = ranks[(turns.next + step) % len(ranks)]
+            if not self._deals_to(rank, shape, turns):
+                continue
+            turns.next = (turns.next + step + 1) % len(ranks)
+            if rank == self._rank:
+                return False
+            lease = self._leases.get((rank, shape))
+            if lease is None:
+                lease = self._leases[(rank, shape)] = Lease(0)
+            lease.open += 1
+            lease.slots = max(lease.slots, min(lease.open, turns.slots[rank]))
+            self._machine.tasks.assign(task, rank)
+            return True
+        return False
+
+    def _deals_to(self, rank: int, shape: Shape, turns: Turns) -> bool:
+        if rank == self._rank:
+            return self._machine.dispatcher.has_room_for(shape)
+        if rank in turns.rests:
+            if self._machine.now_s < turns.rests[rank]:
+                return False
+            del turns.rests[rank]
+        lease = self._leases.get((rank, shape))
+        return lease is None or lease.open < turns.slots[rank]
+
+    def _candidates(self, shape: Shape) -> dict[int, int]:
+        """The nodes that could run it, this one first, and how many each; of those the preferred
+        ones, if there are any."""
+        able = {rank: _slots(total, shape) for rank, total in self._totals.items()
+                if _covers(total, shape)}
+        soft = [name for name, _ in shape if name[0] == labels.SOFT]
+        if soft:
+            preferred = {rank: slots for rank, slots in able.items() if all(
+                labels.meets(dict(self.nodes[rank].labels), name) for name in soft)}
+            able = preferred or able
+        size = self._machine.size
+        return dict(sorted(able.items(), key=lambda pair: (pair[0] - self._rank) % size))
 
     # --- binding what waits here ------------------------------------------------------------------
 
@@ -90,6 +248,9 @@ class Cluster:
             return False
         best = max(absent, key=lambda rank: (absent[rank], -rank))
         if absent[best] < _LOCALITY_BYTES or best == self._rank:
+            return False
+        shape = task.template.resources
+        if not is_group_shape(shape) and not _covers(self._totals[best], shape):
             return False
         self._machine.tasks.assign(task, best)
         return True
@@ -191,8 +352,11 @@ class Cluster:
     def _ask_back(self, shape: Shape, idle_rank: int) -> None:
         """A slot is idle and nothing waits here: take back what waits elsewhere unstarted."""
         now_s = self._machine.now_s
+        turns = self._turns.get(shape)
         for (rank, leased), lease in self._leases.items():
-            if (rank != idle_rank and leased == shape and lease.open > 1
+            # What was dealt to a node within its means runs there: nothing to take back.
+            enough = 1 if turns is None else turns.slots.get(rank, 1)
+            if (rank != idle_rank and leased == shape and lease.open > enough
                     and now_s - lease.asked_s > _ASK_BACK_S):
                 lease.asked_s = now_s
                 self._outbox.peers[rank].append(GiveBack(shape, 1))
@@ -207,6 +371,9 @@ class Cluster:
             lease.slots = max(lease.slots - 1, 0)
             if lease.open <= 0:
                 del self._leases[key]
+        turns = self._turns.get(task.template.resources)
+        if turns is not None:
+            turns.rests[rank] = self._machine.now_s + _REST_S
 
     # --- end of turn and time ---------------------------------------------------------------------
 
@@ -250,17 +417,25 @@ class Cluster:
             wait_us = count * (known.mean_us if known.count else 10_000) / cpus
             if wait_us < _PATIENCE_US and dispatcher.ledger.could_ever_fit(shape):
                 continue
-            self._demand(shape, count, False, queue.tasks[0].template.spread, now_s)
+            spread = queue.tasks[0].template.spread
+            ledger = dispatcher.ledger
+            if spread and ledger.fits(shape) and count <= ledger.slots(shape):
+                continue  # it was this node's turn: they wait for workers only
+            self._demand(shape, queue.tasks, False, spread, now_s)
         for shape, waiting in self._actors_waiting.items():
-            self._demand(shape, len(waiting), True, False, now_s)
+            self._demand(shape, waiting, True, False, now_s)
 
     def _demand(
-        self, shape: Shape, count: int, actor: bool, spread: bool, now_s: float
+        self, shape: Shape, waiting: deque[TaskRecord], actor: bool, spread: bool, now_s: float
     ) -> None:
+        count = len(waiting)
         last = self._demanded.get((shape, actor))
         if last is None or count > 2 * last[0] or now_s - last[1] > _REPEAT_S:
             self._demanded[(shape, actor)] = (count, now_s)
-            self._to_scheduler(Demand(shape, count, actor, spread))
+            # Other homes' tasks are not ours to bind: a grant for them would only make the granted
+            # node look full. (Ours are seldom far behind; there are few of theirs.)
+            if any(task.home == self._rank for task in waiting):
+                self._to_scheduler(Demand(shape, count, actor, spread))
 
     def _send_load(self, now_s: float) -> None:
         dispatcher = self._machine.dispatcher
@@ -299,11 +474,15 @@ class Cluster:
 
 
 class NodeView:
-    __slots__ = ("actors", "free", "queued", "recent", "total")
+    __slots__ = ("actors", "free", "labels", "met", "queued", "recent", "reported", "total")
 
-    def __init__(self, total: dict[str, int]) -> None:
-        self.total = total
-        self.free = dict(total)
+    def __init__(self, node: Joined) -> None:
+        self.total = dict(node.resources)
+        self.reported = dict(self.total)  # free, as it last said
+        self.free = dict(self.total)  # less what was granted since
+        self.labels = dict(node.labels)
+        # Conditions on labels it meets. It says so itself once it has met a task with them.
+        self.met: dict[str, int] = {}
         self.queued = 0
         self.actors = 0
         # When actors were granted here lately: loads that know nothing of them are on their way.
@@ -320,14 +499,24 @@ class GlobalScheduler:
         # Demands no node can ever meet, to be reported once each.
         self.impossible: list[tuple[int, Demand]] = []
         self._reported: set[tuple[int, Shape, bool]] = set()
+        self._learned: set[str] = set()
 
     def joined(self, node: Joined) -> None:
-        self.views[node.rank] = NodeView(dict(node.resources))
+        self.views[node.rank] = NodeView(node)
+
+    def learn(self, shape: Shape) -> None:
+        for name, _ in shape:
+            if labels.is_condition(name) and name not in self._learned:
+                self._learned.add(name)
+                for view in self.views.values():
+                    if may_run(view.labels, name):
+                        view.met[name] = view.total[name] = view.free[name] = labels.OFFERED
 
     def load(self, rank: int, message: Load) -> None:
         view = self.views.get(rank)
         if view is not None:
-            view.free = dict(message.free)
+            view.reported = dict(message.free)
+            view.free = {**view.reported, **view.met}
             view.queued = message.queued
             view.actors = message.actors
             self._changed = True
@@ -335,6 +524,7 @@ class GlobalScheduler:
     def demand(self, home: int, message: Demand) -> None:
         key = (home, message.shape, message.actor)
         if message.count:
+            self.learn(message.shape)
             self._demands[key] = message
             self._changed = True
             if key not in self._reported and not is_group_shape(message.shape) and not any(
@@ -355,8 +545,9 @@ class GlobalScheduler:
             home, shape, actor = key
             left = demand.count
             given: dict[int, int] = {}
+            soft = [name for name, _ in shape if name[0] == labels.SOFT]
             while left > 0:
-                rank = self._choose(home, shape, actor, now_s)
+                rank = self._choose(home, shape, actor, soft, now_s)
                 if rank is None:
                     break
                 view = self.views[rank]
@@ -368,7 +559,7 @@ class GlobalScheduler:
                     view.recent.append(now_s)
                 given[rank] = given.get(rank, 0) + slots
                 left -= slots
-                if not shape and not actor:
+                if not actor and _without_limit(shape):
                     break
             for rank, slots in given.items():
                 grants.append((home, Grant(rank, shape, slots, actor)))
@@ -378,9 +569,12 @@ class GlobalScheduler:
                 self._demands[key] = Demand(shape, left, actor, demand.spread)
         return grants
 
-    def _choose(self, home: int, shape: Shape, actor: bool, now_s: float) -> int | None:
-        """The node with room: fewest actors per CPU for an actor, shortest queue for a task."""
-        best: tuple[float, int, int] | None = None
+    def _choose(
+        self, home: int, shape: Shape, actor: bool, soft: list[str], now_s: float
+    ) -> int | None:
+        """The node with room: preferred by soft conditions; fewest actors per CPU for an actor,
+        shortest queue for a task."""
+        best: tuple[bool, float, int, int] | None = None
         for rank, view in self.views.items():
             if rank == home and not actor:
                 continue  # what fits there has started already
@@ -390,10 +584,24 @@ class GlobalScheduler:
             while view.recent and now_s - view.recent[0] > _RECENT_S:
                 view.recent.popleft()
             busy = (view.actors + len(view.recent)) / cpus if actor else view.queued / cpus
-            candidate = (busy, 0 if rank == home else 1, rank)
+            unwanted = bool(soft) and not all(labels.meets(view.labels, name) for name in soft)
+            candidate = (unwanted, busy, 0 if rank == home else 1, rank)
             if best is None or candidate < best:
                 best = candidate
-        return None if best is None else best[2]
+        return None if best is None else best[3]
+
+
+def may_run(node_labels: dict[str, str], condition: str) -> bool:
+    """Whether a node offers a condition: a hard one if it meets it, a soft one in any case."""
+    return condition[0] == labels.SOFT or labels.meets(node_labels, condition)
+
+
+def describe(shape: Shape) -> str:
+    """A shape for people."""
+    amounts = [f"{name}: {amount / UNIT:g}" for name, amount in shape
+               if not labels.is_condition(name)]
+    hard = [f"labels {name[1:]}" for name, _ in shape if name[0] == labels.HARD]
+    return ", ".join([f"{{{', '.join(amounts)}}}", *hard])
 
 
 def _covers(have: dict[str, int], shape: Shape) -> bool:
@@ -401,4 +609,9 @@ def _covers(have: dict[str, int], shape: Shape) -> bool:
 
 
 def _slots(free: dict[str, int], shape: Shape) -> int:
-    return min((free.get(name, 0) // amount for name, amount in shape), default=64)
+    return min((free.get(name, 0) // amount for name, amount in shape
+                if not labels.is_condition(name)), default=64)
+
+
+def _without_limit(shape: Shape) -> bool:
+    return all(labels.is_condition(name) for name, _ in shape)

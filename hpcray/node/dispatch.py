@@ -14,11 +14,13 @@ Invariants, checked by `validate`:
 DP-1  free + the shapes of all leases (less what blocked workers gave back) == total.
 DP-2  a RUNNING task is in exactly one datagram of exactly one worker, or in an actor.
 DP-3  an idle worker holds nothing.
+DP-4  a queue is in order of priority, the highest first.
 """
 
 from __future__ import annotations
 
 import enum
+from bisect import bisect_left, bisect_right
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +28,7 @@ from hpcray.node.ledger import ResourceLedger, Shape, cpu_part, is_group_shape, 
 from hpcray.node.outbox import KillWorker, Outbox, StartWorker, TakeBack
 from hpcray.node.records import QUEUED, TaskRecord
 from hpcray.protocol import values
-from hpcray.protocol.messages import ACTOR_CREATION, METHOD, Stop
+from hpcray.protocol.messages import ACTOR_CREATION, METHOD, Stop, Template
 
 if TYPE_CHECKING:
     from hpcray.node.machine import Machine
@@ -77,7 +79,7 @@ class Worker:
 
 
 class ShapeQueue:
-    __slots__ = ("creation", "leased", "shape", "starved", "tasks")
+    __slots__ = ("creation", "leased", "ranked", "shape", "starved", "tasks")
 
     def __init__(self, shape: Shape, creation: bool) -> None:
         self.shape = shape
@@ -85,6 +87,15 @@ class ShapeQueue:
         self.tasks: deque[TaskRecord] = deque()
         self.leased: dict[int, Worker] = {}
         self.starved = False  # reported as impossible
+        self.ranked = False  # has seen a priority: kept in order (DP-4)
+
+
+def _urgency(task: TaskRecord) -> int:
+    return -task.template.priority
+
+
+def _head_urgency(queue: ShapeQueue) -> int:
+    return _urgency(queue.tasks[0]) if queue.tasks else 0
 
 
 class Dispatcher:
@@ -102,6 +113,8 @@ class Dispatcher:
         # Workers with an unread datagram behind the running one.
         self.piled: dict[int, Worker] = {}
         self._dirty = False
+        # Some task has a priority: queues take turns by it.
+        self._ranked = False
         # How many forked workers died before they said hello, in a row.
         self._stillborn = 0
 
@@ -116,16 +129,34 @@ class Dispatcher:
         if queue is None:
             queue = self.queues[(template.resources, creation)] = ShapeQueue(
                 template.resources, creation)
-        if front:
+        if queue.ranked or template.priority:
+            self._insert(queue, task, front)
+        elif front:
             queue.tasks.appendleft(task)
         else:
             queue.tasks.append(task)
         self._dirty = True
 
+    def _insert(self, queue: ShapeQueue, task: TaskRecord, front: bool) -> None:
+        """By priority; among equals last, or first."""
+        tasks = queue.tasks
+        queue.ranked = self._ranked = True
+        bisect = bisect_left if front else bisect_right
+        tasks.insert(bisect(tasks, -task.template.priority, key=_urgency), task)
+
     def fetched(self, task: TaskRecord) -> None:
         """Its dependencies have arrived: it was next, it is next."""
         task.state = QUEUED
         self.enqueue(task, front=True)
+
+    def has_room_for(self, shape: Shape) -> bool:
+        """Whether one more such task could start now."""
+        queue = self.queues.get((shape, False))
+        waiting = len(queue.tasks) if queue is not None else 0
+        return self.ledger.fits(shape) and self.ledger.slots(shape) > waiting
+
+    def has_room(self, template: Template) -> bool:
+        return self.has_room_for(template.resources)
 
     def queued(self) -> int:
         return sum(len(queue.tasks) for queue in self.queues.values())
@@ -209,9 +240,13 @@ class Dispatcher:
             progress = True
             while progress:
                 progress = False
+                if self._ranked:
+                    busy.sort(key=_head_urgency)
                 for queue in busy:
                     if queue.tasks and self._lease_one(queue, now_s):
                         progress = True
+                        if self._ranked:
+                            break  # the most urgent again
             for queue in busy:
                 if queue.tasks:
                     self._start_for(queue)
@@ -549,4 +584,8 @@ class Dispatcher:
             held.append(shape)
             if worker.state is WorkerState.IDLE:
                 assert not worker.shape and not worker.datagrams, worker.number
+        for queue in self.queues.values():
+            urgency = [_urgency(task) for task in queue.tasks]
+            assert urgency == sorted(urgency), "DP-4"
+            assert queue.ranked or not any(urgency), "DP-4"
         self.ledger.validate(held)

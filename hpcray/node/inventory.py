@@ -41,7 +41,7 @@ from hpcray.node.records import (
     ObjectRecord,
     TaskRecord,
 )
-from hpcray.protocol import ids, values
+from hpcray.protocol import ids, labels, values
 from hpcray.protocol.messages import (
     ACTOR_CREATION,
     METHOD,
@@ -678,6 +678,7 @@ _SOURCES: dict[str, Callable[[Inventory, dict[str, Any]], Sources]] = {
 
 def _amounts(shape: Any) -> dict[str, float]:
     """Under the names the user gave: those of a bundle are `CPU@<group>`, `CPU@<group>:<index>`."""
-    found = {name.partition("@")[0]: amount / UNIT for name, amount in shape}
+    found = {name.partition("@")[0]: amount / UNIT for name, amount in shape
+             if not labels.is_condition(name)}
     found.pop(MEMBER, None)
     return found

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from hpcray.protocol.labels import OFFERED
 from hpcray.protocol.messages import UNIT
 
 Shape = tuple[tuple[str, int], ...]
@@ -86,6 +87,11 @@ class ResourceLedger:
         whole = [index for index, have in pool.items() if have == UNIT]
         count = wanted // UNIT
         return tuple(whole[:count]) if len(whole) >= count else None
+
+    def offer_without_limit(self, condition: str) -> None:
+        """This node meets a condition on labels: what asks for it may run here."""
+        if condition not in self.total:
+            self.total[condition] = self.free[condition] = OFFERED
 
     # --- placement groups: parts of what is held, offered again under names of their own ----------
 

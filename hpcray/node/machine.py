@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hpcray.node.actors import Actors
-from hpcray.node.cluster import Cluster
+from hpcray.node.cluster import Cluster, describe
 from hpcray.node.directory import Directory
 from hpcray.node.dispatch import Dispatcher
 from hpcray.node.inventory import Inventory
@@ -277,12 +277,12 @@ class Machine:
                       for _, demand in self.cluster.scheduler.impossible]
             self.cluster.scheduler.impossible.clear()
         for name, shape in found:
-            asked = _amounts(shape)
+            asked = describe(shape)
             have = ", ".join(
-                f"rank {node.rank}: {{{_amounts(node.resources)}}}"
+                f"rank {node.rank}: {describe(node.resources)}"
                 for _, node in sorted(self.cluster.nodes.items())[:8])
             self.outbox.notices.append(
-                f"Warning: {name} asks for {{{asked}}}, which no node of this job can ever offer "
+                f"Warning: {name} asks for {asked}, which no node of this job can ever offer "
                 f"(it has {have}). It stays pending; cancel it, or start a larger job.")
 
     @property
@@ -314,10 +314,6 @@ class Machine:
         self.actors.validate()
         self.bundles.validate()
         self.memory.budget.validate()
-
-
-def _amounts(shape: tuple[tuple[str, int], ...]) -> str:
-    return ", ".join(f"{key}: {amount / m.UNIT:g}" for key, amount in shape)
 
 
 _CLIENT_HANDLERS: dict[type, Callable[[Machine, ClientRecord, Any], None]] = {

@@ -24,7 +24,7 @@ from hpcray.node.ledger import ResourceLedger, Shape
 from hpcray.node.names import RequestError
 from hpcray.node.outbox import Outbox
 from hpcray.node.records import TaskRecord
-from hpcray.protocol import values
+from hpcray.protocol import labels, values
 from hpcray.protocol.messages import (
     ACTOR_CREATION,
     UNIT,
@@ -72,6 +72,8 @@ class Bundles:
     def prepare(self, message: PrepareBundles) -> bool:
         """Hold the bundles if there is room for all of them."""
         ledger = self._ledger
+        for _, shape in message.bundles:
+            self._machine.cluster.learn(shape)
         taken: list[tuple[int, Shape, tuple[int, ...]]] = []
         for index, shape in message.bundles:
             if message.group in self._removed or not ledger.fits(shape):
@@ -88,7 +90,8 @@ class Bundles:
         if group in self.held and group not in self._committed:
             self._committed.add(group)
             for index, shape, devices in self.held[group]:
-                self._ledger.offer(group_name("", group), index, (*shape, (MEMBER, _MEMBERS)),
+                offered = tuple(pair for pair in shape if not labels.is_condition(pair[0]))
+                self._ledger.offer(group_name("", group), index, (*offered, (MEMBER, _MEMBERS)),
                                    devices)
             self._machine.dispatcher.resources_changed()
 
@@ -188,6 +191,10 @@ class Groups:
         if name and self._named(name, namespace) is not None:
             raise RequestError("ValueError", f"there is a placement group named {name!r} already")
         group = Group(arguments["group"], arguments)
+        for bundle in group.bundles:
+            self._machine.cluster.learn(bundle)
+            if self._machine.cluster.scheduler is not None:
+                self._machine.cluster.scheduler.learn(bundle)
         self.groups[group.group] = self._pending[group.group] = group
         self._changed = True
 
@@ -224,7 +231,8 @@ class Groups:
         return {
             "group": group.group, "name": group.name, "strategy": group.strategy,
             "state": PENDING if group.state == PREPARING else group.state,
-            "bundles": [dict(bundle) for bundle in group.bundles],
+            "bundles": [{name: amount for name, amount in bundle
+                         if not labels.is_condition(name)} for bundle in group.bundles],
             "ranks": group.ranks if group.state == CREATED else [],
         }
 
@@ -247,11 +255,11 @@ class Groups:
                 self._try(group)
 
     def _try(self, group: Group) -> None:
-        nodes = self._machine.cluster.nodes
         free = {rank: dict(have) for rank, have in self._free().items()}
         chosen = choose(group.bundles, group.strategy, free)
         if chosen is None:
-            totals = {rank: dict(node.resources) for rank, node in nodes.items()}
+            totals = {rank: dict(total)
+                      for rank, total in self._machine.cluster.totals().items()}
             if not group.reported and choose(group.bundles, group.strategy, totals) is None:
                 group.reported = True
                 self._outbox.notices.append(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpcray.node.names import Asker, Names, NotYet, RequestError
 from hpcray.node.outbox import Outbox
-from hpcray.protocol import ids
+from hpcray.protocol import ids, labels
 from hpcray.protocol.messages import (
     ROWS_BYTES,
     PeerReply,
@@ -201,9 +201,10 @@ class Requests:
         if scheduler is not None:
             for rank, view in scheduler.views.items():
                 if rank != self._machine.rank:
-                    for name, amount in view.free.items():
+                    for name, amount in view.reported.items():
                         free[name] = free.get(name, 0) + max(amount, 0)
-        return {name: amount for name, amount in free.items() if amount > 0 and "@" not in name}
+        return {name: amount for name, amount in free.items()
+                if amount > 0 and "@" not in name and not labels.is_condition(name)}
 
     # --- names ------------------------------------------------------------------------------------
 

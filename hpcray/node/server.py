@@ -39,7 +39,7 @@ from hpcray.node.pool import WorkerPool, ZygoteLost
 from hpcray.node.transfers import Segments, Transfers
 from hpcray.node.watcher import READ, WRITE, Watcher
 from hpcray.objects.budget import MINIMUM_SEGMENT_BYTES
-from hpcray.protocol import ids, messages, values
+from hpcray.protocol import ids, labels, messages, values
 from hpcray.transport.base import (
     DataCancelled,
     DataReceived,
@@ -560,7 +560,9 @@ class NodeServer:
             messages.Joined(
                 n.rank, n.host, n.address, n.pid,
                 tuple(sorted(_resources(dict(n.resources), self._config).items())),
-                tuple(sorted({**dict(n.labels), **(self._config.get("labels") or {})}.items())))
+                tuple(sorted({
+                    **dict(n.labels), **(self._config.get("labels") or {}),
+                    labels.NODE_ID: ids.node_id_hex(n.rank, self._job_key)}.items())))
             for _, n in sorted(self._joined.items())
         ]
         session = {
@@ -588,9 +590,7 @@ class NodeServer:
         public = {k: v for k, v in session.items() if k not in ("secret", "control", "nodes")}
         machine = Machine(self.rank, self.size, mine, capacity_bytes, job_id, public)
         for node in nodes:
-            machine.cluster.nodes[node.rank] = node
-            if machine.cluster.scheduler is not None:
-                machine.cluster.scheduler.joined(node)
+            machine.cluster.joined(node)
         self._machine = machine
         self._segments = Segments()
         if self._transport is not None:

@@ -36,6 +36,7 @@ from hpcray.protocol.messages import (
     ACTOR_CREATION,
     METHOD,
     STREAM,
+    WAIT,
     Assign,
     CancelTask,
     Done,
@@ -85,6 +86,7 @@ class Tasks:
 
     def define(self, template: Template) -> None:
         if template.template_id not in self.templates:
+            self._machine.cluster.learn(template.resources)
             self.templates[template.template_id] = template
             self.statistics[template.template_id] = TemplateStatistics()
 
@@ -176,21 +178,16 @@ class Tasks:
     def ready(self, task: TaskRecord) -> None:
         """Every dependency exists somewhere: bind the task, or queue it for that."""
         task.state = QUEUED
-        rank = task.template.rank
-        if self._machine.size > 1:
-            if rank >= 0 and rank != self._rank:
-                if rank < self._machine.size:
-                    self.assign(task, rank)
-                    return
-                if not task.template.soft:
-                    self.fail(task, values.pack_failure(values.Failure(
-                        "TaskUnschedulableError",
-                        f"there is no rank {rank}; this job has {self._machine.size}")))
-                    return
-            elif rank < 0 and task.template.kind == ACTOR_CREATION:
-                self._machine.cluster.place_actor(task)
+        template = task.template
+        cluster = self._machine.cluster
+        if template.rank >= 0:
+            if cluster.place_at(task):
                 return
-            elif rank < 0 and self._machine.cluster.place_elsewhere(task):
+        elif self._machine.size > 1:
+            if template.kind == ACTOR_CREATION:
+                cluster.place_actor(task)
+                return
+            if cluster.deal(task) if template.spread else cluster.place_elsewhere(task):
                 return
         self._machine.dispatcher.enqueue(task)
 
@@ -239,6 +236,9 @@ class Tasks:
         if template.kind == ACTOR_CREATION:
             task.actor_id = ids.actor_of_task(task.task_id)
         task.state = QUEUED
+        if template.unavailable != WAIT and not self._machine.dispatcher.has_room(template):
+            self.give_back(task)
+            return
         self._machine.dispatcher.enqueue(task)
 
     def foreign(self, home: int, message: Any, template: Template) -> TaskRecord:
@@ -495,6 +495,11 @@ class Tasks:
             # answered this assignment for good, so its number may serve again.
             task.attempt += 1
             self._machine.cluster.returned(rank, task)
+        if task.template.unavailable != WAIT:
+            task.rank = -1
+            task.state = QUEUED
+            self._machine.cluster.unavailable(task)
+            return
         self._requeue(task)
 
     def _current(self, rank: int, message: Any) -> TaskRecord | None:

@@ -42,6 +42,8 @@ class _Message(msgspec.Struct, array_like=True, gc=False):
 
 # --- what tasks are made of ---------------------------------------------------------------------
 
+WAIT, SPILL, FAIL = range(3)
+
 TASK = 0
 ACTOR_CREATION = 1
 METHOD = 2
@@ -75,7 +77,7 @@ class Template(msgspec.Struct, array_like=True, gc=False, frozen=True):
     # Placement: -1 anywhere, else a rank (hard unless soft).
     rank: int = -1
     soft: bool = False
-    spread: bool = False
+    spread: bool = False  # deal out over all nodes, or those its soft label conditions prefer
     # Actor creation only.
     max_restarts: int = 0
     max_concurrency: int = 1
@@ -96,6 +98,9 @@ class Template(msgspec.Struct, array_like=True, gc=False, frozen=True):
     stream: int = 0
     stream_window: int = 0  # how far it may run ahead of its consumer; 0 without limit
     function_name: str = ""  # if `name` is one the user gave
+    # With `rank`: what to do if that node has no room now. WAIT, SPILL, FAIL.
+    unavailable: int = 0
+    priority: int = 0  # TASK: in the queues of a node the highest goes first
 
 
 class Located(msgspec.Struct, array_like=True, gc=False, frozen=True):

@@ -291,6 +291,7 @@ class SimulatedCluster:
         self, size: int, bodies: dict[str, Callable[..., Any]], *, seed: int, cpus: int = 2,
         capacity_bytes: int = 8 << 20, reorder: bool = True, validating: bool = True,
         lazy: float = 0.2, time_scale: float = 1.0, resources: dict[str, int] | None = None,
+        labels: dict[int, dict[str, str]] | None = None,
     ) -> None:
         self.size = size
         self.bodies = bodies
@@ -319,13 +320,12 @@ class SimulatedCluster:
         offered = {"CPU": cpus * m.UNIT, **(resources or {})}
         self.nodes = [SimulatedNode(self, rank, dict(offered), capacity_bytes)
                       for rank in range(size)]
-        joined = [m.Joined(rank, f"host{rank}", "", rank, tuple(sorted(offered.items())))
+        joined = [m.Joined(rank, f"host{rank}", "", rank, tuple(sorted(offered.items())),
+                           tuple(sorted((labels or {}).get(rank, {}).items())))
                   for rank in range(size)]
         for node in self.nodes:
             for one in joined:
-                node.machine.cluster.nodes[one.rank] = one
-                if node.machine.cluster.scheduler is not None:
-                    node.machine.cluster.scheduler.joined(one)
+                node.machine.cluster.joined(one)
             node.machine.dispatcher.start_workers(cpus)
         head = self.nodes[0]
         head.machine.connect(DRIVER)

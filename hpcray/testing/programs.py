@@ -22,7 +22,8 @@ from typing import Any
 
 from hpcray.node.placement import group_name
 from hpcray.protocol import ids
-from hpcray.protocol.messages import UNIT
+from hpcray.protocol.labels import TAKEN
+from hpcray.protocol.messages import SPILL, UNIT
 from hpcray.testing.processes import (
     Large,
     Process,
@@ -205,6 +206,8 @@ class Body:
             options["resources"] = (("CPU", UNIT // 2),)
         if rng.random() < 0.1:
             options["environment"] = rng.choice((b"e1", b"e2"))
+        if self.mix.placing:
+            self.place(options)
         if self.mix.wild:
             options["retry_exceptions"] = rng.random() < 0.3
             options["max_calls"] = rng.choice((0, 0, 0, 1, 3))
@@ -221,6 +224,19 @@ class Body:
                 "two", [label, self.some(before(path, self.pairs))], return_count=2, **options)
             self.pairs.append([second, label + 1, path])
         self.pairs.append([ref, label, path])
+
+    def place(self, options: dict[str, Any]) -> None:
+        """Priorities, labels (rank 0 is "zone=a", the last "zone=b"), affinities that may move."""
+        rng = self.rng
+        options["priority"] = rng.choice((0, 0, 0, 1, 5, -1))
+        if "rank" in options:
+            options.update(rng.choice((
+                {}, {"soft": True, "unavailable": SPILL}, {"soft": True, "rank": 99})))
+        elif "resources" not in options and rng.random() < 0.5:
+            names = rng.choice((["?zone=a"], ["?zone=b"], ["?!zone=b"], ["~zone=b"], [],
+                                ["?zone", "~zone=b"]))
+            options["resources"] = (("CPU", UNIT), *((name, TAKEN) for name in names))
+            options["spread"] = not names or any(name[0] == "~" for name in names)
 
     def act(self) -> None:
         p, rng = self.p, self.rng
@@ -283,7 +299,7 @@ class Mix:
     def __init__(
         self, *, steps: int = 8, depth: int = 2, actors: bool = True, restarts: bool = False,
         deaths: bool = False, slow: bool = True, large: float = 0.3, wild: bool = False,
-        streams: bool = True, groups: bool = False,
+        streams: bool = True, groups: bool = False, placing: bool = False,
     ) -> None:
         self.step_count = steps
         self.depth = depth
@@ -296,6 +312,7 @@ class Mix:
         self.wild = wild
         self.streams = streams
         self.groups = groups
+        self.placing = placing
 
     def bodies(self) -> dict[str, Any]:
         return {"mixed": self.mixed, "leaf": self.leaf, "two": self.two, "boom": self.boom,

@@ -15,6 +15,7 @@ from typing import Any
 
 from hpcray.client import context, references
 from hpcray.client.references import BaseID, ObjectRef
+from hpcray.protocol import labels
 from hpcray.protocol.messages import UNIT
 
 STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
@@ -116,6 +117,8 @@ def placement_group(
       strategy: "PACK" as few nodes as possible, "SPREAD" as many; the "STRICT_" forms insist.
       name: for `get_placement_group`, within the namespace.
       lifetime: "detached" or None; either way it lives until removed or the job ends.
+      bundle_label_selector: of each bundle, the labels of nodes it may lie on, as in the option
+        `label_selector`.
 
     Raises:
       ValueError: no bundles, empty ones, an unknown strategy, or the name is taken.
@@ -129,9 +132,9 @@ def placement_group(
             f"a placement group's lifetime is None or 'detached', not {lifetime!r}")
     if not isinstance(name, str):
         raise TypeError(f"a placement group's name is a string, not {name!r}")
-    if _soft_target_node_id is not None or bundle_label_selector:
-        raise NotImplementedError(
-            "placement_group() supports neither _soft_target_node_id nor bundle_label_selector")
+    if _soft_target_node_id is not None:
+        raise NotImplementedError("placement_group() does not support _soft_target_node_id")
+    _add_selectors(units, bundle_label_selector)
     group = PlacementGroupID(os.urandom(_ID_BYTES))
     references.current_client().request("create_placement_group", {
         "group": group.binary(), "bundles": units, "strategy": strategy, "name": name,
@@ -142,6 +145,7 @@ def placement_group(
 
 
 def _check_bundles(bundles: Any) -> list[dict[str, int]]:
+    from hpcray.config import check_resource_name
     from hpcray.options import amount
 
     if not isinstance(bundles, list):
@@ -151,9 +155,12 @@ def _check_bundles(bundles: Any) -> list[dict[str, int]]:
         raise ValueError('a placement group needs a bundle, such as [{"CPU": 1}]')
     checked = []
     for bundle in bundles:
-        if not isinstance(bundle, Mapping) or not all(isinstance(key, str) for key in bundle):
+        if not isinstance(bundle, Mapping) or not all(
+                isinstance(key, str) and key for key in bundle):
             raise ValueError(f"a bundle is a dict of resources and amounts, not {bundle!r}")
         try:
+            for key in bundle:
+                check_resource_name(key)
             units = {key: amount(f"bundle[{key!r}]", value) for key, value in bundle.items()}
         except TypeError as error:
             raise ValueError(str(error)) from None
@@ -161,6 +168,20 @@ def _check_bundles(bundles: Any) -> list[dict[str, int]]:
             raise ValueError(f"a bundle must hold something; this one is {dict(bundle)!r}")
         checked.append({key: value for key, value in units.items() if value})
     return checked
+
+
+def _add_selectors(units: list[dict[str, int]], selectors: Any) -> None:
+    """A bundle's label selector becomes part of what it needs: see protocol/labels.py."""
+    if not selectors:
+        return
+    if not isinstance(selectors, list) or len(selectors) != len(units):
+        raise ValueError(f"bundle_label_selector must be a list of {len(units)} dicts, one for "
+                         f"each bundle, not {selectors!r}")
+    for bundle, selector in zip(units, selectors, strict=True):
+        if not isinstance(selector, Mapping):
+            raise TypeError(f"a label selector must be a dict, not {selector!r}")
+        if selector:
+            bundle[labels.name(labels.HARD, labels.parse_selector(selector))] = labels.TAKEN
 
 
 def remove_placement_group(placement_group: PlacementGroup) -> None:

@@ -140,7 +140,9 @@ def test_tasks_in_a_group(ray4, make, where, In):
     assert [one[0] for one in found] == [group] * 4
     assert [one[1].get("CPU", 0) for one in found] == [1, 2, 0, 1]
     assert found[0][2] == group.id.hex()
-    assert ray4.get(where.remote())[0] is None
+    # Not even in the workers that were in it.
+    assert {(one[0], one[2]) for one in ray4.get([where.remote() for _ in range(8)])} == {
+        (None, None)}
 
 
 def test_a_bundle_is_a_limit(ray4, make, gate, In):

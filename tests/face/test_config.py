@@ -23,7 +23,7 @@ def test_the_environment_speaks_where_arguments_do_not() -> None:
         "HPCRAY_NUM_CPUS": "3", "HPCRAY_NUM_GPUS": "0", "HPCRAY_OBJECT_STORE_BYTES": "1000000",
         "HPCRAY_MEMORY_BYTES": "2e9", "HPCRAY_NAMESPACE": "n", "HPCRAY_LOG_TO_DRIVER": "0",
         "HPCRAY_PRELOAD": "a, b.c,", "HPCRAY_REDIS_URL": "redis://h",
-        "HPCRAY_START_TIMEOUT_S": "7.5",
+        "HPCRAY_START_TIMEOUT_S": "7.5", "HPCRAY_LABELS": "zone=a",
     }
     assert set(environment) == set(ENVIRONMENT)
     config = make_config(environment=environment)
@@ -38,6 +38,7 @@ def test_the_environment_speaks_where_arguments_do_not() -> None:
 @pytest.mark.parametrize(("name", "value"), [
     ("HPCRAY_NUM_CPUS", "many"), ("HPCRAY_NUM_CPUS", "-1"), ("HPCRAY_NUM_CPUS", "nan"),
     ("HPCRAY_OBJECT_STORE_BYTES", "1.5"), ("HPCRAY_OBJECT_STORE_BYTES", "1GB"),
+    ("HPCRAY_LABELS", "zone"), ("HPCRAY_LABELS", "{"), ("HPCRAY_LABELS", "ray.io/node-id=x"),
     ("HPCRAY_LOG_TO_DRIVER", "maybe"), ("HPCRAY_START_TIMEOUT_S", "0"),
 ])
 def test_a_wrong_variable_is_named(name: str, value: str) -> None:
@@ -56,6 +57,9 @@ def test_a_wrong_variable_is_named(name: str, value: str) -> None:
     ({"namespace": ""}, ValueError, "namespace"),
     ({"labels": {"a": 1}}, TypeError, "labels"),
     ({"runtime_env": {"conda": "x"}}, NotImplementedError, "'conda'"),
+    ({"labels": {"a b": "c"}}, ValueError, "a b"),
+    ({"labels": {"ray.io/node-id": "c"}}, ValueError, "node's own"),
+    ({"resources": {"a@b": 1}}, ValueError, "a@b"),
     ({"runtime_env": {"env_vars": {"A=B": "c"}}}, ValueError, "A=B"),
 ])
 def test_a_wrong_argument_is_named(arguments: dict[str, Any], error: type, says: str) -> None:

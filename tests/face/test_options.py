@@ -46,7 +46,19 @@ NODE_1 = ids.node_id_hex(1, b"key")
     ("t", {"scheduling_strategy": 1}, TypeError, "NodeAffinity"),
     ("t", {"runtime_env": {"pip": ["x"]}}, NotImplementedError, "'pip'"),
     ("t", {"runtime_env": {"env_vars": {"A": 1}}}, TypeError, "str to str"),
-    ("t", {"accelerator_type": "A100"}, NotImplementedError, "accelerator_type"),
+    ("t", {"accelerator_type": 1}, TypeError, "accelerator_type"),
+    ("a", {"accelerator_type": ""}, ValueError, "accelerator_type"),
+    ("t", {"fallback_strategy": [{}]}, NotImplementedError, "soft"),
+    ("t", {"label_selector": [1]}, TypeError, "dict"),
+    ("t", {"label_selector": {"a": 1}}, TypeError, "'a'"),
+    ("t", {"label_selector": {1: "a"}}, TypeError, "1"),
+    ("t", {"label_selector": {"a": "in(b"}}, ValueError, "in"),
+    ("a", {"label_selector": {"a": "!"}}, ValueError, "'!value'"),
+    ("a", {"label_selector": {"-a": "b"}}, ValueError, "-a"),
+    ("t", {"resources": {"?zone": 1}}, ValueError, "zone"),
+    ("t", {"priority": 1.5}, TypeError, "priority"),
+    ("t", {"priority": 2**40}, ValueError, "at most"),
+    ("a", {"priority": 1}, ValueError, "not an option of actors"),
     ("t", {"placement_group_bundle_index": -2}, ValueError, "at least -1"),
     ("a", {"lifetime": "forever"}, ValueError, "detached"),
     ("a", {"namespace": ""}, ValueError, "namespace"),
@@ -62,7 +74,7 @@ def test_refused(whom: str, given_options: dict[str, Any], error: type, says: st
 
 
 def test_defaults_of_unsupported_options_are_accepted() -> None:
-    given_options: dict[str, Any] = {"fallback_strategy": None, "accelerator_type": None}
+    given_options: dict[str, Any] = {"fallback_strategy": None, "object_store_memory": None}
     assert options.check_options(given_options, "t") == {}
 
 

@@ -227,9 +227,8 @@ def test_affinity_to_a_node_that_is_not_there(node: Any) -> None:
 
     nothing.options(scheduling_strategy=to(1, False)).remote()
     nothing.options(scheduling_strategy=to(7, True)).remote()
-    with pytest.raises(ValueError, match="rank 7.*2 nodes"):
-        nothing.options(scheduling_strategy=to(7, False)).remote()
-    node.expect(SubmitTask, 2)
+    nothing.options(scheduling_strategy=to(7, False)).remote()  # the node fails it
+    node.expect(SubmitTask, 3)
 
 
 def test_a_lost_node_is_an_error_at_the_next_call(node: Any, client: Client) -> None:

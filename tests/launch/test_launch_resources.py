@@ -259,3 +259,18 @@ def test_binding_is_undone_up_to_what_mpirun_itself_has(mpirun, python, tmp_path
         assert len(kept) == 1  # else this test would show nothing
         assert mask == after == allowed
         assert share == 1
+
+
+@pytest.mark.parametrize(("model", "name"), [
+    ("NVIDIA H200", "H200"), ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA A10G", "A10G"),
+    ("NVIDIA A100-SXM4-80GB", "A100"), ("Tesla V100-SXM2-16GB", "V100"),
+    ("NVIDIA GeForce RTX 3090", "RTX-3090"), ("NVIDIA RTX PRO 6000 Blackwell", "RTX-PRO-6000"),
+    ("", ""),
+])
+def test_the_model_of_the_gpus(tmp_path: Path, model: str, name: str) -> None:
+    files = {path: f"Model: \t\t {model}\nIRQ: 5\n" if path.endswith("information") else text
+             for path, text in nvidia(2).items()}
+    root = plant(tmp_path, files | MEM_64)
+    assert detect_resources({}, mask=MASK_16, root=root).accelerator == name
+    hidden = {"CUDA_VISIBLE_DEVICES": ""}
+    assert detect_resources(hidden, mask=MASK_16, root=root).accelerator == ""

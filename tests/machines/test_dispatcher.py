@@ -1,4 +1,4 @@
-"""Dispatcher: DP-1 to DP-3 with workers that run, block, are slow, are raided and die at will."""
+"""Dispatcher: DP-1 to DP-4 with workers that run, block, are slow, are raided and die at will."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from hpcray.protocol import ids, values
 from hpcray.protocol import messages as m
 
 CPU = (("CPU", m.UNIT),)
-# (resources, max_retries, max_calls) of the functions there are.
+# (resources, max_retries, max_calls, priority) of the functions there are.
 KINDS = [
-    (CPU, 3, 0), (CPU, 3, 0), (CPU, 0, 0), (CPU, -1, 2), ((), 3, 0),
-    ((("CPU", m.UNIT // 2),), 3, 0),
-    ((("CPU", m.UNIT), ("GPU", m.UNIT // 2)), 1, 0),
+    (CPU, 3, 0, 0), (CPU, 3, 0, 0), (CPU, 0, 0, 2), (CPU, -1, 2, -1), ((), 3, 0, 0),
+    ((("CPU", m.UNIT // 2),), 3, 0, 1),
+    ((("CPU", m.UNIT), ("GPU", m.UNIT // 2)), 1, 0, 0),
 ]
 
 
@@ -49,8 +49,8 @@ class DispatcherMachine(RuleBasedStateMachine):
         self.retries: dict[bytes, int] = {}
         self.tell(0, *(m.DefineTemplate(m.Template(
             bytes((kind,)) * 16, b"f" * 16, m.TASK, f"f{kind}", resources=shape,
-            max_retries=retries, max_calls=calls))
-            for kind, (shape, retries, calls) in enumerate(KINDS)))
+            max_retries=retries, max_calls=calls, priority=priority))
+            for kind, (shape, retries, calls, priority) in enumerate(KINDS)))
 
     def tell(self, client: int, *batch: object) -> None:
         self.machine.client_messages(client, list(batch))
@@ -179,7 +179,7 @@ class DispatcherMachine(RuleBasedStateMachine):
 
     @invariant()
     def valid(self) -> None:
-        self.machine.validate()  # DP-1, and DP-3 of its own
+        self.machine.validate()  # DP-1, DP-4, and DP-3 of its own
 
     @invariant()
     def a_running_task_is_in_one_datagram(self) -> None:

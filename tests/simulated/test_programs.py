@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import pytest
 
+from hpcray.protocol.labels import meets
 from hpcray.testing.cluster import SimulatedCluster
 from hpcray.testing.programs import Mix
 
 
 def run(
     seed: int, *, nodes: int, mix: Mix, death_rate: float = 0.0, time_scale: float = 1.0,
-    capacity_bytes: int = 8 << 20,
+    capacity_bytes: int = 8 << 20, labels: dict[int, dict[str, str]] | None = None,
 ) -> SimulatedCluster:
     cluster = SimulatedCluster(
-        nodes, mix.bodies(), seed=seed, time_scale=time_scale, capacity_bytes=capacity_bytes)
+        nodes, mix.bodies(), seed=seed, time_scale=time_scale, capacity_bytes=capacity_bytes,
+        labels=labels)
     cluster.death_rate = death_rate
     cluster.run(mix.driver(cluster.driver, seed))
     cluster.check_nothing_is_left()
@@ -64,6 +66,23 @@ def test_programs_with_placement_groups(nodes: int, deaths: bool, seed_shift: in
     for seed in range(seed_shift + 200, seed_shift + 210):
         mix = Mix(steps=24, groups=True, deaths=deaths, wild=deaths, restarts=True)
         run(seed, nodes=nodes, mix=mix, death_rate=0.02 if deaths else 0.0)
+
+
+@pytest.mark.parametrize("nodes", [2, 3])
+@pytest.mark.parametrize("deaths", [False, True])
+def test_programs_that_say_where(nodes: int, deaths: bool, seed_shift: int) -> None:
+    """Labels, priorities, spreading, affinities: nothing is lost, and nobody is where it may not
+    be."""
+    labels = {0: {"zone": "a"}, nodes - 1: {"zone": "b"}}
+    for seed in range(seed_shift + 300, seed_shift + 305):
+        mix = Mix(steps=20, placing=True, deaths=deaths, wild=deaths, restarts=True)
+        cluster = run(seed, nodes=nodes, mix=mix, death_rate=0.02 if deaths else 0.0,
+                      labels=labels)
+        for task_id, rank in cluster.ran_on.items():
+            template = cluster.templates.get(task_id)
+            for name, _ in template.resources if template is not None else ():
+                if name[0] == "?":
+                    assert meets(labels.get(rank, {}), name), (name, rank)
 
 
 def test_the_same_seed_gives_the_same_run() -> None:
