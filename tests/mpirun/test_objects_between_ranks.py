@@ -177,7 +177,7 @@ took = time.monotonic() - began
 ideal = sum(naps) / 16
 counts = sorted(where.count(i) for i in ids)
 print(f"took {took:.2f} ideal {ideal:.2f} counts {counts}")
-assert counts[0] > 50, counts  # every rank takes part; benchmarks/makespan.py measures how evenly
+assert all(counts), counts  # every rank takes part; benchmarks/makespan.py measures how evenly
 assert took < 2.5 * ideal + 0.5, (took, ideal)
 """, ranks=4)
     job.finish(timeout_s=60)
