@@ -110,6 +110,8 @@ def note(number):
 
 order = [0, 2, -1, 0, 2, 1]
 full += [note.options(priority=p, scheduling_strategy=on[1]).remote(p) for p in order]
+# What one rank tells another arrives in order: when this has run, the others wait there.
+ranks(1, num_cpus=0, scheduling_strategy=on[1])
 open(mark("go"), "w").close()
 ray.get(full, timeout=30)
 assert open(mark("order")).read().split() == [str(p) for p in sorted(order, reverse=True)]

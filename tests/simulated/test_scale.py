@@ -86,6 +86,7 @@ def test_memory_of_a_queued_task() -> None:
 
 
 def test_pace_does_not_depend_on_the_backlog() -> None:
+    """Looking at the backlog would cost hundreds of times more; cold caches cost two or three."""
     submitter = Submitter()
     gc.collect()
     gc.freeze()  # as the node does: what is measured is the machine, not the collector
@@ -96,7 +97,7 @@ def test_pace_does_not_depend_on_the_backlog() -> None:
     finally:
         gc.unfreeze()
     assert submitter.machine.dispatcher.queued() == BACKLOG
-    assert last_s < 2 * first_s, (first_s, last_s)
+    assert last_s < 10 * first_s, (first_s, last_s)
 
 
 def test_machines_build_no_cycles() -> None:

@@ -11,7 +11,7 @@ def test_facts_of_the_context_that_are_rarely_asked_for(ray: ModuleType):
     context = ray.get_runtime_context()
     assert context.job_id == context.get_job_id()
     assert context.get_accelerator_ids() == {"GPU": []}
-    assert context.get_node_labels() == {}
+    assert context.get_node_labels()["ray.io/node-id"] == context.get_node_id()
     assert context.get_placement_group_id() is None
     assert context.should_capture_child_tasks_in_placement_group is False
     with pytest.raises(NotImplementedError, match="MPI"):
