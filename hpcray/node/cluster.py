@@ -38,6 +38,7 @@ from hpcray.protocol.messages import (
     Demand,
     GiveBack,
     Grant,
+    GrantUnused,
     Joined,
     Load,
     Template,
@@ -264,7 +265,7 @@ class Cluster:
             waiting = self._actors_waiting[task.template.resources] = deque()
         waiting.append(task)
 
-    def _actors_granted(self, message: Grant) -> None:
+    def _actors_granted(self, message: Grant) -> bool:
         waiting = self._actors_waiting.get(message.shape)
         slots = message.slots
         while waiting and slots:
@@ -278,6 +279,7 @@ class Cluster:
                 self._machine.tasks.assign(task, message.rank)
         if not waiting:
             self._actors_waiting.pop(message.shape, None)
+        return slots < message.slots
 
     def end_group(self, group: str) -> None:
         """A placement group is gone: refuse the actors that wait for it."""
@@ -287,23 +289,33 @@ class Cluster:
                     self._machine.bundles.refuse(task)
 
     def granted(self, message: Grant, now_s: float) -> None:
-        self._demanded.pop((message.shape, message.actor), None)
-        if message.actor:
-            self._actors_granted(message)
-            return
-        queue = self._machine.dispatcher.queues.get((message.shape, message.actor))
+        if self._actors_granted(message) if message.actor else self._tasks_granted(message):
+            self._demanded.pop((message.shape, message.actor), None)
+        else:
+            # Of what is used the node tells. Nobody would of this: it would look taken.
+            self._to_scheduler(
+                GrantUnused(message.rank, message.shape, message.slots, message.actor))
+
+    def _tasks_granted(self, message: Grant) -> bool:
+        """Bind tasks to the granted node; whether there were any."""
+        queue = self._machine.dispatcher.queues.get((message.shape, False))
         if queue is None or not queue.tasks:
-            return
+            return False
         if message.rank == self._rank:
-            return  # the dispatcher takes it from here
+            return True  # the dispatcher takes it from here
         key = (message.rank, message.shape)
         lease = self._leases.get(key)
         if lease is None:
             lease = self._leases[key] = Lease(0)
         lease.slots += message.slots
+        before = lease.open
         self._refill(message.rank, queue, lease)
+        used = lease.open > before
+        if not used:
+            lease.slots -= message.slots
         if lease.open <= 0:  # nothing here could be bound to it after all
             del self._leases[key]
+        return used
 
     def _refill(self, rank: int, queue: ShapeQueue, lease: Lease) -> None:
         room = lease.slots
@@ -432,9 +444,10 @@ class Cluster:
         last = self._demanded.get((shape, actor))
         if last is None or count > 2 * last[0] or now_s - last[1] > _REPEAT_S:
             self._demanded[(shape, actor)] = (count, now_s)
-            # Other homes' tasks are not ours to bind: a grant for them would only make the granted
-            # node look full. (Ours are seldom far behind; there are few of theirs.)
-            if any(task.home == self._rank for task in waiting):
+            # Other homes' tasks are not ours to bind, and some are bound to this node: a grant for
+            # them would help nobody. (The first is mostly one that counts.)
+            if any(actor or (task.home == self._rank and task.template.rank < 0)
+                   for task in waiting):
                 self._to_scheduler(Demand(shape, count, actor, spread))
 
     def _send_load(self, now_s: float) -> None:
@@ -469,6 +482,8 @@ class Cluster:
             self._outbox.peers[SCHEDULER_RANK].append(message)
         elif type(message) is Load:
             self.scheduler.load(self._rank, message)
+        elif type(message) is GrantUnused:
+            self.scheduler.unused(self._rank, message)
         else:
             self.scheduler.demand(self._rank, message)
 
@@ -534,6 +549,18 @@ class GlobalScheduler:
                 self.impossible.append((home, message))
         else:
             self._demands.pop(key, None)
+
+    def unused(self, home: int, message: GrantUnused) -> None:
+        """Add back what was granted for nothing; a load that came meanwhile has done so. The home
+        asks again if it needs anything."""
+        self._demands.pop((home, message.shape, message.actor), None)
+        view = self.views[message.rank]
+        for name, amount in message.shape:
+            have = view.met.get(name, view.reported.get(name, 0))
+            view.free[name] = min(view.free.get(name, 0) + amount * message.slots, have)
+        if message.actor and view.recent:
+            view.recent.pop()
+        self._changed = True
 
     def match(self, now_s: float) -> list[tuple[int, Grant]]:
         """(home, grant) for demands that some node has room for."""

@@ -218,6 +218,10 @@ class Machine:
         if self.cluster.scheduler is not None:
             self.cluster.scheduler.demand(rank, message)
 
+    def _grant_unused(self, rank: int, message: m.GrantUnused) -> None:
+        if self.cluster.scheduler is not None:
+            self.cluster.scheduler.unused(rank, message)
+
     def _notice(self, rank: int, message: m.Notice) -> None:
         self.outbox.notices.append(message.text)
 
@@ -374,6 +378,7 @@ _PEER_HANDLERS: dict[type, Callable[[Machine, int, Any], None]] = {
     m.FreeCopies: lambda self, _, message: self.directory.free_copies(message.ids),
     m.Load: Machine._load,
     m.Demand: Machine._demand,
+    m.GrantUnused: Machine._grant_unused,
     m.Grant: lambda self, _, message: self.cluster.granted(message, self.now_s),
     m.ActorWhere: lambda self, rank, message: self.actors.where(rank, message.actor_id),
     m.ActorIs: lambda self, _, message: self.actors.actor_is(message),

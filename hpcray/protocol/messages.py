@@ -738,6 +738,15 @@ class Grant(_Message, tag=27):
     spread: bool = False
 
 
+class GrantUnused(_Message, tag=60):
+    """To the global scheduler: what waited has gone elsewhere meanwhile; the room is free still."""
+
+    rank: int
+    shape: tuple[tuple[str, int], ...]
+    slots: int
+    actor: bool
+
+
 class ActorWhere(_Message, tag=28):
     """To the actor's home: tell me where it is, now and whenever that changes."""
 
@@ -835,7 +844,8 @@ ToPeer = (
     | TaskDone | TaskDoneMany | TaskFailed | TaskCrashed | TaskReturned | HolderAdd | HolderAdded
     | HolderDrop | HandedOver | Want | ObjectReady | PullRequest | PullRefused | CopyAdded
     | FreeCopies
-    | Load | Demand | Grant | ActorWhere | ActorIs | ActorStop | ActorDown | PeerRequest | PeerReply
+    | Load | Demand | Grant | GrantUnused
+    | ActorWhere | ActorIs | ActorStop | ActorDown | PeerRequest | PeerReply
     | PeerOutput | Notice | RecallTask | GiveBack | PullMapped | PullEnded | TaskYield | TaskRoom
     | PrepareBundles | BundlesPrepared | CommitBundles | ReleaseBundles | GroupRemoved
     | PeerRows | ActorAt

@@ -32,7 +32,7 @@ ROUND_S = 0.0001
 QUIET_S = 3.0
 # Small, so that many processes share a small store without moving megabytes.
 SEGMENT_BYTES = 16 * 1024
-_BACKGROUND = (m.Load, m.Demand, m.Grant)
+_BACKGROUND = (m.Load, m.Demand, m.Grant, m.GrantUnused)
 
 
 class Stuck(AssertionError):

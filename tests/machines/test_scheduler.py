@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcray.node.cluster import GlobalScheduler
-from hpcray.protocol.messages import UNIT, Demand, Joined, Load
+from hpcray.protocol.messages import UNIT, Demand, GrantUnused, Joined, Load
 
 CPU = (("CPU", UNIT),)
 
@@ -80,3 +80,16 @@ def test_impossible_demands_are_reported_once() -> None:
     for _ in range(3):
         s.demand(1, Demand((("GPU", UNIT),), 1))
     assert len(s.impossible) == 1
+
+
+def test_a_grant_that_nobody_used_is_free_again() -> None:
+    s = scheduler(1, 2)
+    s.demand(0, Demand(CPU, 5))
+    [(home, grant)] = s.match(0.0)
+    assert (grant.rank, grant.slots, s.views[1].free["CPU"]) == (1, 2, 0)
+    s.unused(home, GrantUnused(1, CPU, 2, False))
+    assert s.views[1].free["CPU"] == 2 * UNIT
+    assert s.match(0.0) == [], "the home asks again if it needs anything"
+    s.load(1, Load((("CPU", UNIT),), 0, 0))
+    s.unused(home, GrantUnused(1, CPU, 2, False))
+    assert s.views[1].free["CPU"] == UNIT, "more than the node has told"
