@@ -16,8 +16,18 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Concatenate,
+    Generic,
+    NoReturn,
+    ParamSpec,
+    TypeAlias,
+    TypeVar,
+    overload,
+)
 
 import msgspec
 
@@ -32,14 +42,26 @@ from hpcray.definition import (
     parameters_of,
     submitted_returns,
 )
+from hpcray.exceptions import ActorHandleNotFoundError
 from hpcray.protocol import ids
 from hpcray.protocol.messages import NO_ARGS, CreateActor, Template
 
 if TYPE_CHECKING:
     from hpcray.client.client import Client
+    from hpcray.client.streams import ObjectRefGenerator
+    from hpcray.methods import Method, MethodDecorator, SeveralReturnsDecorator
 
+    # To type checkers a handle is also what it may be declared as: the `ActorProxy` of its class.
+    _Anything: TypeAlias = Any
+else:
+
+    class _Anything:
+        __slots__ = ()
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
 T = TypeVar("T")
-F = TypeVar("F", bound=Callable[..., Any])
 
 # Where `@method` leaves its options on the function.
 _METHOD_OPTIONS = "__hpcray_method__"
@@ -63,22 +85,51 @@ def exit_actor() -> NoReturn:
     raise ActorExitRequest
 
 
-def method(**options: Any) -> Callable[[F], F]:
+@overload
+def method(
+    function: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]], /
+) -> Method[P, Coroutine[Any, Any, R], ObjectRef[R]]: ...
+@overload
+def method(  # type: ignore[overload-overlap]
+    function: Callable[Concatenate[Any, P], Iterator[R]], /
+) -> Method[P, Iterator[R], ObjectRefGenerator[R]]: ...
+@overload
+def method(  # type: ignore[overload-overlap]
+    function: Callable[Concatenate[Any, P], AsyncIterator[R]], /
+) -> Method[P, AsyncIterator[R], ObjectRefGenerator[R]]: ...
+@overload
+def method(function: Callable[Concatenate[Any, P], R], /) -> Method[P, R, ObjectRef[R]]: ...
+@overload
+def method(*, num_returns: int | str, **options: Any) -> SeveralReturnsDecorator: ...
+@overload
+def method(**options: Any) -> MethodDecorator: ...
+
+
+def method(*functions: Any, **options: Any) -> Any:
     """Options of an actor's method: `@method(num_returns=2)`. There are: num_returns, name,
-    concurrency_group, max_task_retries, retry_exceptions, _generator_backpressure_num_objects.
+    concurrency_group, max_task_retries, retry_exceptions, enable_task_events,
+    _generator_backpressure_num_objects.
+
+    Bare, `@method` changes nothing but what type checkers know of it (see `ActorProxy`).
+
+    Raises:
+      TypeError: neither a function alone nor options alone, or it is on something else.
     """
-    if not options:
-        raise TypeError("@method needs options, such as @method(num_returns=2)")
+    if len(functions) == 1 and not options:
+        return _with_method_options(functions[0], {})
+    if functions or not options:
+        raise TypeError("@method goes onto a function as it is, or with options by keyword, such "
+                        "as @method(num_returns=2)")
     checked = options_.check_options(options, "m")
+    return lambda function: _with_method_options(function, checked)
 
-    def decorate(function: F) -> F:
-        if not callable(function):
-            raise TypeError(f"@method goes onto a method, not onto {function!r}")
-        options_.for_generator(checked, _is_generator(function), function.__qualname__)
-        setattr(function, _METHOD_OPTIONS, checked)
-        return function
 
-    return decorate
+def _with_method_options(function: Any, options: options_.Options) -> Any:
+    if not callable(function):
+        raise TypeError(f"@method goes onto a method, not onto {function!r}")
+    options_.for_generator(options, _is_generator(function), function.__qualname__)
+    setattr(function, _METHOD_OPTIONS, options)
+    return function
 
 
 # --- descriptions: what a handle knows of its class ----------------------------------------------
@@ -433,7 +484,7 @@ class ActorIDView:
         return hash(self._id)
 
 
-class ActorHandle(Generic[T]):
+class ActorHandle(_Anything, Generic[T]):  # type: ignore[misc]
     """An actor: `handle.method.remote(...)` calls it. Handles may be passed to tasks and actors.
 
     The actor ends when its last handle is gone. Two handles of one actor are equal.
@@ -487,6 +538,14 @@ class ActorHandle(Generic[T]):
 
     def __deepcopy__(self, memo: object) -> ActorHandle[T]:
         return self
+
+
+# A handle whose methods type checkers know, those under `@method`, with their results:
+# `counter: ActorProxy[Counter] = RemoteCounter.remote()`. When a program runs there are handles.
+if TYPE_CHECKING:
+    ActorProxy: TypeAlias = T
+else:
+    ActorProxy = ActorHandle
 
 
 class ActorMethod:
@@ -567,7 +626,8 @@ def raise_stale(what: str) -> NoReturn:
     if references._client is None:
         raise RuntimeError(
             f"this {what} is of a session that has ended (shutdown, or a fork of its process)")
-    raise ValueError(f"this {what} is of an earlier session: shutdown() ended what it refers to")
+    error = ActorHandleNotFoundError if what == "actor handle" else ValueError
+    raise error(f"this {what} is of an earlier session: shutdown() ended what it refers to")
 
 
 def _new_handle(
@@ -646,5 +706,6 @@ def current_actor() -> ActorHandle[Any]:
     return _handle_of(client, client.request("actor_handle", {"actor_id": actor}))
 
 
-__all__ = ["ActorClass", "ActorExitRequest", "ActorHandle", "ActorMethod", "exit_actor",
+__all__ = ["ActorClass", "ActorExitRequest", "ActorHandle", "ActorMethod", "ActorProxy",
+           "exit_actor",
            "get_actor", "list_named_actors", "method"]

@@ -162,7 +162,7 @@ def init(
         if not client.task_prefix:
             client.begin_task(driver, 0)
         context.set_process_context(
-            context.TaskContext(task_id=driver, name="driver", namespace=config.namespace))
+            context.TaskContext(task_id=driver, namespace=config.namespace))
         references.set_client(client)
         if set(config.runtime_env) - {"env_vars"}:
             from hpcray.environment import packages_of
@@ -489,8 +489,10 @@ def wait(
 # --- control -------------------------------------------------------------------------------------
 
 
-def kill(actor: ActorHandle[Any], *, no_restart: bool = True) -> None:
+def kill(actor: ActorHandle[Any] | Any, *, no_restart: bool = True) -> None:
     """End an actor at once, without running what is queued: those calls fail.
+
+    (The type says `Any` because an `ActorProxy` is, to type checkers, what it stands for.)
 
     With `no_restart=False` an actor with `max_restarts` left is restarted.
     """

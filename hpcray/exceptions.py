@@ -26,10 +26,6 @@ class RaySystemError(RayError):
     """The runtime itself failed: a node went away, or a bug of hpcray."""
 
 
-class CrossLanguageError(RayError):
-    """Present for compatibility; hpcray runs Python only."""
-
-
 class TaskError(RayError):
     """A task or actor method raised.
 
@@ -40,14 +36,16 @@ class TaskError(RayError):
     Attributes:
       function_name: the task's name.
       traceback_str: the remote traceback, headed by host, rank and pid.
-      cause: the original exception, or None if it could not be pickled.
-      pid, ip, rank, actor_repr, actor_id: where it happened.
+      cause: the original exception; one that could not be pickled is a `RayError` with its text.
+      pid, ip, rank, actor_id: where it happened.
+      actor_repr: what the actor's own `__repr__` says of it, or None.
     """
 
     def __init__(self, function_name: str = "", traceback_str: str = "",
                  cause: BaseException | None = None, pid: int = 0, ip: str = "", rank: int = 0,
-                 actor_id: str | None = None) -> None:
-        super().__init__(function_name, traceback_str, cause, pid, ip, rank, actor_id)
+                 actor_id: str | None = None, actor_repr: str | None = None) -> None:
+        super().__init__(
+            function_name, traceback_str, cause, pid, ip, rank, actor_id, actor_repr)
         self.function_name = function_name
         self.traceback_str = traceback_str
         self.cause = cause
@@ -55,6 +53,11 @@ class TaskError(RayError):
         self.ip = ip
         self.rank = rank
         self.actor_id = actor_id
+        self.actor_repr = actor_repr
+
+    @property
+    def proctitle(self) -> str:
+        return f"hpcray::{self.function_name}()"
 
     def __str__(self) -> str:
         return self.traceback_str
@@ -62,11 +65,11 @@ class TaskError(RayError):
     def __reduce__(self) -> tuple[Any, ...]:
         # The dual class has no importable name: pickle what it is made of.
         plain = (self.function_name, self.traceback_str, self.cause, self.pid, self.ip,
-                 self.rank, self.actor_id)
+                 self.rank, self.actor_id, self.actor_repr)
         return (_load_task_error, (_is_dual(self), plain))
 
-    def make_dual_exception_type(self) -> type:
-        return type(self.as_instanceof_cause())
+    def make_dual_exception_instance(self) -> TaskError:
+        return self.as_instanceof_cause()
 
     def as_instanceof_cause(self) -> TaskError:
         """This error as an instance of its cause's class too, so that `except ValueError` works.
@@ -179,6 +182,11 @@ class OutOfMemoryError(RayError):
     """The worker was ended because the job's memory limit was reached."""
 
 
+class UserCodeException(RayError):
+    """For libraries: wraps what a user's function raised. `retry_exceptions` looks at its
+    `__cause__`."""
+
+
 class PendingCallsLimitExceeded(RayError):
     """The actor has `max_pending_calls` calls queued from this caller already."""
 
@@ -221,6 +229,14 @@ class RayActorError(RayError):
 
 
 ActorError = RayActorError
+
+
+class ActorAlreadyExistsError(ValueError, RayError):
+    """There is an actor of that name in the namespace."""
+
+
+class ActorHandleNotFoundError(ValueError, RayError):
+    """The handle is of an earlier session: its actor ended with it."""
 
 
 class ActorDiedError(RayActorError):
@@ -302,8 +318,51 @@ class UnserializableException(RayError):
     """The task's exception could not be unpickled here; its text is kept."""
 
 
+# --- never raised: what they speak of is not here; programs that catch them run -------------------
+
+
+class AuthenticationError(RayError):
+    """Of Ray's tokens."""
+
+
+class CrossLanguageError(RayError):
+    """Of tasks in other languages."""
+
+
+class ObjectRefStreamEndOfStreamError(RayError):
+    """Of streams; here the end of one is StopIteration or StopAsyncIteration."""
+
+
+class OufOfBandObjectRefSerializationException(RayError):
+    """Of refs that are pickled without Ray's knowledge."""
+
+
+class PlasmaObjectNotAvailable(RayError):
+    """Of Ray's object store; here it is GetTimeoutError."""
+
+
+class RpcError(RayError):
+    """Of Ray's network."""
+
+
+class StreamingGeneratorReplayInconsistentError(RaySystemError):
+    """Of generators that yield another number of items when they run again."""
+
+
 class RayChannelError(RaySystemError):
-    """Present for compatibility."""
+    """Of compiled graphs."""
+
+
+class RayChannelTimeoutError(RayChannelError, TimeoutError):
+    """Of compiled graphs."""
+
+
+class RayCgraphCapacityExceeded(RaySystemError):
+    """Of compiled graphs."""
+
+
+class RayDirectTransportError(RaySystemError):
+    """Of tensors that travel beside the object store."""
 
 
 RAY_EXCEPTION_TYPES = [

@@ -6,11 +6,13 @@ known here (an actor's name, a handle to oneself), so those are slower.
 
 from __future__ import annotations
 
+import json
+import tempfile
 from typing import TYPE_CHECKING, Any
 
 from hpcray.client import context, references
 from hpcray.protocol import ids, labels
-from hpcray.protocol.messages import UNIT
+from hpcray.protocol.messages import PY_MODULE, UNIT, WORKING_DIR
 
 if TYPE_CHECKING:
     from hpcray.actor import ActorHandle
@@ -46,11 +48,30 @@ class RuntimeContext:
         return None if client.is_driver else context.current().task_id.hex() or None
 
     def get_task_name(self) -> str | None:
-        client = references.current_client()
-        return None if client.is_driver else context.current().name or None
+        references.current_client()
+        template = context.current().template
+        return template.name if template else None
 
     def get_task_function_name(self) -> str | None:
-        return self.get_task_name()
+        """Module and name of the function or method, whatever name the task was given."""
+        references.current_client()
+        template = context.current().template
+        return (template.function_name or template.name) if template else None
+
+    def is_canceled(self) -> bool:
+        """Whether `cancel` was called for what runs here. A method of an actor is not interrupted
+        by it and may ask, to end early (async ones get asyncio's CancelledError instead).
+
+        Raises:
+          RuntimeError: in the driver, or in an async actor.
+        """
+        client = references.current_client()
+        here = context.current()
+        if here.template is None or here.is_async:
+            raise RuntimeError(
+                "is_canceled() is for tasks and for methods of actors that are not async; "
+                "coroutines are cancelled as asyncio does it")
+        return here.task_id in client.cancelled
 
     def get_actor_id(self) -> str | None:
         """Of the actor this process is; None elsewhere."""
@@ -108,6 +129,9 @@ class RuntimeContext:
         """The devices the task or actor holds, by kind."""
         return {"GPU": [str(device) for device in context.current().devices]}
 
+    def get_resource_ids(self) -> dict[str, list[str]]:
+        return self.get_accelerator_ids()
+
     def get_node_labels(self) -> dict[str, str]:
         """Of the node this runs on."""
         client = references.current_client()
@@ -116,7 +140,35 @@ class RuntimeContext:
 
     @property
     def runtime_env(self) -> dict[str, Any]:
-        return dict(references.current_client().session.get("runtime_env") or {})
+        """What `init` was given; in tasks and actors with what they and their parents add.
+        Directories are named there by the package that was made of them."""
+        here = context.current()
+        env = dict(references.current_client().session["config"].get("runtime_env") or {})
+        env_vars = {**env.get("env_vars", {}), **dict(here.env_vars)}
+        if env_vars:
+            env["env_vars"] = env_vars
+        if here.template is not None and here.packages:
+            names: dict[int, list[str]] = {}
+            for kind, package in here.packages:
+                names.setdefault(kind, []).append(f"package://{package.hex()}.zip")
+            if WORKING_DIR in names:
+                env["working_dir"] = names[WORKING_DIR][-1]
+            if PY_MODULE in names:
+                env["py_modules"] = names[PY_MODULE]
+        return env
+
+    def get_runtime_env_string(self) -> str:
+        """`runtime_env` as JSON."""
+        return json.dumps(self.runtime_env, sort_keys=True)
+
+    def get_session_name(self) -> str:
+        """The same in all processes of the session, and of no other."""
+        return f"session_{references.current_client().session['job_key']}"
+
+    def get_temp_dir(self) -> str:
+        """Where this node keeps files, such as unpacked working directories."""
+        references.current_client()
+        return tempfile.gettempdir()
 
     def get_placement_group_id(self) -> str | None:
         """The placement group it runs in, hexadecimal."""
@@ -137,6 +189,10 @@ class RuntimeContext:
         return {name: value for name, value in found.items() if value is not None}
 
     # Ray's older spellings.
+    @property
+    def current_placement_group_id(self) -> str | None:
+        return self.get_placement_group_id()
+
     @property
     def job_id(self) -> str:
         return self.get_job_id()

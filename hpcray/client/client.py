@@ -144,6 +144,8 @@ class Client:
         self.on_output: Callable[[Sequence[str]], None] = lambda lines: None
         self.on_lost: Callable[[str], None] = lambda reason: None
         self.on_cancel: Callable[[bytes], None] = lambda task: None
+        # Tasks of this worker that were cancelled, of which some may not have been read yet.
+        self.cancelled: dict[bytes, None] = {}
         # Called between two reads of a wait; may raise (a worker's cancelled task).
         self.check_interrupt: Callable[[], None] | None = None
         # A worker gives its CPU back around a wait; set by worker/main.
@@ -1062,6 +1064,9 @@ class Client:
         self.on_output(message.lines)
 
     def _on_cancel(self, message: CancelTask, _: list[int]) -> None:
+        self.cancelled[message.task_id] = None
+        if len(self.cancelled) > 1000:  # the newest ones are enough
+            del self.cancelled[next(iter(self.cancelled))]
         self.on_cancel(message.task_id)
 
     def _on_welcome(self, message: Welcome, _: list[int]) -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+from hpcray.protocol.messages import Template
+
 
 @dataclass(slots=True)
 class TaskContext:
     task_id: bytes = b""
-    name: str = ""
+    template: Template | None = None  # of the task, or of the actor's method
     attempt: int = 0
     actor_id: bytes = b""
     # Restarts of the actor before this incarnation.
@@ -28,6 +30,7 @@ class TaskContext:
     # What its children inherit (see hpcray/environment.py).
     env_vars: tuple[tuple[str, str], ...] = ()
     packages: tuple[tuple[int, bytes], ...] = ()
+    is_async: bool = False  # a coroutine of an async actor
 
 
 _process_context = TaskContext()

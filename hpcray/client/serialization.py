@@ -158,23 +158,24 @@ def dump_error(error: exceptions.TaskError) -> bytes:
     text = error.traceback_str
     if len(text) > 32_768:
         text = text[:16_384] + "\n  ... (shortened) ...\n" + text[-16_384:]
-    fields = (error.function_name, text, cause, error.pid, error.ip, error.rank, error.actor_id)
+    fields = (error.function_name, text, cause, error.pid, error.ip, error.rank, error.actor_id,
+              error.actor_repr)
     return bytes((values.ERROR,)) + pickle.dumps(fields, 5)
 
 
 def load_error(data: Any) -> BaseException:
     if data[0] == values.FAILURE:
         return failure_to_exception(values.unpack_failure(data))
-    name, text, cause_bytes, pid, ip, rank, actor_id = pickle.loads(memoryview(data)[1:])
+    name, text, cause_bytes, *where = pickle.loads(memoryview(data)[1:])
     cause = None
     if cause_bytes:
         try:
             cause = pickle.loads(cause_bytes)
         except Exception as reason:
             text += f"\n(the exception itself could not be read here: {reason!r})"
-    if cause is not None and not isinstance(cause, BaseException):
-        cause = None
-    error = exceptions.TaskError(name, text, cause, pid, ip, rank, actor_id)
+    if not isinstance(cause, BaseException):
+        cause = exceptions.RayError(text)
+    error = exceptions.TaskError(name, text, cause, *where)
     return error.as_instanceof_cause()
 
 

@@ -67,7 +67,7 @@ class Names:
         if arguments.get("get_if_exists"):
             return entry.facts()
         raise RequestError(
-            "ValueError",
+            "ActorAlreadyExistsError",
             f"The name {key[1]!r} (namespace={key[0]}) is already taken. Please use a "
             "different name, or get_if_exists=True, or get the actor with "
             f"hpcray.get_actor({key[1]!r}).")

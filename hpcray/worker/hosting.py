@@ -124,9 +124,19 @@ class HostedActor:
     def enter(self, run: Run, template: Template) -> None:
         current = self.worker.context
         current.task_id = run.task_id
-        current.name = template.name
+        current.template = template
         current.attempt = run.attempt
         self.worker.client.begin_task(run.task_id, run.attempt)
+
+    def own_repr(self) -> str | None:
+        """What the user's `__repr__` says of the instance; None if the class has none."""
+        kind: Any = type(self.instance)
+        if kind.__repr__ is object.__repr__:
+            return None
+        try:
+            return repr(self.instance)
+        except Exception:
+            return None
 
     @staticmethod
     def is_exit(error: BaseException) -> bool:
@@ -155,7 +165,18 @@ class HostedActor:
         return 0
 
 
-class ThreadedActor(HostedActor):
+class ConcurrentActor(HostedActor):
+    """Several calls at once: each thread or coroutine has a context of its own."""
+
+    def enter(self, run: Run, template: Template) -> None:
+        shared = self.worker.context
+        context.set_context(TaskContext(
+            run.task_id, template, run.attempt, self.actor_id, shared.incarnation,
+            shared.resources, shared.devices, shared.namespace, shared.group_id,
+            shared.captures, shared.env_vars, shared.packages, self.template.is_async))
+
+
+class ThreadedActor(ConcurrentActor):
     def __init__(self, worker: Worker, template: Template, instance: Any, actor_id: bytes) -> None:
         super().__init__(worker, template, instance, actor_id)
         # By concurrency group; "" is everybody else's.
@@ -186,15 +207,8 @@ class ThreadedActor(HostedActor):
         except (ChannelClosed, exceptions.RaySystemError):
             os._exit(1)  # the node is gone
 
-    def enter(self, run: Run, template: Template) -> None:
-        shared = self.worker.context
-        context.set_context(TaskContext(
-            run.task_id, template.name, run.attempt, self.actor_id, shared.incarnation,
-            shared.resources, shared.devices, shared.namespace, shared.group_id,
-            shared.captures, shared.env_vars, shared.packages))
 
-
-class AsyncActor(HostedActor):
+class AsyncActor(ConcurrentActor):
     """Calls are tasks of one event loop; outcomes leave once per round of the loop."""
 
     def __init__(self, worker: Worker, template: Template, instance: Any, actor_id: bytes) -> None:
@@ -263,7 +277,6 @@ class AsyncActor(HostedActor):
 
     def _cancel(self, task_id: bytes) -> None:
         """By whoever reads the client channel."""
-        self.worker.note_cancelled(task_id)
         self._loop.call_soon_threadsafe(self._cancel_now, task_id)
 
     def _cancel_now(self, task_id: bytes) -> None:
@@ -318,13 +331,6 @@ class AsyncActor(HostedActor):
     def _flush(self) -> None:
         self._flush_due = False
         self.worker.client.flush(drain=not self._running)
-
-    def enter(self, run: Run, template: Template) -> None:
-        shared = self.worker.context
-        context.set_context(TaskContext(
-            run.task_id, template.name, run.attempt, self.actor_id, shared.incarnation,
-            shared.resources, shared.devices, shared.namespace, shared.group_id,
-            shared.captures, shared.env_vars, shared.packages))
 
 
 def _ready() -> bool:

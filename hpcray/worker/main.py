@@ -144,11 +144,9 @@ class Worker:
         self._replaced: dict[str, str | None] = {}  # variables as they were before the task
         client.before_wait = self._before_wait
         client.after_wait = self._after_wait
-        # Cancelled tasks, of which some may not have been read yet; the newest thousand.
-        self.cancelled: dict[bytes, None] = {}
+        self.cancelled = client.cancelled
         # The task whose user code runs in the main thread: what a cancel may interrupt.
         self.interruptible = b""
-        client.on_cancel = self.note_cancelled
         client.check_interrupt = self._check_interrupt
         signal.signal(INTERRUPT_SIGNAL, self._on_interrupt)
         self.actor: Any = None  # worker.hosting.HostedActor, once created
@@ -251,12 +249,6 @@ class Worker:
 
     # --- cancellation -----------------------------------------------------------------------------
 
-    def note_cancelled(self, task_id: bytes) -> None:
-        """By whoever reads the client channel, with its lock held."""
-        self.cancelled[task_id] = None
-        if len(self.cancelled) > 1000:
-            del self.cancelled[next(iter(self.cancelled))]
-
     def _on_interrupt(self, *_: Any) -> None:
         """The node rang: a CancelTask lies in the client channel. In the main thread, anywhere."""
         if not self.client.read_now():
@@ -282,7 +274,7 @@ class Worker:
         """This is what the process runs from now on."""
         current = self.context
         current.task_id = run.task_id
-        current.name = template.name
+        current.template = template
         current.attempt = run.attempt
         current.resources = template.resources
         if run.devices != self._devices:
@@ -430,8 +422,10 @@ class Worker:
         self._unpin(run, run.deps)
         task_error = exceptions.TaskError(
             name, self.describe(name, error), error, os.getpid(), self.address, self.rank,
-            run.actor_id.hex() or None)
+            run.actor_id.hex() or None, None if self.actor is None else self.actor.own_repr())
         packed = serialization.dump_error(task_error)
+        if isinstance(error, exceptions.UserCodeException) and error.__cause__ is not None:
+            error = error.__cause__
         retry = (template is not None and template.retry_exceptions
                  and not isinstance(error, exceptions.TaskCancelledError)
                  and (not template.retry_only or isinstance(error, self._retried(template))))
@@ -447,12 +441,15 @@ class Worker:
     def describe(self, name: str, error: BaseException) -> str:
         """The remote traceback, headed by where it comes from; our own frames left out."""
         frames = error.__traceback__
-        own = os.path.dirname(os.path.abspath(__file__))
-        while frames is not None and frames.tb_frame.f_code.co_filename.startswith(own):
+        folder = os.path.dirname(os.path.abspath(__file__))
+        while frames is not None and frames.tb_frame.f_code.co_filename.startswith(folder):
             frames = frames.tb_next
         text = "".join(traceback.format_exception(type(error), error, frames)).rstrip()
         actor = self.context.actor_id
         whose = f", actor_id={actor.hex()}" if actor else ""
+        own = self.actor.own_repr() if self.actor is not None else None
+        if own is not None:
+            whose += f", repr={own}"
         return (f"\x1b[36mhpcray::{name}()\x1b[39m (host={self.host}, rank={self.rank}, "
                 f"pid={os.getpid()}, ip={self.address}{whose})\n{text}")
 

@@ -112,6 +112,53 @@ def test_method_names(ray, ask):
     assert ray.get(A.remote().method.remote("get_task_name")).endswith("A.method")
 
 
+def test_function_names_do_not_change_with_the_tasks_name(ray, ask):
+    f = ray.remote(ask)
+    assert ray.get(f.options(name="mine").remote("get_task_function_name")).endswith("ask")
+    assert ask("get_task_name") is None
+    assert ask("get_task_function_name") is None
+
+
+def test_is_canceled_where_it_makes_no_sense(ray, ask):
+    with pytest.raises(RuntimeError):
+        ask("is_canceled")
+
+    @ray.remote
+    class A:
+        async def ask(self):
+            return ask("is_canceled")
+
+    with pytest.raises(RuntimeError):
+        ray.get(A.remote().ask.remote())
+    assert ray.get(ray.remote(ask).remote("is_canceled")) is False
+
+
+def test_the_session_has_one_name(ray, ask):
+    name = ask("get_session_name")
+    assert isinstance(name, str) and name
+    assert ray.get(ray.remote(ask).remote("get_session_name")) == name
+
+
+def test_runtime_env_is_what_runs_here(bare_ray, init_options):
+    ray = bare_ray
+    ray.init(num_cpus=2, **init_options, runtime_env={"env_vars": {"OF_JOB": "1", "BOTH": "job"}})
+
+    def env_vars():
+        return dict(ray.get_runtime_context().runtime_env["env_vars"])
+
+    @ray.remote
+    def parent():
+        return env_vars(), ray.get(ray.remote(env_vars).remote())
+
+    assert env_vars() == {"OF_JOB": "1", "BOTH": "job"}
+    mine = {"OF_JOB": "1", "OF_TASK": "2", "BOTH": "task"}
+    options = {"env_vars": {"OF_TASK": "2", "BOTH": "task"}}
+    assert ray.get(parent.options(runtime_env=options).remote()) == (mine, mine)
+    assert "OF_TASK" in ray.get(ray.remote(
+        lambda: ray.get_runtime_context().get_runtime_env_string()).options(
+            runtime_env=options).remote())
+
+
 def test_current_actor_outside_an_actor(ray):
     with pytest.raises(RuntimeError):
         ray.get_runtime_context().current_actor  # noqa: B018

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import sys
 import threading
+import time
 
 import pytest
 
@@ -196,6 +197,8 @@ def test_payload_that_cannot_be_pickled(ray):
     error = catch(ray, f.remote())
     assert isinstance(error, ray.exceptions.RayTaskError)
     assert "holds a lock" in str(error)
+    assert isinstance(error.cause, ray.exceptions.RayError)
+    assert "holds a lock" in str(error.cause)
 
 
 def test_class_that_cannot_be_subclassed(ray):
@@ -492,6 +495,9 @@ def test_error_tree(ray):
     assert issubclass(errors.ActorDiedError, errors.RayActorError)
     assert issubclass(errors.ActorUnavailableError, errors.RayActorError)
     assert issubclass(errors.GetTimeoutError, TimeoutError)
+    assert issubclass(errors.ActorAlreadyExistsError, ValueError)
+    assert issubclass(errors.ActorHandleNotFoundError, ValueError)
+    assert issubclass(errors.ReferenceCountingAssertionError, AssertionError)
     assert issubclass(errors.ObjectFetchTimedOutError, errors.ObjectLostError)
     assert issubclass(errors.OwnerDiedError, errors.ObjectLostError)
     for name in (
@@ -499,9 +505,46 @@ def test_error_tree(ray):
         "GetTimeoutError", "ObjectLostError", "ObjectStoreFullError", "OutOfMemoryError",
         "NodeDiedError", "RaySystemError", "RuntimeEnvSetupError", "PendingCallsLimitExceeded",
         "TaskUnschedulableError", "ActorUnschedulableError", "OutOfDiskError",
-        "ObjectReconstructionFailedError", "UnserializableException",
+        "ObjectReconstructionFailedError", "UnserializableException", "ActorAlreadyExistsError",
+        "ActorHandleNotFoundError", "ActorPlacementGroupRemoved", "AsyncioActorExit",
+        "AuthenticationError", "CrossLanguageError", "LocalRayletDiedError", "ObjectFreedError",
+        "ObjectRefStreamEndOfStreamError", "OufOfBandObjectRefSerializationException",
+        "PlasmaObjectNotAvailable", "RayCgraphCapacityExceeded", "RayChannelError",
+        "RayChannelTimeoutError", "RayDirectTransportError", "ReferenceCountingAssertionError",
+        "RpcError", "StreamingGeneratorReplayInconsistentError", "TaskPlacementGroupRemoved",
+        "UserCodeException",
     ):
         assert issubclass(getattr(errors, name), errors.RayError), name
+
+
+@pytest.mark.ray_differs("what Ray raises of both types has no actor_repr")
+def test_an_actor_with_a_repr_says_so_in_its_errors(ray):
+    @ray.remote
+    class A:
+        def __repr__(self):
+            return "the seventh of nine"
+
+        def m(self):
+            raise ValueError("in m")
+
+    error = catch(ray, A.remote().m.remote())
+    assert error.actor_repr == "the seventh of nine"
+    assert error.proctitle.endswith("A.m()")
+    assert error.make_dual_exception_instance() is error
+    assert "the seventh of nine" in str(error)
+
+
+def test_retry_looks_behind_a_user_code_exception(ray, counter):
+    add = counter.add
+
+    @ray.remote(max_retries=3, retry_exceptions=[KeyError])
+    def f():
+        if add() < 3:
+            raise ray.exceptions.UserCodeException("of a library") from KeyError("of its user")
+        return "done"
+
+    assert ray.get(f.remote()) == "done"
+    assert counter.value == 3
 
 
 # --- cancel ---------------------------------------------------------------------------------------
@@ -643,6 +686,30 @@ def test_cancel_of_a_waiting_actor_call(ray, gate, counter):
     ray.get(held)
     assert ray.get(a.ok.remote()) == 1
     assert counter.value == 0
+
+
+@pytest.mark.parametrize("options", [{"max_concurrency": 1}, {"max_concurrency": 2}],
+                         ids=["sequential", "threaded"])
+def test_a_method_is_told_that_it_is_cancelled(ray, options):
+    @ray.remote(**options)
+    class A:
+        def until_cancelled(self):
+            deadline_s = time.monotonic() + 20
+            here = ray.get_runtime_context()
+            while not here.is_canceled():
+                assert time.monotonic() < deadline_s
+                time.sleep(0.005)
+            raise ValueError("ended early")
+
+        def is_canceled(self):
+            return ray.get_runtime_context().is_canceled()
+
+    a = A.remote()
+    running = a.until_cancelled.remote()
+    assert ray.wait([running], timeout=0.2)[0] == []
+    ray.cancel(running)
+    assert isinstance(catch(ray, running), (ValueError, ray.exceptions.TaskCancelledError))
+    assert ray.get(a.is_canceled.remote()) is False
 
 
 def test_cancel_of_an_async_actor_call(ray, signal):

@@ -94,8 +94,12 @@ def test_misuse_of_the_class() -> None:
         Counter.options(get_if_exists=True)
     with pytest.raises(ValueError, match="in order"):
         ray.remote(allow_out_of_order_execution=False)(Async.__wrapped__)
-    with pytest.raises(TypeError, match="needs options"):
+    with pytest.raises(TypeError, match="or with options"):
         ray.method()
+    with pytest.raises(TypeError, match="or with options"):
+        ray.method(Counter.__wrapped__.add, num_returns=2)
+    with pytest.raises(TypeError, match="onto a method"):
+        ray.method(3)
     with pytest.raises(ValueError, match="num_cpus"):
         ray.method(num_cpus=1)
     with pytest.raises(TypeError, match="built directly"):

@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator, Generator, Iterator
 from typing import assert_type
 
 import hpcray as ray
-from hpcray.actor import ActorHandle
+from hpcray.actor import ActorHandle, ActorProxy
 
 
 @ray.remote
@@ -73,9 +73,38 @@ class Counter:
         yield 1
 
 
+# With @ray.method on its methods, an ActorProxy knows them.
+class Typed:
+    def __init__(self, start: int) -> None:
+        self.value = start
+
+    @ray.method
+    def add(self, n: int, times: int = 1) -> int:
+        self.value += n * times
+        return self.value
+
+    @ray.method(max_task_retries=2)
+    async def later(self, word: str) -> str:
+        assert_type(self.add(1), int)
+        return word
+
+    @ray.method
+    def up_to(self, n: int) -> Iterator[int]:
+        yield from range(n)
+
+    @ray.method
+    async def stream(self) -> AsyncIterator[bytes]:
+        yield b""
+
+    @ray.method(num_returns=2)
+    def both(self) -> tuple[int, int]:
+        return self.value, -self.value
+
+
 # A type checker does not see what a decorator makes of a class; it sees this.
 RemoteCounter = ray.remote(Counter)
 Small = ray.remote(num_cpus=1)(Counter)
+RemoteTyped = ray.remote(Typed)
 
 
 def main() -> None:
@@ -112,11 +141,28 @@ def main() -> None:
     found.add.options(num_returns=1).remote(1)
     for number in counter.stream.remote():
         print(ray.get(number))
+    proxy: ActorProxy[Typed] = RemoteTyped.remote(1)
+    assert_type(proxy.add.remote(1), ray.ObjectRef[int])
+    assert_type(proxy.add.remote(ref, times=ray.put(2)), ray.ObjectRef[int])
+    assert_type(ray.get(proxy.later.remote("x")), str)
+    assert_type(ray.get([proxy.add.remote(i) for i in range(3)]), list[int])
+    assert_type(proxy.up_to.remote(3), ray.ObjectRefGenerator[int])
+    assert_type(proxy.stream.remote(), ray.ObjectRefGenerator[bytes])
+    one, two = proxy.both.remote()
+    ray.get([one, two])
+    one, two = proxy.add.options(num_returns=2).remote(1)
+    hand_on(proxy)
+    ray.get(RemoteTyped.remote(1).add.remote(1))
+    ray.kill(proxy)
     ray.kill(counter)
     ray.cancel(ref, force=True)
     context = ray.get_runtime_context()
     node: str = context.get_node_id()
     print(node)
+
+
+def hand_on(actor: ActorProxy[Typed]) -> ray.ObjectRef[int]:
+    return actor.add.remote(1)
 
 
 async def waits() -> int:
@@ -140,8 +186,12 @@ MISTAKES = {
     "ray.get(1)": "No overload variant",
     "for item in count.remote(2): ray.get(item).upper()": '"int" has no attribute "upper"',
     'ray.init(num_cpus="2")': "incompatible type",
-    "ray.kill(double.remote(1))": "incompatible type",
     "ray.cancel(1)": "incompatible type",
+    "hand_on(RemoteTyped.remote(1)).upper()": "has no attribute",
+    "one: ActorProxy[Typed] = RemoteTyped.remote(1); one.subtract.remote(1)": "no attribute",
+    "two: ActorProxy[Typed] = RemoteTyped.remote(1); two.add(1).upper()": "no attribute",
+    "three: ActorProxy[Typed] = RemoteTyped.remote(1); ray.get(three.add.remote(1)).upper()":
+        "no attribute",
 }
 
 
