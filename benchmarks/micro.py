@@ -470,11 +470,13 @@ class Child:
             return "closed its pipe and hangs"
         return f"died of {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
 
-    def _last_line(self) -> str:
+    def last_lines(self) -> str:
         size = self._log.seek(0, os.SEEK_END)
         self._log.seek(max(0, size - 4000))
-        lines = self._log.read().decode(errors="replace").strip().splitlines()
-        return lines[-1].strip() if lines else "no output"
+        return self._log.read().decode(errors="replace").strip() or "no output"
+
+    def _last_line(self) -> str:
+        return self.last_lines().splitlines()[-1].strip()
 
 
 class Supervisor:
@@ -540,8 +542,13 @@ class Supervisor:
             while left:
                 child.event(self._bounded(START_LIMIT_S))  # the row begins
                 rows = child.event(self._bounded(settings.row_limit_s))["rows"]
-                self._keep([Result.from_json(row) for row in rows])
+                results = [Result.from_json(row) for row in rows]
+                self._keep(results)
                 left.pop(0)
+                if any(result.error for result in results):
+                    # What it said is worth more than the error; the others get a fresh one.
+                    print(child.last_lines(), file=sys.stderr, flush=True)
+                    return left
             child.event(EXIT_LIMIT_S)
             child.wait_for_exit()
         except ChildProblem as problem:

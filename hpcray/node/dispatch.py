@@ -15,6 +15,7 @@ DP-1  free + the shapes of all leases (less what blocked workers gave back) == t
 DP-2  a RUNNING task is in exactly one datagram of exactly one worker, or in an actor.
 DP-3  an idle worker holds nothing.
 DP-4  a queue is in order of priority, the highest first.
+DP-5  no datagram is empty: the head of a worker's first one is what it runs.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Worker:
         self.state = WorkerState.STARTING
         self.shape: Shape = ()
         self.devices: tuple[int, ...] = ()
-        # Outstanding datagrams, oldest first; the head of the first is running.
+        # Outstanding datagrams, oldest first, none empty; the head of the first is running.
         self.datagrams: deque[deque[TaskRecord]] = deque()
         self.blocked = False
         self.slow = False
@@ -418,22 +419,28 @@ class Dispatcher:
                 if task in datagram:
                     datagram.remove(task)
                     break
+        if not datagram:
+            self._drop_empty(worker)
         template = task.template
         if template.max_calls:
             runs = worker.calls if worker.calls is not None else {}
             runs[template.template_id] = runs.get(template.template_id, 0) + 1
             if runs[template.template_id] >= template.max_calls:
                 worker.calls = runs
-        while worker.datagrams and not worker.datagrams[0]:
-            worker.datagrams.popleft()
-            worker.sent_s = self._machine.now_s
-            worker.slow = False
         if len(worker.datagrams) < 2:
             self.piled.pop(worker.number, None)
             if not worker.datagrams:
                 self._drained[worker.number] = worker
             else:
                 self._dirty = True
+
+    def _drop_empty(self, worker: Worker) -> None:
+        """Any of a worker's datagrams may have become empty: while the node takes back the first,
+        the worker may read the second."""
+        if worker.datagrams and not worker.datagrams[0]:
+            worker.sent_s = self._machine.now_s
+            worker.slow = False
+        worker.datagrams = deque(datagram for datagram in worker.datagrams if datagram)
 
     def blocked(self, number: int, unstarted: tuple[bytes, ...]) -> None:
         """The worker waits: it gives back its CPU and everything it has not started."""
@@ -450,6 +457,7 @@ class Dispatcher:
                 for task in [t for t in datagram if t.task_id in wanted]:
                     datagram.remove(task)
                     self._take(task)
+            self._drop_empty(worker)
         if len(worker.datagrams) > 1 and not worker.actor_id:
             self._outbox.actions.append(TakeBack(number))
         self._dirty = True
@@ -470,8 +478,7 @@ class Dispatcher:
             for task in reversed([t for t in datagram if t.task_id in wanted]):
                 datagram.remove(task)
                 self._take(task)
-        while worker.datagrams and not worker.datagrams[-1]:
-            worker.datagrams.pop()
+        self._drop_empty(worker)
         if len(worker.datagrams) < 2:
             self.piled.pop(number, None)
         if not worker.datagrams and worker.state is WorkerState.LEASED:
@@ -584,6 +591,7 @@ class Dispatcher:
             held.append(shape)
             if worker.state is WorkerState.IDLE:
                 assert not worker.shape and not worker.datagrams, worker.number
+            assert all(worker.datagrams), "DP-5"
         for queue in self.queues.values():
             urgency = [_urgency(task) for task in queue.tasks]
             assert urgency == sorted(urgency), "DP-4"

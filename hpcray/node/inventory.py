@@ -417,7 +417,7 @@ class Inventory:
         if task.template.kind != METHOD:
             worker = self._machine.dispatcher.workers.get(task.worker)
             datagrams = None if worker is None else worker.datagrams
-            return bool(datagrams and datagrams[0] and datagrams[0][0] is task)
+            return bool(datagrams and datagrams[0][0] is task)
         running = self._running_calls.get(task.actor_id)
         if running is None:
             hosted = self._machine.actors.hosted.get(task.actor_id)
@@ -441,7 +441,7 @@ class Inventory:
         if self._parents is None:
             running = [worker.datagrams[0][0]
                        for worker in self._machine.dispatcher.workers.values()
-                       if worker.datagrams and worker.datagrams[0]]
+                       if worker.datagrams]
             for hosted in self._machine.actors.hosted.values():
                 running += hosted.in_flight.values()
             self._parents = {ids.task_prefix(t.task_id, t.attempt): t.task_id for t in running}

@@ -77,7 +77,7 @@ class WorkerOutput:
         hosted = machine.actors.hosted.get(worker.actor_id) if worker.actor_id else None
         if hosted is not None:
             return class_name(hosted.template).split(".")[-1], worker.pid
-        if worker.datagrams and worker.datagrams[0]:
+        if worker.datagrams:
             return worker.datagrams[0][0].template.name.split(".")[-1], worker.pid
         last_id = self._connections.last_template.get(number, b"")
         last = machine.tasks.templates.get(last_id)

@@ -209,7 +209,12 @@ class SimulatedNode:
             process = self.processes.get(action.number)
             if process is None or not process.alive:
                 return
-            datagrams, process.tasks = list(process.tasks), deque()
+            # Node and worker may draw from the queue in turn: it keeps what it drew.
+            datagrams = list(process.tasks)
+            kept: deque[bytes] = deque()
+            if len(datagrams) > 1 and self.cluster.rng.random() < 0.5:
+                kept.append(datagrams.pop(self.cluster.rng.randrange(len(datagrams))))
+            process.tasks = kept
             taken = []
             for datagram in datagrams:
                 for message in messages.decode_to_worker(datagram):

@@ -43,6 +43,7 @@ class DispatcherMachine(RuleBasedStateMachine):
         self.tail = ids.id_tail(0, job)
         self.now_s = 0.0
         self.count = 0
+        self.takes = 0
         self.workers: dict[int, WorkerModel] = {}
         self.starting: list[int] = []
         self.started: dict[bytes, list[int]] = {}
@@ -76,8 +77,14 @@ class DispatcherMachine(RuleBasedStateMachine):
             self.starting.append(action.number)
         elif type(action) is out.TakeBack and action.number in self.workers:
             worker = self.workers[action.number]
+            # While the node draws the first datagram, the worker may draw the second.
+            self.takes += 1
+            kept = []
+            if len(worker.unread) > 1 and self.takes % 2:
+                kept.append(worker.unread[1])
+                del worker.unread[1]
             taken = [item for batch in worker.unread for item in batch]
-            worker.unread.clear()
+            worker.unread = deque(kept)
             stops: list[m.Run | m.Stop] = [item for item in taken if type(item) is m.Stop]
             if stops:
                 worker.unread.append(stops)

@@ -59,7 +59,7 @@ def test_a_taken_name_is_refused_at_once() -> None:
     node = machine()
     reserve(node, 1)
     reserve(node, 2, if_exists=False)
-    assert replies(node, 2) == [(1, None, "ValueError")]
+    assert replies(node, 2) == [(1, None, "ActorAlreadyExistsError")]
 
 
 def test_a_creator_that_dies_leaves_the_name_to_the_next() -> None:
