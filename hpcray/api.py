@@ -17,6 +17,8 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, overload
 
+import msgspec
+
 from hpcray import options as options_
 from hpcray.actor import ActorClass, ActorHandle, raise_stale
 from hpcray.client import context, references
@@ -153,6 +155,8 @@ def init(
             object_store_memory_bytes=object_store_memory, memory_bytes=_memory,
             namespace=namespace, log_to_driver=log_to_driver, preload=preload,
             runtime_env=runtime_env, redis_url=redis_url)
+        if not config.namespace:  # one of its own: nobody else's actors are in it
+            config = msgspec.structs.replace(config, namespace=os.urandom(16).hex())
         from hpcray.launch import start
 
         client = start.connect(config)

@@ -254,7 +254,7 @@ class AsyncioActorExit(RayError):
 class ObjectStoreFullError(RayError):
     """The object does not fit in the node's object store.
 
-    Attributes (bytes): need_bytes, used_bytes, capacity_bytes.
+    Attributes (bytes; 0 if it was another node's): need_bytes, used_bytes, capacity_bytes.
     """
 
     def __init__(self, need_bytes: int = 0, used_bytes: int = 0, capacity_bytes: int = 0,
@@ -266,6 +266,8 @@ class ObjectStoreFullError(RayError):
         self.detail = detail
 
     def __str__(self) -> str:
+        if not self.capacity_bytes:
+            return self.detail
         return (
             f"the object needs {self.need_bytes:,} B, but {self.used_bytes:,} B of this node's "
             f"object store of {self.capacity_bytes:,} B are in use. Drop refs that are no longer "

@@ -192,6 +192,8 @@ def failure_to_exception(failure: values.Failure) -> BaseException:
     if issubclass(kind, exceptions.RayActorError):
         error = kind(failure.subject or None, failure.message,
                      actor_init_failed="constructor" in failure.message)
+    elif kind is exceptions.ObjectStoreFullError:
+        error = kind(detail=failure.message)
     elif issubclass(kind, (exceptions.TaskCancelledError, exceptions.ObjectLostError)):
         error = kind(failure.subject, failure.message)
     else:

@@ -16,6 +16,7 @@ import secrets
 import socket
 import sys
 import traceback
+from typing import NoReturn
 
 from hpcray.launch.identity import read_launch, strip_identity
 from hpcray.launch.resources import detect_resources, widen_affinity
@@ -98,7 +99,7 @@ def main() -> int:
             ranks = ", ".join(map(str, server.left_behind))
             print(f"hpcray: rank {ranks} did not end with the job (dead or hanging); rank "
                   f"{launch.rank} leaves without MPI_Finalize", file=sys.stderr, flush=True)
-            os._exit(status or 1)
+            _abandon(status or 1)
         transport.close(_CLOSE_S if status == 0 else _FAILED_CLOSE_S)
     return status
 
@@ -115,6 +116,15 @@ def _drop_shared_files() -> None:
     for path in _shared_files:
         with contextlib.suppress(OSError):
             os.unlink(path)
+
+
+def _abandon(status: int) -> NoReturn:
+    """End without waiting for the other ranks; an MPI job ends with this process."""
+    if "hpcray.transport.mpi" in sys.modules:
+        from hpcray.transport.mpi import abort
+
+        abort(status)
+    os._exit(status)
 
 
 def _leave(status: int) -> None:
@@ -139,5 +149,5 @@ if __name__ == "__main__":
         traceback.print_exc()
         sys.stderr.flush()
         _drop_shared_files()
-        os._exit(70)
+        _abandon(70)
     _leave(code)

@@ -24,14 +24,13 @@ from hpcray.node.ledger import ResourceLedger
 from hpcray.node.memory import NodeMemory
 from hpcray.node.outbox import Outbox, ServePull, StopJob
 from hpcray.node.placement import Bundles, Groups
-from hpcray.node.records import WAIT_LOCAL, WAIT_READY, WAIT_VALUE, ClientRecord
+from hpcray.node.records import DRIVER, WAIT_LOCAL, WAIT_READY, WAIT_VALUE, ClientRecord
 from hpcray.node.requests import Requests
 from hpcray.node.streams import Streams
 from hpcray.node.tasks import Tasks
 from hpcray.protocol import ids, values
 from hpcray.protocol import messages as m
 
-DRIVER = 0
 _FOREIGN_WAIT_S = 0.1
 _SQUEEZED_INLINE_BYTES = 4096
 

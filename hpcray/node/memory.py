@@ -8,6 +8,8 @@ or the node itself for copies it pulls). This module hears when a value is place
             --room was given back meanwhile--> Denied(retry)      look again
             --others have empty segments--> Reclaim, wait for them (at most _WAIT_S) --> grant or
                                                                                        Denied
+
+A pull by the node waits in the same way: its StartPull comes again every tick until there is room.
 """
 
 from __future__ import annotations
@@ -15,8 +17,15 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
-from hpcray.node.outbox import CloseSegment, FreeNodeRange, GrantSegment, OpenSegment, Outbox
-from hpcray.node.records import ClientRecord
+from hpcray.node.outbox import (
+    CloseSegment,
+    FreeNodeRange,
+    GrantSegment,
+    OpenSegment,
+    Outbox,
+    StartPull,
+)
+from hpcray.node.records import DRIVER, ClientRecord
 from hpcray.objects.allocator import range_bytes
 from hpcray.objects.budget import NODE, SegmentBudget, SegmentGrant, StoreFull
 from hpcray.protocol.messages import (
@@ -53,6 +62,8 @@ class NodeMemory:
         self._released: dict[int, dict[int, list[int]]] = {}
         # (client, nbytes, deadline) of requests that wait for memory.
         self._waiting: deque[tuple[int, int, float]] = deque()
+        # Pulls that wait for memory, by object, and until when.
+        self._pulls: dict[bytes, tuple[StartPull, float]] = {}
 
     # --- objects ----------------------------------------------------------------------------------
 
@@ -133,12 +144,12 @@ class NodeMemory:
             self._outbox.actions.append(
                 GrantSegment(client, granted.segment_id, granted.nbytes))
             return True
-        if final or granted.never_fits or not self._ask_back(granted, client):
+        if final or granted.never_fits or not self._ask_back():
             self._outbox.clients[client].append(self._denied(nbytes, retry=False))
             return True
         return False
 
-    def _ask_back(self, full: StoreFull, asking: int) -> bool:
+    def _ask_back(self) -> bool:
         """Ask every process for what it does not need; False if nobody has anything."""
         node = self._reclaim_own()
         others = [owner for owner in self.budget.owners()
@@ -146,6 +157,8 @@ class NodeMemory:
         for owner in others:
             assert isinstance(owner, int)
             self._outbox.clients[owner].append(SegmentReclaim())
+            if owner != DRIVER:
+                self._outbox.interrupts.append(owner)  # it may compute for hours
         return bool(others) or node
 
     def _denied(self, nbytes: int, *, retry: bool) -> SegmentDenied:
@@ -154,14 +167,30 @@ class NodeMemory:
     def grant_node(self, nbytes: int) -> SegmentGrant | None:
         """A segment for the node's own use (pulled copies)."""
         granted = self.budget.grant(NODE, range_bytes(nbytes))
-        if isinstance(granted, StoreFull):
-            self._ask_back(granted, -1)
+        if isinstance(granted, StoreFull) and self._reclaim_own():
             granted = self.budget.grant(NODE, range_bytes(nbytes))
         if isinstance(granted, StoreFull):
             return None
         self.node_segments[granted.segment_id] = None
         self.budget.mark_empty(granted.segment_id)
         return granted
+
+    def await_room(self, pull: StartPull, now_s: float) -> bool:
+        """There is no room for a pull: whether it waits (and is started again) or has failed."""
+        known = self._pulls.get(pull.object_id)
+        if known is None:
+            if range_bytes(pull.nbytes) <= self.budget.capacity_bytes and self._ask_back():
+                self._pulls[pull.object_id] = (pull, now_s + _WAIT_S)
+                return True
+            return False
+        if now_s < known[1]:
+            return True
+        del self._pulls[pull.object_id]
+        return False
+
+    def has_room(self, pull: StartPull) -> None:
+        """The pull is under way."""
+        self._pulls.pop(pull.object_id, None)
 
     def returned(self, client: ClientRecord, segment: int) -> None:
         """Its owner gives an empty segment back."""
@@ -228,7 +257,9 @@ class NodeMemory:
         while self._waiting and self._waiting[0][2] <= now_s:
             client, nbytes, _ = self._waiting.popleft()
             self._grant(client, nbytes, final=True)
+        for pull, _ in self._pulls.values():
+            self._outbox.actions.append(pull)
 
     @property
     def waiting(self) -> bool:
-        return bool(self._waiting)
+        return bool(self._waiting or self._pulls)

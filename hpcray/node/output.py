@@ -13,7 +13,8 @@ from typing import Any
 
 from hpcray.node.actors import class_name
 from hpcray.node.connections import Connections
-from hpcray.node.machine import DRIVER, Machine
+from hpcray.node.machine import Machine
+from hpcray.node.records import DRIVER
 from hpcray.observe.logs import LogFolder, LogSource
 from hpcray.protocol.messages import Notice, Output, PeerOutput
 

@@ -20,6 +20,8 @@ import msgspec
 
 from hpcray.protocol.messages import Located, Template
 
+DRIVER = 0  # its number among the clients of its node
+
 # --- objects ----------------------------------------------------------------------------------
 
 PENDING = 0  # nobody has made it yet

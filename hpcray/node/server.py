@@ -33,9 +33,10 @@ from typing import Any
 from hpcray.node import outbox as out
 from hpcray.node.connections import Connection, Connections, enlarge_buffers
 from hpcray.node.journal import Journal
-from hpcray.node.machine import DRIVER, Machine
+from hpcray.node.machine import Machine
 from hpcray.node.output import WorkerOutput
 from hpcray.node.pool import WorkerPool, ZygoteLost
+from hpcray.node.records import DRIVER
 from hpcray.node.transfers import Segments, Transfers
 from hpcray.node.watcher import READ, WRITE, Watcher
 from hpcray.objects.budget import MINIMUM_SEGMENT_BYTES

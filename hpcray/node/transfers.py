@@ -160,6 +160,8 @@ class Transfers:
                 self._segments.create_own(granted.segment_id, granted.nbytes)
                 found = self._segments.arena.allocate(action.nbytes)
         if found is None:
+            if self._machine.memory.await_room(action, self._machine.now_s):
+                return
             budget = self._machine.memory.budget
             self._machine.directory.pull_failed(action.object_id, values.Failure(
                 "ObjectStoreFullError",
@@ -167,6 +169,7 @@ class Transfers:
                 f"{budget.used_bytes:,} B of this node's object store of "
                 f"{budget.capacity_bytes:,} B are in use"))
             return
+        self._machine.memory.has_room(action)
         segment, offset, view = found
         location = Located(segment, offset, action.nbytes)
         self._machine.memory.used(location)

@@ -19,7 +19,8 @@ from collections.abc import Callable
 from typing import Any
 
 from hpcray.node import outbox as out
-from hpcray.node.machine import DRIVER, Machine
+from hpcray.node.machine import Machine
+from hpcray.node.records import DRIVER
 from hpcray.node.transfers import Transfers
 from hpcray.protocol import ids, messages, values
 from hpcray.protocol import messages as m

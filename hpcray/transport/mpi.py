@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import signal
 import time
 from collections import deque
 from collections.abc import Callable
@@ -72,6 +73,10 @@ RECEIVES_IN_FLIGHT = 4
 TOTAL_SENDS_IN_FLIGHT = 64
 TOTAL_RECEIVES_IN_FLIGHT = 8
 
+# Between a watchdog's message and its end: enough to print it.
+_PRINT_S = 0.1
+_ABORT_S = 5.0
+
 # Bounds of one poll. Frames: more than a loop turn meets on a healthy job. Bytes: about 0.5 ms
 # of copying. Data: after this long the poll ends, with what the last call to MPI still copies.
 FRAMES_PER_POLL = 64
@@ -106,7 +111,7 @@ def start_mpi(start_timeout_s: float, *, force_funneled: bool = True) -> MPI.Int
     """Initialise MPI and return the world communicator; the process exits on timeout.
 
     MPI_Init waits for every rank of the job. A rank that never comes must not hang the
-    others for ever, so a C-level watchdog prints what is wrong and exits with status 1
+    others for ever, so a C-level watchdog prints what is wrong and ends this one
     (mpi4py holds the GIL during MPI_Init, so no Python thread could).
 
     `force_funneled` refuses a library that offers less than MPI_THREAD_FUNNELED, which the
@@ -132,16 +137,31 @@ def start_mpi(start_timeout_s: float, *, force_funneled: bool = True) -> MPI.Int
 
 
 def _under_watchdog(timeout_s: float, message: str, action: Callable[[], object]) -> None:
-    """Run `action`; if it takes longer, print `message` and a traceback, and `_exit(1)`.
+    """Run `action`; if it takes longer, print `message` and a traceback, and end this process.
 
-    faulthandler runs without the GIL but prints only a traceback, so the message travels as
-    the file name of a frame in it.
+    faulthandler runs without the GIL but prints only a traceback, so the message travels as the
+    file name of a frame in it. The end is by SIGALRM, which needs no GIL either: of a rank that
+    exits within MPI_Init, MPICH's mpirun takes no notice once in a while, and leaves the others.
     """
-    faulthandler.dump_traceback_later(timeout_s, exit=True, file=2)
+    faulthandler.dump_traceback_later(timeout_s, file=2)
+    before = signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    due_s, every_s = signal.setitimer(signal.ITIMER_REAL, timeout_s + _PRINT_S)
     try:
         exec(compile("action()", message, "exec"), {"action": action})
     finally:
+        signal.setitimer(signal.ITIMER_REAL, due_s, every_s)
+        signal.signal(signal.SIGALRM, before)
         faulthandler.cancel_dump_traceback_later()
+
+
+def abort(status: int) -> None:
+    """End this process and have the launcher end the job with this status.
+
+    Not by _exit: of that, MPICH's mpirun takes no notice once in a while (see `_under_watchdog`).
+    """
+    if MPI.Is_initialized() and not MPI.Is_finalized():
+        _under_watchdog(_ABORT_S, "hpcray: MPI_Abort does not return",
+                        lambda: MPI.COMM_WORLD.Abort(status))
 
 
 def _peer_failure_classes() -> frozenset[int]:
@@ -535,7 +555,7 @@ class MpiTransport:
     def close(self, timeout_s: float, *, finalize: bool = True) -> None:
         """Drain with every living rank, then end MPI (`finalize`) or only this transport.
 
-        With `finalize` the process exits with status 1 if draining or MPI_Finalize takes longer
+        With `finalize` the process is ended (SIGALRM) if draining or MPI_Finalize takes longer
         than `timeout_s` each (a peer that hangs would keep the latter for ever); without,
         CloseTimeout is raised.
         A second call does nothing.

@@ -6,6 +6,7 @@ import pickle
 import sys
 import threading
 import time
+from random import Random
 
 import pytest
 
@@ -639,6 +640,34 @@ def test_cancel_twice(ray, gate):
     ray.cancel(waiting)
     assert isinstance(catch(ray, waiting), ray.exceptions.TaskCancelledError)
     gate.open()
+
+
+@pytest.mark.parametrize("nbytes", [10, 3_000, 50_000])
+def test_a_cancel_at_any_moment_cuts_nothing(ray, nbytes):
+    """Before, while and after they run, between two messages and within one."""
+
+    @ray.remote(max_retries=0)
+    def make(i):
+        return [i, bytes(nbytes), ray.put(i)]
+
+    random = Random(nbytes)
+    outcomes = {"cancelled": 0, "done": 0}
+    for begin in range(0, 240, 24):
+        refs = [make.remote(i) for i in range(begin, begin + 24)]
+        for ref in random.sample(refs, 12):
+            time.sleep(random.random() * 0.001)
+            ray.cancel(ref)
+        for i, ref in enumerate(refs, begin):
+            try:
+                value = ray.get(ref, timeout=20)
+            except ray.exceptions.TaskCancelledError:
+                outcomes["cancelled"] += 1
+            else:
+                outcomes["done"] += 1
+                assert value[:2] == [i, bytes(nbytes)]
+                assert ray.get(value[2], timeout=20) == i
+    assert outcomes["done"] >= 120
+    assert ray.get(ray.remote(lambda: "as before").remote(), timeout=20) == "as before"
 
 
 def test_cancel_reaches_children(ray, gate, counter):

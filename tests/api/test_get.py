@@ -252,6 +252,26 @@ def test_future_with_an_error(ray):
         fail.remote().future().result(timeout=20)
 
 
+def test_futures_of_both_libraries(ray, gate):
+    import asyncio
+    from concurrent.futures import FIRST_COMPLETED, wait
+
+    enter = gate.enter
+    slow, fast = ray.remote(enter).remote("slow").future(), ray.remote(lambda: "fast").remote()
+    gate.wait_for_arrivals()
+    done, pending = wait([slow, fast.future()], timeout=20, return_when=FIRST_COMPLETED)
+    assert [future.result() for future in done] == ["fast"]
+    assert pending == {slow}
+
+    async def both():
+        first = asyncio.wrap_future(fast.future())
+        assert await first == "fast"
+        gate.open()
+        return await asyncio.wait_for(asyncio.wrap_future(slow), 20)
+
+    assert asyncio.run(both()) == "slow"
+
+
 def test_await(ray):
     import asyncio
 

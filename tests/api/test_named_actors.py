@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 
 import pytest
 
@@ -175,6 +176,33 @@ def test_namespace_of_init(bare_ray, init_options):
     assert ray.get_runtime_context().namespace == "mine"
     assert ray.get(a.namespace.remote()) == "mine"
     assert ray.get_actor("a", namespace="mine") == a
+
+
+def test_each_driver_has_a_namespace_of_its_own(bare_ray, init_options):
+    ray = bare_ray
+    found = []
+    for _ in range(2):
+        ray.init(num_cpus=1, **init_options)
+        found.append(ray.get_runtime_context().namespace)
+        ray.shutdown()
+    assert found[0] and found[1] and found[0] != found[1]
+
+
+def test_a_detached_actor_lives_as_long_as_its_job(bare_ray, init_options, eventually):
+    ray = bare_ray
+
+    @ray.remote
+    class A:
+        def pid(self):
+            return os.getpid()
+
+    ray.init(num_cpus=1, namespace="jobs", **init_options)
+    pid = ray.get(A.options(name="d", lifetime="detached").remote().pid.remote())
+    ray.shutdown()
+    eventually(lambda: not os.path.exists(f"/proc/{pid}"))
+    ray.init(num_cpus=1, namespace="jobs", **init_options)
+    with pytest.raises(ValueError):
+        ray.get_actor("d")
 
 
 def test_list_named_actors(ray, A):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import datetime
 import decimal
 import gc
@@ -76,6 +77,46 @@ def test_containers(ray, value):
 
 
 @pytest.mark.ray_differs("Ray sends plain lists by msgpack, which knows no identity")
+def test_dataclasses(ray):
+    @dataclasses.dataclass(frozen=True)
+    class Step:
+        reward: float
+        observation: np.ndarray = dataclasses.field(compare=False)
+
+    step = Step(0.5, np.arange(BIG))
+    got = through_a_task(ray, step)
+    assert got.reward == 0.5
+    assert (got.observation == step.observation).all()
+    assert not got.observation.flags.writeable
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        got.reward = 1.0
+
+
+def test_pandas(ray):
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(
+        {"x": np.arange(BIG), "y": np.arange(BIG) / 3, "s": ["a", "b"] * (BIG // 2)},
+        index=np.arange(BIG) * 2)
+    pandas.testing.assert_frame_equal(ray.get(ray.put(frame)), frame)
+    pandas.testing.assert_frame_equal(through_a_task(ray, frame), frame)
+    # What arrives is read-only, as every array is; what is made of it is one's own.
+    got = ray.get(ray.put(frame[["x", "y"]]))
+    assert (got + 1)["x"].iloc[-1] == BIG
+    pandas.testing.assert_series_equal(through_a_task(ray, frame["y"]), frame["y"])
+
+
+def test_arrow(ray):
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table({"x": np.arange(BIG), "s": ["a", None] * (BIG // 2)})
+    ref = ray.put(table)
+    first, second = ray.get([ref, ref])
+    assert first.equals(table)
+    assert through_a_task(ray, table).equals(table)
+    # Its columns lie in the object store: nothing was copied to read them.
+    addresses = [t.column("x").chunk(0).buffers()[1].address for t in (first, second)]
+    assert addresses[0] == addresses[1] != table.column("x").chunk(0).buffers()[1].address
+
+
 def test_shared_references_stay_shared(ray):
     inner = [1]
     one, two = ray.get(ray.put([inner, inner]))

@@ -318,6 +318,7 @@ def test_priorities(ray, gate, tmp_path):
              wide.options(priority=-1).remote(3), wide.options(priority=3).remote(4),
              other.options(priority=5).remote(5), wide.remote(6),
              wide.options(priority=0).remote(7)]
+    ray.cluster_resources()  # its answer comes after the node has read what was submitted before
     gate.open()
     ray.get(held, timeout=30)
     with open(log) as file:

@@ -202,6 +202,24 @@ def test_an_actor_holds_nothing_by_default(ray, eventually):
     assert ray.get(ray.remote(num_cpus=2)(lambda: 1).remote(), timeout=20) == 1
 
 
+def test_an_actor_needs_a_cpu_to_be_placed_and_none_with_num_cpus_0(cluster, gate):
+    ray, enter = cluster(num_cpus=1), gate.enter
+
+    @ray.remote
+    class A:
+        def m(self):
+            return 1
+
+    busy = ray.remote(enter).remote()
+    gate.wait_for_arrivals()
+    assert ray.get(A.options(num_cpus=0).remote().m.remote(), timeout=20) == 1
+    placed = A.remote().m.remote()
+    assert ray.wait([placed], timeout=0.3)[0] == []
+    gate.open()
+    assert ray.get(placed, timeout=20) == 1
+    ray.get(busy)
+
+
 def test_an_actor_holds_what_it_asked_for_until_it_ends(ray, eventually):
     @ray.remote(num_cpus=1)
     class A:

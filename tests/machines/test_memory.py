@@ -1,7 +1,7 @@
 """NodeMemory: no request for memory is forgotten, no range is lost or given out twice.
 
 NM-1  live counts and object_bytes are those of the objects placed and not freed.
-NM-2  every request is answered: granted, denied, or told to look again.
+NM-2  every request is answered: granted, denied, or told to look again; so is every pull.
 NM-3  the budget's own invariants (SB-1 to SB-4).
 NM-4  no segment with an object in it is closed.
 """
@@ -29,6 +29,8 @@ class MemoryMachine(RuleBasedStateMachine):
         self.now_s = 0.0
         self.arenas: dict[int, Arena] = {}
         self.node_arena = Arena()
+        self.pulls = 0
+        self.pulling: set[bytes] = set()  # wait for memory
         self.asking: dict[int, int] = {}  # client -> bytes it waits for
         self.placed: list[tuple[int, m.Located]] = []  # (owner, where)
         self.node_ranges: list[m.Located] = []
@@ -52,6 +54,8 @@ class MemoryMachine(RuleBasedStateMachine):
                     assert self.asking.pop(action.client) <= action.nbytes
                     self.arenas[action.client].add(
                         action.segment, memoryview(bytearray(action.nbytes)))
+                elif type(action) is out.StartPull:
+                    self.start_pull(action)
                 elif type(action) is out.CloseSegment:
                     used = [p for _, p in self.placed if p.segment == action.segment]
                     assert not used, "NM-4"
@@ -110,19 +114,28 @@ class MemoryMachine(RuleBasedStateMachine):
     @rule(nbytes=st.sampled_from((1, 3000, 20_000)))
     def pull(self, nbytes: int) -> None:
         """A copy for the node itself, as `Transfers.start` makes room for it."""
+        self.pulls += 1
+        self.start_pull(out.StartPull(self.pulls.to_bytes(28, "little"), 1, nbytes))
+        self.turn()
+
+    def start_pull(self, pull: out.StartPull) -> None:
+        nbytes = pull.nbytes
         found = self.node_arena.allocate(nbytes)
         if found is None:
             granted = self.memory.grant_node(nbytes)
-            self.collect()
             if granted is None:
+                self.pulling.discard(pull.object_id)
+                if self.memory.await_room(pull, self.now_s):
+                    self.pulling.add(pull.object_id)
                 return
             self.node_arena.add(granted.segment_id, memoryview(bytearray(granted.nbytes)))
             found = self.node_arena.allocate(nbytes)
             assert found is not None
+        self.memory.has_room(pull)
+        self.pulling.discard(pull.object_id)
         location = m.Located(found[0], found[1], nbytes)
         self.placed.append((-1, location))
         self.memory.used(location)
-        self.turn()
 
     @precondition(lambda self: self.arenas)
     @rule(data=st.data())
@@ -153,7 +166,8 @@ class MemoryMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         self.time_passes(3.0)
         self.time_passes(3.0)
-        assert not self.asking, "NM-2"
+        assert not self.asking and not self.pulling, "NM-2"
+        assert not self.memory.waiting, "NM-2"
         while self.placed:
             self.memory.free(self.placed.pop()[1])
         self.turn()

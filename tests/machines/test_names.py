@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from hpcray.node.machine import DRIVER, Machine
+from hpcray.node.machine import Machine
+from hpcray.node.records import DRIVER
 from hpcray.protocol import messages as m
 
 JOB = b"\0\0\0\1"

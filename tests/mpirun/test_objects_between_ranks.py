@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from ..process.jobs import Start
@@ -76,6 +78,37 @@ print("refs", flush=True)
     job.finish()
 
 
+@pytest.mark.skipif(not os.environ.get("HPCRAY_TEST_SLOW"), reason="HPCRAY_TEST_SLOW=1 runs it")
+@pytest.mark.parametrize("mapped", ["1", "0"])
+def test_an_object_of_more_than_4_gib(start: Start, mapped: str):
+    """16 GiB of memory are needed: two copies, and the store's own room."""
+    job = start(HEAD + """
+BYTES = (4 << 30) + 12_345
+PLACES = (0, (2 << 30) - 1, 2 << 30, (4 << 30) - 1, 4 << 30, BYTES - 1)
+
+@ray.remote(max_retries=0)
+def make(salt):
+    data = np.zeros(BYTES, np.uint8)  # memory for the pages that are written only
+    data[list(PLACES)] = np.arange(salt, salt + len(PLACES))
+    return data
+
+@ray.remote(max_retries=0)
+def look(data):
+    return data.nbytes, data[list(PLACES)].tolist(), int(np.count_nonzero(data))
+
+start(num_cpus=1, object_store_memory=5 << 30)
+for salt, (a, b) in ((1, (0, 0)), (2, (1, 0)), (3, (0, 1))):
+    ref = make.options(scheduling_strategy=on[a]).remote(salt)
+    expected = (BYTES, list(range(salt, salt + len(PLACES))), len(PLACES))
+    assert ray.get(look.options(scheduling_strategy=on[b]).remote(ref), timeout=100) == expected
+    del ref
+    print("moved", a, b, flush=True)
+mine = ray.get(ray.put(make.__wrapped__(7)))
+assert mine.nbytes == BYTES and mine[list(PLACES)].tolist() == list(range(7, 7 + len(PLACES)))
+""", ranks=2, HPCRAY_MAP_PEERS=mapped)
+    job.finish(timeout_s=110)
+
+
 def test_an_object_larger_than_the_store_is_an_error(start: Start):
     job = start(HEAD + """
 @ray.remote(max_retries=0)
@@ -99,10 +132,25 @@ except ray.exceptions.ObjectStoreFullError as error:
     print("full put", flush=True)
 assert int(ray.get(make.options(scheduling_strategy=on[1]).remote(50_000_000)).sum()) == 50_000_000
 print("still works")
+# What a worker has made and nobody needs is room for what is pulled, even while it computes.
+@ray.remote
+def compute():
+    open(mark("begun"), "w").close()
+    while not os.path.exists(mark("until")):
+        pass
+for round in range(3):
+    assert ray.get(make.options(scheduling_strategy=on[0]).remote(100_000_000)).nbytes
+busy = compute.options(scheduling_strategy=on[0]).remote()
+while not os.path.exists(mark("begun")):
+    pass
+assert ray.get(make.options(scheduling_strategy=on[1]).remote(100_000_000)).nbytes == 100_000_000
+open(mark("until"), "w").close()
+ray.get(busy)
+print("room")
 """, ranks=2)
     output = job.finish(timeout_s=60)
     assert "no error" not in output
-    for line in ("full 0", "full 1", "full put", "still works"):
+    for line in ("full 0", "full 1", "full put", "still works", "room"):
         assert line in output
 
 

@@ -74,6 +74,36 @@ assert after[2] <= before[2] + 4 and after[3] <= before[3] + 4
     job.finish(timeout_s=90)
 
 
+def test_a_worker_that_computes_gives_back_the_memory_it_does_not_use(start: Start):
+    job = start("""
+import os
+import numpy as np
+import hpcray as ray
+
+@ray.remote
+class Maker:
+    def make(self):
+        return np.ones(100_000_000, np.uint8)
+    def compute(self, until):
+        open(until + "begun", "w").close()
+        while not os.path.exists(until):
+            pass
+
+ray.init(num_cpus=1, object_store_memory=150_000_000)
+maker = Maker.remote()
+assert ray.get(maker.make.remote()).nbytes == 100_000_000
+until = os.path.join(os.environ["TMPDIR"], "until")
+busy = maker.compute.remote(until)
+while not os.path.exists(until + "begun"):
+    pass
+ref = ray.put(np.ones(120_000_000, np.uint8))
+print("room", flush=True)
+open(until, "w").close()
+ray.get(busy)
+""")
+    assert "room\n" in job.finish(timeout_s=60)
+
+
 def test_nobody_else_gets_in(start: Start):
     """On one host: no TCP port, a private directory, and a password on what is in it."""
     job = start("""
