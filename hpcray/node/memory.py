@@ -156,10 +156,14 @@ class NodeMemory:
                   if owner is not NODE and owner in self._machine.clients]
         for owner in others:
             assert isinstance(owner, int)
-            self._outbox.clients[owner].append(SegmentReclaim())
-            if owner != DRIVER:
-                self._outbox.interrupts.append(owner)  # it may compute for hours
+            self._flush_released(owner)  # first: what it empties is what it can give
+            self._ask(owner)
         return bool(others) or node
+
+    def _ask(self, owner: int) -> None:
+        self._outbox.clients[owner].append(SegmentReclaim())
+        if owner != DRIVER:
+            self._outbox.interrupts.append(owner)  # it may compute for hours
 
     def _denied(self, nbytes: int, *, retry: bool) -> SegmentDenied:
         return SegmentDenied(nbytes, self.object_bytes, self.budget.capacity_bytes, retry)
@@ -237,6 +241,8 @@ class NodeMemory:
             return
         for number in list(self._released):
             self._flush_released(number)
+            if self.waiting:
+                self._ask(number)  # this may be what empties a segment
         # A waiting client may find room in what came back to itself.
         for entry in [e for e in self._waiting if self._room_came(e)]:
             self._waiting.remove(entry)

@@ -4,6 +4,8 @@ NM-1  live counts and object_bytes are those of the objects placed and not freed
 NM-2  every request is answered: granted, denied, or told to look again; so is every pull.
 NM-3  the budget's own invariants (SB-1 to SB-4).
 NM-4  no segment with an object in it is closed.
+NM-5  while a request waits, no process keeps an empty segment: what was freed reaches its owner
+      before the question for what it can spare.
 """
 
 from __future__ import annotations
@@ -51,9 +53,13 @@ class MemoryMachine(RuleBasedStateMachine):
             actions, box.actions = box.actions, []
             for action in actions:
                 if type(action) is out.GrantSegment:
-                    assert self.asking.pop(action.client) <= action.nbytes
+                    if action.client not in self.arenas:
+                        continue  # it died meanwhile
+                    nbytes = self.asking.pop(action.client)
+                    assert nbytes <= action.nbytes
                     self.arenas[action.client].add(
                         action.segment, memoryview(bytearray(action.nbytes)))
+                    assert self.place(action.client, nbytes)
                 elif type(action) is out.StartPull:
                     self.start_pull(action)
                 elif type(action) is out.CloseSegment:
@@ -96,24 +102,27 @@ class MemoryMachine(RuleBasedStateMachine):
         self.memory.used(location)
         return True
 
-    @rule(number=st.integers(0, 9), nbytes=st.sampled_from((1, 3000, 20_000, 100_000, 300_000)))
-    def write(self, number: int, nbytes: int) -> None:
-        if number not in self.arenas or number in self.asking or self.place(number, nbytes):
+    @rule(which=st.integers(0, 3), nbytes=st.sampled_from((1, 20_000, 100_000, 300_000)))
+    def write(self, which: int, nbytes: int) -> None:
+        number = sorted(self.arenas)[which]
+        if number in self.asking or self.place(number, nbytes):
             return
         self.asking[number] = nbytes
         self.memory.request(self.machine.clients[number], nbytes, self.now_s)
         self.turn()
 
     @precondition(lambda self: self.placed)
-    @rule(data=st.data())
-    def free(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), turn=st.booleans())
+    def free(self, data: st.DataObject, turn: bool) -> None:
         _, location = self.placed.pop(data.draw(st.integers(0, len(self.placed) - 1)))
         self.memory.free(location)
-        self.turn()
+        if turn:  # else the next message comes in the same datagram
+            self.turn()
 
     @rule(nbytes=st.sampled_from((1, 3000, 20_000)))
     def pull(self, nbytes: int) -> None:
         """A copy for the node itself, as `Transfers.start` makes room for it."""
+        self.turn()  # pulls start in the order of the node's actions
         self.pulls += 1
         self.start_pull(out.StartPull(self.pulls.to_bytes(28, "little"), 1, nbytes))
         self.turn()
@@ -162,6 +171,11 @@ class MemoryMachine(RuleBasedStateMachine):
             live[location.segment] = live.get(location.segment, 0) + 1
         assert self.memory._live == live, "NM-1"
         assert self.memory.object_bytes == sum(p.nbytes for _, p in self.placed), "NM-1"
+
+    @invariant()
+    def nothing_idles_while_somebody_waits(self) -> None:
+        if self.memory.waiting and not self.memory._released:
+            assert not any(arena.empty_segments() for arena in self.arenas.values()), "NM-5"
 
     def teardown(self) -> None:
         self.time_passes(3.0)

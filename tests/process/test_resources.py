@@ -104,6 +104,28 @@ ray.get(busy)
     assert "room\n" in job.finish(timeout_s=60)
 
 
+def test_room_that_was_freed_a_moment_ago_is_found(start: Start):
+    """The drop and the put reach the node together: the owner hears of both, in this order."""
+    job = start("""
+import numpy as np
+import hpcray as ray
+
+@ray.remote
+def make():
+    return np.ones(100_000_000, np.uint8)
+
+ray.init(num_cpus=1, object_store_memory=150_000_000)
+for _ in range(3):
+    ref = make.remote()
+    assert ray.get(ref).nbytes == 100_000_000
+    value = np.ones(120_000_000, np.uint8)
+    del ref
+    assert ray.get(ray.put(value)).nbytes == 120_000_000
+print("room", flush=True)
+""")
+    assert "room\n" in job.finish(timeout_s=60)
+
+
 def test_nobody_else_gets_in(start: Start):
     """On one host: no TCP port, a private directory, and a password on what is in it."""
     job = start("""
