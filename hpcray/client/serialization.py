@@ -13,6 +13,7 @@ import io
 import pickle
 import sys
 from collections.abc import Callable, Iterable
+from types import CodeType
 from typing import Any, NamedTuple
 
 import cloudpickle
@@ -82,7 +83,15 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is unt
             reduce = _reducers.get(type(obj))
             if reduce is not None:
                 return reduce(obj)
+        if type(obj) is CodeType:
+            make, args = self.dispatch_table[CodeType](obj)
+            return _code_of, (obj.co_filename, make, args)
         return super().reducer_override(obj)
+
+
+def _code_of(filename: str, make: Callable[..., CodeType], args: tuple[Any, ...]) -> CodeType:
+    """Code that knows its file: cloudpickle 3.1.3 forgets it, and tracebacks would not show it."""
+    return make(*args).replace(co_filename=filename)
 
 
 def serialize(value: Any) -> Serialized:
