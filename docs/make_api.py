@@ -152,7 +152,7 @@ OPTION_TESTS: dict[str, str] = {
     "get_if_exists": "api/test_named_actors.py",
     "label_selector": "api/test_placing.py",
     "lifetime": "api/test_named_actors.py",
-    "max_calls": "machines/test_dispatcher.py",
+    "max_calls": "api/test_tasks.py",
     "max_concurrency": "api/test_actors.py",
     "max_pending_calls": "api/test_actor_options.py",
     "max_restarts": "api/test_worker_death.py",

@@ -57,7 +57,7 @@ class WorkerState(enum.Enum):
 class Worker:
     __slots__ = (
         "actor_id", "blocked", "calls", "datagrams", "devices", "environment", "idle_since_s",
-        "number", "pid",
+        "number", "pid", "retiring",
         "sent_s", "shape", "slow", "state",
     )
 
@@ -76,7 +76,8 @@ class Worker:
         self.actor_id = b""
         self.sent_s = 0.0  # when its oldest datagram began
         self.idle_since_s = 0.0
-        self.calls: dict[bytes, int] | None = None  # template -> runs, for max_calls
+        self.calls: dict[bytes, int] | None = None  # template -> runs, of those with max_calls
+        self.retiring = False  # it has reached one of them: no new work, and then it ends
 
 
 class ShapeQueue:
@@ -263,7 +264,9 @@ class Dispatcher:
             if not queue.tasks:
                 return
             if worker.number in queue.leased:
-                if not worker.datagrams and worker.state is WorkerState.LEASED:
+                if worker.retiring:
+                    self._end_lease(worker, now_s)
+                elif not worker.datagrams and worker.state is WorkerState.LEASED:
                     self._fill(queue, worker, now_s)
             elif not worker.datagrams:
                 self._end_lease(worker, now_s)
@@ -277,7 +280,8 @@ class Dispatcher:
         for worker in queue.leased.values():
             if not queue.tasks:
                 return
-            if len(worker.datagrams) == 1 and not worker.blocked and not worker.slow:
+            if (len(worker.datagrams) == 1 and not worker.blocked and not worker.slow
+                    and not worker.retiring):
                 known = statistics[queue.tasks[0].template.template_id]
                 if not known.count or known.slow_us > _PREFETCH_MAX_US or known.singly:
                     break
@@ -336,6 +340,8 @@ class Dispatcher:
                 continue
             if task.template is not template:
                 template = task.template
+                if template.max_calls and worker.datagrams:
+                    break  # what is under way may be the worker's last
                 if template.environment != worker.environment:
                     if worker.environment or run or worker.datagrams:
                         break  # for another worker
@@ -386,7 +392,7 @@ class Dispatcher:
 
     def _steal_or_end(self, worker: Worker, now_s: float) -> None:
         """A leased worker without work: take what waits unread at another, or end the lease."""
-        if self.piled and worker.state is WorkerState.LEASED:
+        if self.piled and worker.state is WorkerState.LEASED and not worker.retiring:
             for other in self.piled.values():
                 if other.shape == worker.shape and not other.slow:
                     other.slow = True  # not refilled until its running datagram is done
@@ -398,7 +404,7 @@ class Dispatcher:
         if worker.state is not WorkerState.LEASED or worker.datagrams:
             return
         self._unlease(worker)
-        if worker.calls is not None:
+        if worker.retiring:
             worker.state = WorkerState.STOPPING
             self._outbox.tasks.append((worker.number, [Stop()]))
         else:
@@ -423,10 +429,11 @@ class Dispatcher:
             self._drop_empty(worker)
         template = task.template
         if template.max_calls:
-            runs = worker.calls if worker.calls is not None else {}
-            runs[template.template_id] = runs.get(template.template_id, 0) + 1
-            if runs[template.template_id] >= template.max_calls:
-                worker.calls = runs
+            if worker.calls is None:
+                worker.calls = {}
+            runs = worker.calls.get(template.template_id, 0) + 1
+            worker.calls[template.template_id] = runs
+            worker.retiring = worker.retiring or runs >= template.max_calls
         if len(worker.datagrams) < 2:
             self.piled.pop(worker.number, None)
             if not worker.datagrams:

@@ -257,6 +257,19 @@ def test_a_slow_task_does_not_hold_up_later_ones(ray, gate):
     assert ray.get(slow) == "slow"
 
 
+@pytest.mark.parametrize("limit", [1, 2, 3])
+def test_a_worker_ends_after_max_calls(ray, limit):
+    """Whether the calls come all at once or one by one."""
+    @ray.remote(max_calls=limit)
+    def pid():
+        return os.getpid()
+
+    at_once = ray.get([pid.remote() for _ in range(4 * limit)])
+    assert max(at_once.count(one) for one in at_once) <= limit
+    one_by_one = at_once + [ray.get(pid.remote()) for _ in range(4 * limit)]
+    assert max(one_by_one.count(one) for one in one_by_one) <= limit
+
+
 def test_closure_captures_values(ray):
     factor, table = 3, {"a": [1]}
 

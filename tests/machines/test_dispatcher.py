@@ -31,6 +31,7 @@ class WorkerModel:
         self.queue: deque[m.Run | m.Stop] = deque()
         self.running: m.Run | None = None
         self.blocked = False
+        self.runs: dict[bytes, int] = {}  # by template
 
 
 class DispatcherMachine(RuleBasedStateMachine):
@@ -135,6 +136,9 @@ class DispatcherMachine(RuleBasedStateMachine):
             attempts.append(item.attempt)
             limit = self.retries[item.task_id]
             assert limit < 0 or len(attempts) <= limit + 1
+            runs = worker.runs[item.template_id] = worker.runs.get(item.template_id, 0) + 1
+            most = KINDS[item.template_id[0]][2]
+            assert not most or runs <= most, "max_calls"
 
     @precondition(lambda self: any(w.running for w in self.workers.values()))
     @rule(data=st.data(), run_us=st.sampled_from((5, 50, 3000, 50_000)))
