@@ -25,6 +25,7 @@ from typing import Any
 
 from hpcray import exceptions
 from hpcray.client import references, serialization
+from hpcray.client.answers import Answers
 from hpcray.client.channel import Channel, ChannelClosed
 from hpcray.client.helper import Helper
 from hpcray.client.memory import ClientMemory
@@ -33,8 +34,11 @@ from hpcray.client.streams import ObjectRefGenerator, Stream, new_generator
 from hpcray.protocol import ids, messages, values
 from hpcray.protocol.messages import (
     CancelTask,
+    ChannelOf,
+    ClientGone,
     DefineFunction,
     DefineTemplate,
+    Done,
     Drop,
     Get,
     Hold,
@@ -114,12 +118,14 @@ class Client:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._reading = False
+        self._sleepers = 0  # threads that wait for the one that reads
         self.last_read_s = 0.0
         self._last_flush_s = 0.0
         self._last_drain_s = 0.0
         self._channel = Channel(sock)
         self._refs = ReferenceTable()
         self.memory = ClientMemory(self)
+        self.answers = Answers()
         self._asked: set[bytes] = set()
         self._watched: dict[bytes, int] = {}  # what was asked: READY or LOCAL
         self._waiters: dict[bytes, Any] = {}  # id -> Waiter or list of Waiters, for values
@@ -792,9 +798,11 @@ class Client:
 
     # --- reporting (workers) ----------------------------------------------------------------------
 
-    def report(self, message: Any) -> None:
-        """Queue a task's outcome; `flush` sends it."""
+    def report(self, message: Any, reply_to: int = -1) -> None:
+        """Queue a task's outcome; `flush` sends it, and the value of a Done to `reply_to`."""
         with self._lock:
+            if reply_to >= 0 and type(message) is Done:
+                self.answers.add(reply_to, message)
             outbox = self._channel.outbox
             if self._refs.new_holds:
                 self._send_holds(outbox)
@@ -873,8 +881,13 @@ class Client:
         if self.memory.pending_unpins():
             self.memory.collect_unpins(outbox)
         if outbox:
+            answers = self.answers
+            answers.confirm(outbox)
             try:
                 channel.flush(self._dispatch)
+                if answers.waiting:
+                    answers.send(channel.outbox)
+                    channel.flush(self._dispatch)  # what could not be sent, mostly nothing
             except ChannelClosed as closed:
                 self._set_lost(str(closed))
                 self._raise_lost()
@@ -906,7 +919,11 @@ class Client:
                         self._flush()
                         continue
                 if self._reading:
-                    self._changed.wait(remaining_s)
+                    self._sleepers += 1
+                    try:
+                        self._changed.wait(remaining_s)
+                    finally:
+                        self._sleepers -= 1
                     continue
                 self._reading = True
                 self._lock.release()
@@ -926,7 +943,8 @@ class Client:
                         for message in batch:
                             self._dispatch(message, descriptors)
                         self.last_read_s = time.monotonic()
-                    self._changed.notify_all()
+                    if self._sleepers:
+                        self._changed.notify_all()
                 if self.check_interrupt is not None:
                     self.check_interrupt()
             return True
@@ -1032,6 +1050,12 @@ class Client:
     def _on_denied(self, message: SegmentDenied, _: list[int]) -> None:
         self.memory.denied(message)
 
+    def _on_channel_of(self, message: ChannelOf, descriptors: list[int]) -> None:
+        self.answers.introduce(message.client, descriptors.pop(0))
+
+    def _on_client_gone(self, message: ClientGone, _: list[int]) -> None:
+        self.answers.forget(message.client)
+
     def _on_opened(self, message: SegmentOpened, descriptors: list[int]) -> None:
         self.memory.opened(message.segment, message.nbytes, descriptors.pop(0))
 
@@ -1101,6 +1125,8 @@ _HANDLERS: dict[type, Callable[[Client, Any, list[int]], None]] = {
     SegmentGrant: Client._on_grant,
     SegmentDenied: Client._on_denied,
     SegmentOpened: Client._on_opened,
+    ChannelOf: Client._on_channel_of,
+    ClientGone: Client._on_client_gone,
     SegmentClosed: Client._on_closed,
     SegmentReclaim: Client._on_reclaim,
     TemplateIs: Client._on_template,
@@ -1134,6 +1160,7 @@ def _after_fork_in_child() -> None:
     client = references.client_or_none()
     if client is not None:
         client._lost = "this process is a fork"
+        client.answers.close()
         references.set_client(None)
         references._dropped.clear()
 

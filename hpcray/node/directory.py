@@ -196,8 +196,8 @@ class Directory:
 
     # --- becoming ready ---------------------------------------------------------------------------
 
-    def resolve_inline(self, object_id: bytes, value: bytes) -> None:
-        """The common case: one small value without refs."""
+    def resolve_inline(self, object_id: bytes, value: bytes, told: int = -1) -> None:
+        """The common case: one small value without refs; client `told` needs no answer."""
         record = self.records.get(object_id)
         if record is None or record.state != PENDING:
             return  # nobody waits any more, or an earlier attempt delivered
@@ -205,8 +205,20 @@ class Directory:
         record.value = value
         if len(value) > _COUNTED_BYTES:
             self.inline_bytes += len(value)
+        if told >= 0:
+            self._answered(record, told)
         if record.waiters is not None or record.extra is not None:
             self._announce_ready(record)
+
+    @staticmethod
+    def _answered(record: ObjectRecord, client: int) -> None:
+        waiters = record.waiters
+        code = client * 4 + WAIT_VALUE
+        if type(waiters) is list:
+            if code in waiters:
+                waiters.remove(code)
+        elif waiters == code:
+            record.waiters = None
 
     def put_inline(self, object_id: bytes, value: bytes, contained: bytes) -> None:
         """A small value that a client here has put."""
@@ -358,6 +370,21 @@ class Directory:
             waiters.append(code)
         else:
             record.waiters = [waiters, code]
+
+    def sole_waiter(self, object_id: bytes) -> int:
+        """The client that alone waits for the value of a pending object; -1: none, or others too"""
+        record = self.records.get(object_id)
+        if record is None:
+            return -1
+        waiters = record.waiters
+        return waiters >> 2 if type(waiters) is int and waiters & 3 == WAIT_VALUE else -1
+
+    def answer_after_all(self, told: list[tuple[int, bytes]]) -> None:
+        """The worker that was to send these values has not, or may not have. Twice is harmless."""
+        for client, object_id in told:
+            record = self.records.get(object_id)
+            if record is not None and client in self._machine.clients:
+                self._serve(record, client * 4 + WAIT_VALUE)
 
     def _serve(self, record: ObjectRecord, code: int) -> None:
         """A ready object and a client that waits for it."""

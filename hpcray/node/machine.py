@@ -94,6 +94,12 @@ class Machine:
         self.outbox.clients.pop(number, None)
         self.dispatcher.worker_gone(number, failure)
         if client is not None:
+            self.directory.answer_after_all(client.told)
+            for worker in sorted(client.introduced):
+                if worker in self.clients:
+                    self.outbox.clients[worker].append(m.ClientGone(number))
+            for other in self.clients.values():
+                other.introduced.discard(number)
             self.directory.forget_client(client)
             self.streams.client_gone(number)
             self.requests.client_gone(number)
@@ -187,6 +193,13 @@ class Machine:
     def _watch(self, client: ClientRecord, message: m.Watch) -> None:
         self.directory.get(
             client.number, message.ids, WAIT_LOCAL if message.fetch else WAIT_READY)
+
+    def _told(self, client: ClientRecord, message: m.Told) -> None:
+        client.told.clear()
+
+    def _untold(self, client: ClientRecord, message: m.Untold) -> None:
+        self.directory.answer_after_all(
+            [(message.client, object_id) for object_id in ids.split_ids(message.ids)])
 
     def _end_job(self, client: ClientRecord, message: m.EndJob) -> None:
         self.outbox.actions.append(StopJob(message.park, message.status))
@@ -346,6 +359,8 @@ _CLIENT_HANDLERS: dict[type, Callable[[Machine, ClientRecord, Any], None]] = {
     m.SegmentOpen: lambda self, client, message: self.memory.open(client, message.segment),
     m.FetchTemplate: Machine._fetch_template,
     m.Request: lambda self, client, message: self.requests.asked(client.number, message),
+    m.Told: Machine._told,
+    m.Untold: Machine._untold,
     m.EndJob: Machine._end_job,
     m.ActorExit: lambda self, _, message: self.actors.exiting(message.actor_id),
     m.Yield: lambda self, client, message: self.streams.yielded(client, message),

@@ -45,6 +45,13 @@ class CloseSegment(msgspec.Struct, frozen=True):
     segment: int
 
 
+class Introduce(msgspec.Struct, frozen=True):
+    """Send the worker a descriptor by which it can answer the client."""
+
+    worker: int
+    client: int
+
+
 class StartPull(msgspec.Struct, frozen=True):
     """Make room, post the receives, then ask `rank`."""
 
@@ -76,7 +83,7 @@ class StopJob(msgspec.Struct, frozen=True):
 
 
 Action = (
-    StartWorker | KillWorker | TakeBack | GrantSegment | OpenSegment
+    StartWorker | KillWorker | TakeBack | GrantSegment | OpenSegment | Introduce
     | CloseSegment | StartPull | ServePull | FreeNodeRange | StopJob
 )
 

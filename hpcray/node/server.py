@@ -300,6 +300,12 @@ class NodeServer:
             self._connections.send(
                 action.client, [messages.SegmentOpened(action.segment, nbytes)], (fd,))
 
+    def _introduce(self, machine: Machine, action: out.Introduce) -> None:
+        client = self._connections.clients.get(action.client)
+        if client is not None:
+            self._connections.send(
+                action.worker, [messages.ChannelOf(action.client)], (client.socket.fileno(),))
+
     def _close_segment(self, machine: Machine, action: out.CloseSegment) -> None:
         self._segments.close(action.segment)
 
@@ -339,8 +345,18 @@ class NodeServer:
         machine = self._machine
         if machine is not None:
             for batch in batches:
+                if messages.Request in map(type, batch):
+                    self._hear_others(machine, connection)
                 machine.client_messages(connection.number, batch)
         return True
+
+    def _hear_others(self, machine: Machine, asker: Connection) -> None:
+        """A question is answered from all that was said before it. Whoever asks may have a value
+        from the very worker (client/answers.py) whose outcome lies in another socket here."""
+        for other in list(self._connections.clients.values()):
+            while other is not asker and other.readable():
+                for batch in self._connections.read(other) or ():
+                    machine.client_messages(other.number, batch)
 
     def _on_driver(self, _fd: int) -> None:
         connection = self._connections.clients[DRIVER]
@@ -720,6 +736,7 @@ _ACTIONS: dict[type, Callable[[NodeServer, Machine, Any], None]] = {
     out.GrantSegment: NodeServer._grant_segment,
     out.OpenSegment: NodeServer._open_segment,
     out.CloseSegment: NodeServer._close_segment,
+    out.Introduce: NodeServer._introduce,
     out.FreeNodeRange: NodeServer._free_node_range,
     out.StartPull: NodeServer._start_pull,
     out.ServePull: NodeServer._serve_pull,

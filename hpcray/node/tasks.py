@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hpcray.node.outbox import KillWorker, Outbox
+from hpcray.node.outbox import Introduce, KillWorker, Outbox
 from hpcray.node.records import (
     ASSIGNED,
     FETCHING,
@@ -284,9 +284,10 @@ class Tasks:
         """What the worker needs to run it. Located dependencies are pinned for the worker."""
         task.state = RUNNING
         task.worker = worker
+        reply_to = self._reply_to(task, worker)
         if not task.dep_count:
             return Run(task.task_id, task.template.template_id, task.attempt, task.args, (),
-                       task.actor_id, devices)
+                       task.actor_id, devices, b"", reply_to)
         directory = self._machine.directory
         deps: list[bytes | Located] = []
         inline_bytes = len(task.args)
@@ -305,7 +306,23 @@ class Tasks:
             # An empty value tells the worker to get it by id: the datagram has its limit.
             deps.append(value if inline_bytes <= _RUN_INLINE_BYTES else b"")
         return Run(task.task_id, task.template.template_id, task.attempt, task.args, tuple(deps),
-                   task.actor_id, devices, dep_ids)
+                   task.actor_id, devices, dep_ids, reply_to)
+
+    def _reply_to(self, task: TaskRecord, worker: int) -> int:
+        """The client here that waits for the value: its worker may send it there itself, which
+        saves who waits a turn of this node's loop."""
+        if task.home != self._rank or task.template.return_count != 1:
+            return -1
+        number = self._machine.directory.sole_waiter(task.task_id + ids.FIRST_RETURN)
+        if number < 0 or number == worker:
+            return -1
+        client = self._machine.clients.get(number)
+        if client is None:
+            return -1
+        if worker not in client.introduced:
+            client.introduced.add(worker)
+            self._outbox.actions.append(Introduce(worker, number))
+        return number
 
     def unrun(self, task: TaskRecord) -> None:
         """The Run came back unread: undo its pins."""
@@ -330,7 +347,9 @@ class Tasks:
             return
         self._ran(task, message.run_us)
         if task.home == self._rank:
-            self.complete(task, message.value)
+            if message.told >= 0:
+                client.told.append((message.told, task.task_id + ids.FIRST_RETURN))
+            self.complete(task, message.value, message.told)
         else:
             self._report(task, client, TaskDone(
                 task.task_id, task.attempt, message.run_us, message.value))
@@ -419,8 +438,8 @@ class Tasks:
 
     # --- outcomes, at the home --------------------------------------------------------------------
 
-    def complete(self, task: TaskRecord, value: bytes) -> None:
-        self._machine.directory.resolve_inline(task.task_id + ids.FIRST_RETURN, value)
+    def complete(self, task: TaskRecord, value: bytes, told: int = -1) -> None:
+        self._machine.directory.resolve_inline(task.task_id + ids.FIRST_RETURN, value, told)
         self._finish(task)
 
     def complete_many(self, task: TaskRecord, returns: tuple[Return, ...]) -> None:

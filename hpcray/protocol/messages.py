@@ -233,6 +233,8 @@ class Done(_Message, tag=16):
     attempt: int
     run_us: int
     value: bytes
+    # The client of this node that the worker sends the value itself, behind this; -1: nobody.
+    told: int = -1
 
 
 class DoneMany(_Message, tag=17):
@@ -324,11 +326,22 @@ class StreamDropped(_Message, tag=30):
     taken: int
 
 
+class Told(_Message, tag=31):
+    """The values that the worker's earlier outcomes spoke of (`Done.told`) have been sent."""
+
+
+class Untold(_Message, tag=32):
+    """These values could not be sent: that client's channel is full. The node sends them."""
+
+    client: int
+    ids: bytes
+
+
 ToNode = (
     Hello | DefineFunction | DefineTemplate | SubmitTask | SubmitCall | CreateActor | PutInline
     | PutLocated | Hold | Drop | Unpin | PinForJob | Get | Watch | Done | DoneMany | Failed
     | Blocked | Unblocked | SegmentRequest | SegmentReturn | SegmentOpen | FetchTemplate | Request
-    | EndJob | ActorExit | Yield | StreamTaken | StreamDropped
+    | EndJob | ActorExit | Yield | StreamTaken | StreamDropped | Told | Untold
 )
 
 # --- node -> client -----------------------------------------------------------------------------
@@ -448,6 +461,19 @@ class JobEnded(_Message, tag=15):
     """Everything of the job is gone; nodes are parked (or leave)."""
 
 
+class ChannelOf(_Message, tag=20):
+    """To a worker: by the descriptor that comes with the datagram it may send Values to that
+    client, as the node does."""
+
+    client: int
+
+
+class ClientGone(_Message, tag=21):
+    """That client has ended: its channel can be closed."""
+
+    client: int
+
+
 class Rows(_Message, tag=80):
     """A part of the answer to a request; its Reply comes behind the last."""
 
@@ -458,7 +484,7 @@ class Rows(_Message, tag=80):
 ToClient = (
     Welcome | Value | ValueAt | Ready | Released | SegmentGrant | SegmentDenied | SegmentOpened
     | SegmentClosed | SegmentReclaim | TemplateIs | Reply | Output | CancelTask | InlineLimit
-    | JobEnded | Yielded | StreamEnded | StreamRoom | Rows
+    | JobEnded | Yielded | StreamEnded | StreamRoom | Rows | ChannelOf | ClientGone
 )
 
 # --- node -> worker, the task channel -----------------------------------------------------------
@@ -475,6 +501,7 @@ class Run(_Message, tag=1):
     actor_id: bytes = b""
     devices: tuple[int, ...] = ()  # indices of the GPUs this lease holds
     ids: bytes = b""  # joined ids of those deps that are Located: pinned until done
+    reply_to: int = -1  # the client of this node that waits for the value; -1: none, or others too
 
 
 class Stop(_Message, tag=2):

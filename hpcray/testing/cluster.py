@@ -109,9 +109,13 @@ class SimulatedNode:
             rng.shuffle(numbers)
             for number in numbers:
                 box = self.inboxes[number]
-                for _ in range(rng.randint(1, len(box))):
+                count = rng.randint(1, len(box)) if box else 0  # it may have been heard meanwhile
+                for _ in range(count):
                     progress = True
-                    machine.client_messages(number, messages.decode_to_node(box.popleft()))
+                    batch = messages.decode_to_node(box.popleft())
+                    if m.Request in map(type, batch):
+                        self._hear_others(number)
+                    machine.client_messages(number, batch)
         for event in self.transport.poll():
             progress = self._on_transport(event) or progress
         self._bury()
@@ -132,6 +136,12 @@ class SimulatedNode:
         if cluster.validating:
             machine.validate()
         return progress
+
+    def _hear_others(self, asker: int) -> None:
+        """As the real node: a question is answered from all that was said before it."""
+        for number, box in self.inboxes.items():
+            while number != asker and box:
+                self.machine.client_messages(number, messages.decode_to_node(box.popleft()))
 
     def _bury(self) -> None:
         """As the real node: a dead worker's channel is read dry first."""
@@ -235,6 +245,10 @@ class SimulatedNode:
             if process is not None and process.alive:
                 nbytes = len(self.memory[action.segment])
                 process.inbox.append(messages.encode([m.SegmentOpened(action.segment, nbytes)]))
+        elif kind is out.Introduce:
+            process = self.processes.get(action.worker)
+            if process is not None and process.alive and action.client in self.processes:
+                process.inbox.append(messages.encode([m.ChannelOf(action.client)]))
         elif kind is out.CloseSegment:
             for record in machine.directory.records.values():
                 if record.location is not None and record.location.segment == action.segment:
@@ -313,6 +327,7 @@ class SimulatedCluster:
         # Per round: the chance that some busy worker is killed.
         self.death_rate = 0.0
         self.deaths = 0
+        self.answers = 0  # values that workers have sent to who waits
         self.network = LoopbackNetwork(size, seed=seed, reorder=reorder)
         self.templates: dict[bytes, m.Template] = {}
         self.starts: dict[bytes, list[int]] = {}
@@ -401,7 +416,7 @@ class SimulatedCluster:
         return progress
 
     def kill_some_worker(self) -> None:
-        busy = [p for p in self.processes.values() if p.number != DRIVER and p.alive and p.run]
+        busy = [p for p in self.processes.values() if p.number != DRIVER and p.alive and p.busy]
         if busy:
             self.rng.choice(busy).die()
             self.deaths += 1

@@ -194,6 +194,12 @@ class Process:
         self.exit_status = 0
         self._began_s = 0.0
         self._cancelled = False
+        # As client/answers.py: clients we may answer; values whose outcomes are not flushed yet;
+        # flushed, but not sent; sent, and the node does not know it.
+        self._channels: set[int] = set()
+        self._values: list[tuple[int, m.Value]] = []
+        self._due: list[tuple[int, m.Value]] = []
+        self._sent = False
         self._arena = Arena()
         self._live: dict[bytes, weakref.ref[Ref]] = {}
         self._holds: dict[bytes, None] = {}
@@ -232,11 +238,17 @@ class Process:
     def runnable(self) -> bool:
         if not self.alive:
             return False
-        if self.inbox or self.outbox or self._dropped or self._unpins or self._holds:
+        if (self.inbox or self.outbox or self._dropped or self._unpins or self._holds
+                or self._due):
             return True
         if self.script is not None:
             return self.waiting is None or self._cancelled or self.waiting()
         return bool(self.queue or self.tasks)
+
+    @property
+    def busy(self) -> bool:
+        """Something is lost with it."""
+        return bool(self.run or self._values or self._due)
 
     def step(self) -> bool:
         """Do one small thing; False if there was nothing to do."""
@@ -287,6 +299,7 @@ class Process:
 
     def flush(self) -> None:
         """As `Client._flush`: drain drops, tell new holds first, drops and unpins last."""
+        self._answer_clients()
         gone = self._drain()
         if self._holds:
             self.outbox[:0] = [m.Hold(b"".join(self._holds))]
@@ -296,8 +309,27 @@ class Process:
         while self._unpins:
             self.outbox.append(m.Unpin(self._unpins.popleft()))
         if self.outbox:
+            if self._sent:
+                self._sent = False
+                self.outbox.insert(0, m.Told())
             batch, self.outbox = self.outbox, []
             self.node.from_client(self.number, messages.encode(batch))
+            self._due, self._values = self._values, []
+            if self.cluster.rng.random() < 0.7:  # else it may die between the two
+                self._answer_clients()
+
+    def _answer_clients(self) -> None:
+        due, self._due = self._due, []
+        for client, value in due:
+            self._sent = True
+            target = self.node.processes.get(client)
+            if client not in self._channels or target is None or not target.alive:
+                continue
+            if self.cluster.rng.random() < 0.1:  # its channel is full
+                self.outbox.append(m.Untold(client, value.object_id))
+            else:
+                self.cluster.answers += 1
+                target.inbox.append(messages.encode([value]))
 
     def die(self, status: int = -9) -> None:
         """The process is gone at once: what it had not flushed is lost with it."""
@@ -680,6 +712,7 @@ class Process:
         if type(item) is m.Stop:
             self.actor = None
             self.flush()
+            self._answer_clients()
             self.die(0)
             return
         assert isinstance(item, m.Run)
@@ -722,6 +755,10 @@ class Process:
                 and "TaskCancelledError" not in str(error)
             report = m.Failed(run.task_id, run.attempt, self._run_us(), packed, retry)
         self._send_holds()
+        if type(report) is m.Done and run.reply_to in self._channels:
+            report.told = run.reply_to
+            self._values.append(
+                (run.reply_to, m.Value(run.task_id + ids.FIRST_RETURN, report.value)))
         self.outbox.append(report)
         self.cluster.finished(run, self)
         self.run = None
@@ -847,6 +884,10 @@ class Process:
         elif kind is m.StreamRoom:
             if self.run is not None and self.run.task_id == message.task_id:
                 self._taken = max(self._taken, message.taken)
+        elif kind is m.ChannelOf:
+            self._channels.add(message.client)
+        elif kind is m.ClientGone:
+            self._channels.discard(message.client)
         elif kind is m.Rows:
             self.rows.setdefault(message.request, []).extend(message.rows)
         elif kind is m.CancelTask:

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import gc
 import inspect
 import os
@@ -16,7 +17,9 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import Context
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +32,27 @@ from hpcray.worker import generators
 
 if TYPE_CHECKING:
     from hpcray.worker.main import Worker
+
+# After a datagram this large another one is likely there already.
+_LIKELY_MORE_BYTES = 1024
+
+
+class FailedDependency(Exception):
+    """An argument is an error: the task fails with that error's own bytes."""
+
+    def __init__(self, error: bytes) -> None:
+        super().__init__("a dependency failed")
+        self.error = error
+
+
+def end_user_code() -> None:
+    """What the end of an interpreter would do for user code, for one that ends by `os._exit`."""
+    atexit._run_exitfuncs()
+    # A world that a task has opened: mpi4py ends it where no Python code runs any more, and
+    # Open MPI leaves its file in /dev/shm if nobody does.
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        mpi.Finalize()
 
 
 def host(worker: Worker, template: Template, instance: Any, actor_id: bytes) -> HostedActor:
@@ -70,8 +94,6 @@ class HostedActor:
                 flushed_s = time.monotonic()
 
     def _call(self, run: Run) -> None:
-        from hpcray.worker.main import FailedDependency
-
         worker = self.worker
         began_s = time.monotonic()
         if run.task_id in worker.cancelled:
@@ -152,8 +174,6 @@ class HostedActor:
 
     def finish(self) -> int:
         """A graceful end: atexit handlers run (by the zygote's exit), and `__del__`."""
-        from hpcray.worker.main import end_user_code
-
         self.worker.client.flush()
         self._methods.clear()
         self.instance = None
@@ -209,11 +229,13 @@ class ThreadedActor(ConcurrentActor):
 
 
 class AsyncActor(ConcurrentActor):
-    """Calls are tasks of one event loop; outcomes leave once per round of the loop."""
+    """Calls are tasks of one event loop; outcomes leave once per round of it."""
 
     def __init__(self, worker: Worker, template: Template, instance: Any, actor_id: bytes) -> None:
         super().__init__(worker, template, instance, actor_id)
         self._flush_due = False
+        self._starting = False
+        self._first_step: tuple[Callable[[], None], Context] | None = None
         self._running: set[asyncio.Task[None]] = set()
         self._by_id: dict[bytes, asyncio.Task[None]] = {}
         self._stopping: asyncio.Future[None] | None = None
@@ -251,13 +273,15 @@ class AsyncActor(ConcurrentActor):
     def _readable(self, queue: deque[Run | Stop]) -> None:
         try:
             for _ in range(16):
-                if not self.worker.read_tasks(wait=False):
-                    break
+                if self.worker.read_tasks(wait=False) < _LIKELY_MORE_BYTES:
+                    break  # if there is more, the loop says so: cheaper than asking in vain
         except ChannelClosed:
             os._exit(1)
         self._start_calls(queue)
 
     def _start_calls(self, queue: deque[Run | Stop]) -> None:
+        """Begin what was read; the outcomes of calls that do not wait leave at once, together."""
+        self._starting = True
         while queue:
             item = queue.popleft()
             if type(item) is Stop:
@@ -266,10 +290,34 @@ class AsyncActor(ConcurrentActor):
                     self._stopping.set_result(None)
                 continue
             assert isinstance(item, Run)
-            task = self._loop.create_task(self._call_async(item))
-            self._running.add(task)
-            self._by_id[item.task_id] = task
-            task.add_done_callback(partial(self._over, item.task_id))
+            task = self._begin(self._call_async(item))
+            if not task.done():
+                self._running.add(task)
+                self._by_id[item.task_id] = task
+                task.add_done_callback(partial(self._over, item.task_id))
+        self._starting = False
+        if self._flush_due:
+            self._flush()
+
+    def _begin(self, call: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A task that has run to its first suspension: most calls never come to one.
+
+        Python 3.11 has no eager tasks: a new task asks the loop to call its first step soon, and
+        that wish is caught here. A turn of the loop costs as much as all the rest of a small call.
+        """
+        loop: Any = self._loop
+        loop.call_soon = self._catch
+        try:
+            task: asyncio.Task[None] = loop.create_task(call)
+        finally:
+            del loop.call_soon
+        if self._first_step is not None:  # else a task factory of the user has its own way
+            (step, context), self._first_step = self._first_step, None
+            context.run(step)
+        return task
+
+    def _catch(self, step: Callable[[], None], *, context: Context) -> None:
+        self._first_step = (step, context)
 
     def _over(self, task_id: bytes, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
@@ -286,23 +334,14 @@ class AsyncActor(ConcurrentActor):
 
     async def _call_async(self, run: Run) -> None:
         worker = self.worker
+        client = worker.client
         began_s = time.monotonic()
+        template = None
         try:
-            await self._call_within_limit(run)
-        except asyncio.CancelledError:
-            worker.client.report(worker.cancellation(run, began_s))
-            self._flush()
-
-    async def _call_within_limit(self, run: Run) -> None:
-        from hpcray.worker.main import FailedDependency
-
-        async with self._limits[self.group(run)]:
-            worker = self.worker
-            began_s = time.monotonic()
-            if run.task_id in worker.cancelled:
-                raise asyncio.CancelledError
-            template = None
-            try:
+            async with self._limits[self.group(run)]:
+                began_s = time.monotonic()
+                if run.task_id in worker.cancelled:
+                    raise asyncio.CancelledError
                 template = worker.load(run).template
                 args, kwargs = worker.arguments(run)
                 method = self.method(template.method)
@@ -315,17 +354,19 @@ class AsyncActor(ConcurrentActor):
                         worker, run, template, result, began_s, self._loop)
                 else:
                     worker.deliver(run, template, result, began_s)
-            except FailedDependency as failed:
-                worker.client.report(Failed(run.task_id, run.attempt, _us(began_s), failed.error))
-            except BaseException as error:
-                if self.is_exit(error):
-                    self.exit_by_itself()
-                if isinstance(error, asyncio.CancelledError) and run.task_id in worker.cancelled:
-                    raise
+        except FailedDependency as failed:
+            client.report(Failed(run.task_id, run.attempt, _us(began_s), failed.error))
+        except BaseException as error:
+            if self.is_exit(error):
+                self.exit_by_itself()
+            if isinstance(error, asyncio.CancelledError) and run.task_id in worker.cancelled:
+                client.report(worker.cancellation(run, began_s))
+            else:
                 name = template.name if template is not None else "method"
-                worker.client.report(worker.failure(run, name, began_s, error, template))
-            if not self._flush_due:
-                self._flush_due = True
+                client.report(worker.failure(run, name, began_s, error, template))
+        if not self._flush_due:
+            self._flush_due = True
+            if not self._starting:
                 self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:

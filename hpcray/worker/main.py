@@ -11,7 +11,6 @@ What an actor adds is in `worker/hosting.py`.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
 import select
@@ -49,6 +48,8 @@ from hpcray.protocol.messages import (
     Template,
     Unblocked,
 )
+from hpcray.worker import environment, generators
+from hpcray.worker.hosting import FailedDependency, end_user_code, host
 from hpcray.worker.zygote import INTERRUPT_SIGNAL
 
 _RECEIVE_BYTES = 512 * 1024
@@ -58,14 +59,6 @@ _FLUSH_S = 0.001
 
 # PLAIN pickle of None: what most actor methods return.
 _NONE = values.pack_plain(serialization.serialize(None).pickled)
-
-
-class FailedDependency(Exception):
-    """An argument is an error: the task fails with that error's own bytes."""
-
-    def __init__(self, error: bytes) -> None:
-        super().__init__("a dependency failed")
-        self.error = error
 
 
 class Loaded:
@@ -106,16 +99,6 @@ def _end_in_good_order(number: int, _frame: object) -> None:
         with contextlib.suppress(BaseException):
             end_user_code()
     os.kill(os.getpid(), number)
-
-
-def end_user_code() -> None:
-    """What the end of an interpreter would do for user code, for one that ends by `os._exit`."""
-    atexit._run_exitfuncs()
-    # A world that a task has opened: mpi4py ends it where no Python code runs any more, and
-    # Open MPI leaves its file in /dev/shm if nobody does.
-    mpi = sys.modules.get("mpi4py.MPI")
-    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
-        mpi.Finalize()
 
 
 class Worker:
@@ -180,8 +163,8 @@ class Worker:
 
     failed_creation = False
 
-    def read_tasks(self, *, wait: bool) -> bool:
-        """One datagram of the task channel into the queue; False if there is none.
+    def read_tasks(self, *, wait: bool) -> int:
+        """One datagram of the task channel into the queue; its size, 0 if there is none.
 
         While it waits it reads what the client channel brings (freed ranges, requests to give
         memory back): nobody else does in an idle worker.
@@ -199,11 +182,11 @@ class Worker:
             # The node may have taken it back in between: not a reason to block here.
             nbytes = self._tasks.recv_into(self._buffer, 0, socket.MSG_DONTWAIT)
         except BlockingIOError:
-            return False
+            return 0
         if nbytes == 0:
             raise ChannelClosed("the node closed the task channel")
         self._queue.extend(messages.decode_to_worker(self._view[:nbytes]))
-        return True
+        return nbytes
 
     # --- one task ---------------------------------------------------------------------------------
 
@@ -388,7 +371,7 @@ class Worker:
         if type(result) is GeneratorType or template.stream:
             generators.run(self, run, template, result, began_s)
         else:
-            self.client.report(self._outcome(run, template, result, began_s))
+            self.client.report(self._outcome(run, template, result, began_s), run.reply_to)
 
     def _outcome(self, run: Run, template: Template, result: Any, began_s: float) -> Any:
         count = template.return_count
@@ -480,8 +463,6 @@ class Worker:
         self, run: Run, loaded: Loaded, args: tuple[Any, ...], kwargs: dict[str, Any],
         began_s: float,
     ) -> None:
-        from hpcray.worker.hosting import host  # (imported by the zygote: see below)
-
         template = loaded.template
         self.context.actor_id = run.actor_id
         self.context.incarnation = run.attempt
@@ -535,8 +516,3 @@ class Worker:
 
 def _us(began_s: float) -> int:
     return int((time.monotonic() - began_s) * 1_000_000)
-
-
-# Last, because they import from here: what actors need is in the zygote before the first fork.
-import hpcray.worker.hosting  # noqa: E402, F401
-from hpcray.worker import environment, generators  # noqa: E402

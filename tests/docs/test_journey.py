@@ -83,13 +83,22 @@ def until(wanted, why):
 from hpcray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as _At
 
 @ray.remote
-def _warm():
-    pass
+def _warm(argument=None):
+    time.sleep(0.1)
 
 # Every node has a worker that has run something: what starting takes is not part of the journey.
-for _rank, _node in enumerate(ray.nodes()):
-    ray.get(_warm.options(scheduling_strategy=_At(_node["NodeID"], soft=False)).remote())
-    until(Counter(Drop=_rank + 1), "the warm-up")
+# All refs are kept, so no Drop of them comes late.
+_kept = [_warm.options(scheduling_strategy=_At(_node["NodeID"], soft=False)).remote()
+         for _node in ray.nodes()]
+ray.get(_kept)
+# The driver's own worker has its channel, has answered it, and has told the node so.
+for _ in range(2):
+    _kept.append(_warm.remote())
+    _kept.append(_warm.remote(_kept[-1]))
+    ray.get(_kept[-1])
+_kept.append(_warm.remote())
+ray.wait(_kept[-1:])
+until(Counter(Told=1), "the warm-up")
 _start = time.monotonic_ns()
 _wanted = seen()
 for _statement, _messages in json.loads(sys.argv[1]):
@@ -173,6 +182,8 @@ def environment(folder: Path) -> dict[str, str]:
 
 def receiver_of(sender: str, message: str, size: int) -> str:
     """Whom a message is for: its union says what kind, and here there is one of each on a node."""
+    if message == "Value" and sender.startswith("worker"):
+        return "driver"
     if not sender.startswith("node"):
         return "node 0" if sender == "driver" else sender.replace("worker", "node")
     rank = int(sender.split()[1])

@@ -57,6 +57,39 @@ assert after[2] <= before[2] + 8 and after[3] <= before[3] + 8
     job.finish()
 
 
+def test_an_actor_forgets_the_callers_that_have_gone(start: Start):
+    """It answers them through channels of their own, which are closed when they end."""
+    job = start("""
+import time
+import hpcray as ray
+
+@ray.remote
+class Called:
+    def ping(self):
+        pass
+    def known(self):
+        from hpcray.client.references import current_client
+        return sorted(current_client().answers._channels)
+
+@ray.remote(max_calls=1)
+def call(called):
+    from hpcray.client.references import current_client
+    number = current_client().number
+    while number not in ray.get(called.known.remote()):
+        ray.get(called.ping.remote())
+    return number
+
+ray.init(num_cpus=2)
+called = Called.remote()
+assert len({ray.get(call.remote(called)) for _ in range(8)}) == 8
+deadline_s = time.monotonic() + 10
+while set(ray.get(called.known.remote())) - {0}:
+    assert time.monotonic() < deadline_s, ray.get(called.known.remote())
+print("forgotten", flush=True)
+""")
+    assert "forgotten\n" in job.finish(timeout_s=60)
+
+
 @pytest.mark.parametrize("count", [2_000, pytest.param(10_000, marks=pytest.mark.skipif(
     not os.environ.get("HPCRAY_TEST_SLOW"), reason="HPCRAY_TEST_SLOW=1 runs it"))])
 def test_puts_leak_nothing(start: Start, count: int):

@@ -125,6 +125,40 @@ except ray.exceptions.RaySystemError as error:
     assert len(said) == 1 and "node" in said[0], output
 
 
+def test_the_node_dies_and_a_fork_of_a_worker_lives_on(start: Start):
+    """The worker could write into the driver's channel; its fork must not keep that open."""
+    job = start(HEAD + """
+@ray.remote
+class Forks:
+    def ping(self):
+        pass
+    def known(self):
+        from hpcray.client.references import current_client
+        return list(current_client().answers._channels)
+    def fork(self, driver):
+        if os.fork() == 0:
+            os.setsid()
+            while os.path.exists(f"/proc/{driver}"):
+                time.sleep(0.02)
+            os._exit(0)
+
+@ray.remote
+def never():
+    time.sleep(600)
+
+ray.init(num_cpus=2)
+forks = Forks.remote()
+while ray.get(forks.known.remote()) != [0]:
+    ray.get(forks.ping.remote())
+ray.get(forks.fork.remote(os.getpid()))
+print("forked", flush=True)
+ray.get(never.remote())
+""")
+    job.expect("forked")
+    job.kill("node")
+    job.finish(status=1)
+
+
 def test_after_the_node_died_a_new_session_starts(start: Start):
     job = start(HEAD + """
 ray.init()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from hpcray.node.cluster import GlobalScheduler
 from hpcray.protocol.labels import TAKEN
 from hpcray.protocol.messages import FAIL, SPILL, UNIT
 from hpcray.testing.cluster import SimulatedCluster
@@ -244,12 +245,18 @@ def test_what_is_free_is_known_when_a_burst_is_over(seed: int) -> None:
         for _ in range(5):
             refs = [p.submit("where", [0.002], spread=True)[0] for _ in range(60)]
             yield from gather(p, refs)
-            yield from p.sleep(0.03)
             scheduler = p.node.machine.cluster.scheduler
             assert scheduler is not None
-            for rank, view in scheduler.views.items():
-                free = p.cluster.nodes[rank].machine.dispatcher.ledger.free
-                assert view.free["CPU"] == free["CPU"], (rank, p.cluster.now_s)
+
+            def known(scheduler: GlobalScheduler = scheduler) -> bool:
+                return all(
+                    view.free["CPU"] == p.cluster.nodes[rank].machine.dispatcher.ledger.free["CPU"]
+                    for rank, view in scheduler.views.items())
+
+            for _ in range(30):  # 0.3 s: no heartbeat comes so soon
+                if not known():
+                    yield from p.sleep(0.01)
+            assert known(), p.cluster.now_s
         return []
 
     ran_on(cluster(seed), program)
