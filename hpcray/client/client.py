@@ -18,19 +18,21 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from typing import Any
 
 from hpcray import exceptions
 from hpcray.client import references, serialization
 from hpcray.client.answers import Answers
+from hpcray.client.arguments import pack_arguments
 from hpcray.client.channel import Channel, ChannelClosed
+from hpcray.client.futures import Futures
 from hpcray.client.helper import Helper
 from hpcray.client.memory import ClientMemory
+from hpcray.client.pending import PendingCalls
 from hpcray.client.references import LOCAL, READY, ObjectRef, ReferenceTable
-from hpcray.client.streams import ObjectRefGenerator, Stream, new_generator
+from hpcray.client.streams import Rooms, Streams
+from hpcray.client.waiters import Waiter, count_down
 from hpcray.protocol import ids, messages, values
 from hpcray.protocol.messages import (
     CancelTask,
@@ -58,10 +60,8 @@ from hpcray.protocol.messages import (
     SegmentGrant,
     SegmentOpened,
     SegmentReclaim,
-    StreamDropped,
     StreamEnded,
     StreamRoom,
-    StreamTaken,
     SubmitCall,
     SubmitTask,
     Template,
@@ -89,28 +89,6 @@ _DRAIN_S = 0.05
 _DRAIN_REFS = 50_000
 
 
-class Waiter:
-    """A thread (or future) waiting for `remaining` things."""
-
-    __slots__ = ("remaining", "result")
-
-    def __init__(self, remaining: int) -> None:
-        self.remaining = remaining
-        self.result: Any = None
-
-
-class Room(Waiter):
-    """What a generator task of this process knows of its consumer."""
-
-    __slots__ = ("needed", "taken", "wake")
-
-    def __init__(self) -> None:
-        super().__init__(0)
-        self.taken = 0
-        self.needed = 0
-        self.wake: Callable[[], None] | None = None  # instead of a waiting thread
-
-
 class Client:
     """See the module. Made once per process by `init` or the worker's start."""
 
@@ -133,12 +111,10 @@ class Client:
         self._replies: dict[int, Waiter] = {}
         self._rows: dict[int, list[Any]] = {}  # parts of replies on their way
         self._request_count = 0
-        self._futures: dict[bytes, list[tuple[Any, Future[Any]]]] = {}
-        self._ready_futures: deque[tuple[Any, Future[Any]]] = deque()
-        self._streams: dict[bytes, Stream] = {}  # consumed here
-        self._rooms: dict[bytes, Room] = {}  # made here
-        # Actors with `max_pending_calls`: the results of calls that may not be over.
-        self._pending: dict[bytes, list[ObjectRef[Any]]] = {}
+        self.futures = Futures(self)
+        self.streams = Streams(self)  # consumed here
+        self.rooms = Rooms(self)  # of streams made here
+        self.pending_calls = PendingCalls(self)
         # runtime_env's directories: digest of the packed content -> object.
         self.packages: dict[bytes, bytes] = {}
         self._defined: set[bytes] = set()
@@ -214,11 +190,9 @@ class Client:
                 self._lost = "hpcray was shut down"
             self._channel.close()
             self._changed.notify_all()
-            for futures in self._futures.values():
-                self._ready_futures.extend(futures)
-            self._futures.clear()
+            self.futures.lost()
             self._refs.forget_values()
-        self.complete_futures()  # with the error of the wait that can no longer be answered
+        self.futures.complete()  # with the error of the wait that can no longer be answered
         self.memory.close()
 
     def end_job(self, status: int, *, park: bool, timeout_s: float) -> bool:
@@ -282,8 +256,8 @@ class Client:
             if return_count == 1:
                 result: list[Any] = [self._refs.fresh(task + ids.FIRST_RETURN)]
             elif return_count < 0:
-                stream = self._streams[task] = Stream(task, return_count == WINDOWED)
-                result = [new_generator(self, stream, self._refs.fresh(task + ids.FIRST_RETURN))]
+                end = self._refs.fresh(task + ids.FIRST_RETURN)
+                result = [self.streams.open(task, return_count == WINDOWED, end)]
             else:
                 fresh = self._refs.fresh
                 result = [fresh(ids.return_id(task, index)) for index in range(return_count)]
@@ -310,40 +284,8 @@ class Client:
         else:
             self._helper.arm()
 
-    def pack_arguments(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[bytes, bytes, int, Any]:
-        """(args, refs, dep_count, keep): `keep` must live until the task is submitted.
-
-        Top-level refs become placeholders and dependencies; refs nested deeper pass through.
-        """
-        if not args and not kwargs:
-            return messages.NO_ARGS, b"", 0, None
-        deps: list[bytes] = []
-        keep: list[Any] = []
-        if any(type(a) is ObjectRef for a in args):
-            args = tuple(self._place(a, deps, keep) if type(a) is ObjectRef else a for a in args)
-        if kwargs and any(type(a) is ObjectRef for a in kwargs.values()):
-            kwargs = {
-                key: self._place(a, deps, keep) if type(a) is ObjectRef else a
-                for key, a in kwargs.items()
-            }
-        serialized = serialization.serialize((args, kwargs))
-        count = len(deps)
-        if serialized.nbytes <= values.INLINE_MAX_BYTES:
-            packed = values.pack(serialized.pickled, serialized.buffers)
-            refs = deps + serialized.contained if serialized.contained else deps
-            return packed, b"".join(refs), count, keep
-        # Too large for a message: the arguments become an object, the first dependency.
-        ref = self.put_serialized(serialized)
-        keep.append(ref)
-        return messages.ARGS_IN_DEP, b"".join([ref._id, *deps]), count + 1, keep
-
-    @staticmethod
-    def _place(ref: ObjectRef[Any], deps: list[bytes], keep: list[Any]) -> Placeholder:
-        deps.append(ref._id)
-        keep.append(ref)
-        return Placeholder(len(deps) - 1)
+    # A method, because the face must not import it: it brings cloudpickle along.
+    pack_arguments = pack_arguments
 
     # --- objects ----------------------------------------------------------------------------------
 
@@ -571,179 +513,6 @@ class Client:
             elif type(other) is list and waiter in other:
                 other.remove(waiter)
 
-    def future(self, ref: ObjectRef[Any]) -> Future[Any]:
-        """A future completed by the helper thread."""
-        future: Future[Any] = Future()
-        future.set_running_or_notify_cancel()
-        with self._lock:
-            self._check()
-            self._helper.start()
-            if ref._value is not None:
-                self._ready_futures.append((ref, future))
-            else:
-                self._futures.setdefault(ref._id, []).append((ref, future))
-                if ref._id not in self._asked:
-                    self._asked.add(ref._id)
-                    self._ask(Get, [ref._id])
-                self._flush()
-        self._helper.wake()
-        return future
-
-    def complete_futures(self) -> None:
-        """By the helper thread, without the lock: user callbacks run here."""
-        while self._ready_futures:
-            ref, future = self._ready_futures.popleft()
-            if type(ref) is ObjectRefGenerator:
-                future.set_result(None)
-                continue
-            try:
-                future.set_result(self.get([ref], None)[0])
-            except BaseException as error:
-                future.set_exception(error)
-
-    # --- streams ----------------------------------------------------------------------------------
-
-    def await_item(self, generator: ObjectRefGenerator[Any]) -> None:
-        """Wait until the stream has another item or its end."""
-        if generator._ready:
-            return
-        with self._lock:
-            self._check()
-            while not generator._ready:
-                self._await_ids(self._ready_waiters, (generator._id,), Waiter(1), None)
-
-    def take_item(self, stream: Stream) -> ObjectRef[Any] | None:
-        """The ref of the next item, which is there; None at the end."""
-        with self._lock:
-            if stream.known == stream.taken:
-                if not stream.ended:
-                    self._check()
-                return None
-            value = stream.values.pop(stream.taken, None)
-            stream.taken += 1
-            ref = self._refs.fresh(ids.return_id(stream.task_id, stream.taken))
-            ref._ready = READY
-            if value is not None:
-                ref._value = value
-                ref._ready = LOCAL
-            if stream.windowed and not stream.ended:
-                self._channel.outbox.append(StreamTaken(stream.task_id, stream.taken))
-                self._flush()
-            return ref
-
-    def item_future(self, generator: ObjectRefGenerator[Any]) -> Future[None]:
-        """Completed when the stream has another item or its end."""
-        future: Future[None] = Future()
-        future.set_running_or_notify_cancel()
-        with self._lock:
-            self._check()
-            self._helper.start()
-            if generator._ready:
-                future.set_result(None)
-                return future
-            self._futures.setdefault(generator._id, []).append((generator, future))
-            self._flush()
-        self._helper.wake()
-        return future
-
-    def _on_yielded(self, message: Yielded, _: list[int]) -> None:
-        stream = self._streams.get(message.task_id)
-        if stream is None:
-            # Dropped meanwhile, or of a process that had our number before.
-            self._channel.outbox.append(StreamDropped(message.task_id, message.index))
-            self._helper.arm()
-            return
-        stream.known = message.index + 1
-        if message.value:
-            stream.values[message.index] = message.value
-        self._stream_moved(stream)
-
-    def _on_stream_ended(self, message: StreamEnded, _: list[int]) -> None:
-        stream = self._streams.get(message.task_id)
-        if stream is not None:
-            stream.ended = True
-            self._stream_moved(stream)
-
-    def _stream_moved(self, stream: Stream) -> None:
-        if self._ready_waiters or self._futures:
-            next_id = stream.next_id
-            waiter = self._ready_waiters.pop(next_id, None)
-            if waiter is not None:
-                _count_down(waiter)
-            futures = self._futures.pop(next_id, None)
-            if futures is not None:
-                self._ready_futures.extend(futures)
-                self._helper.wake()
-
-    def _drop_streams(self, outbox: list[Any]) -> None:
-        for task_id in self._refs.dropped_streams:
-            stream = self._streams.pop(task_id, None)
-            if stream is not None:
-                outbox.append(StreamDropped(task_id, stream.taken))
-        self._refs.dropped_streams.clear()
-
-    def open_room(self, task_id: bytes) -> Room:
-        """Before the first item of a task with a window; `close_room` after its last."""
-        with self._lock:
-            room = self._rooms[task_id] = Room()
-            return room
-
-    def close_room(self, task_id: bytes) -> None:
-        with self._lock:
-            self._rooms.pop(task_id, None)
-
-    def await_room(self, room: Room, needed: int) -> None:
-        """Wait until the consumer has taken `needed` items."""
-        with self._lock:
-            if not self.need_room(room, needed):
-                self._flush()
-                self._wait(room, None)
-
-    @staticmethod
-    def need_room(room: Room, needed: int) -> bool:
-        """Whether so many items are taken; if not, `room` is told when they are."""
-        room.needed = needed
-        room.remaining = int(room.taken < needed)
-        return not room.remaining
-
-    def _on_room(self, message: StreamRoom, _: list[int]) -> None:
-        room = self._rooms.get(message.task_id)
-        if room is not None:
-            room.taken = max(room.taken, message.taken)
-            if room.taken >= room.needed and room.remaining:
-                room.remaining = 0
-                if room.wake is not None:
-                    room.wake()
-
-    # --- calls in the air -------------------------------------------------------------------------
-
-    def check_pending(self, actor_id: bytes, limit: int, name: str) -> None:
-        """Of an actor with `max_pending_calls`: whether this process may call it once more.
-
-        Raises:
-          PendingCallsLimitExceeded: no.
-        """
-        with self._lock:
-            pending = self._pending.get(actor_id)
-            if pending is None or len(pending) < limit:
-                return
-            if not self._reading:
-                self._read_available()
-            pending = self._pending[actor_id] = [ref for ref in pending if not ref._ready]
-            if len(pending) >= limit:
-                raise exceptions.PendingCallsLimitExceeded(
-                    f"{name}: {len(pending)} calls of this process are pending, and its actor has "
-                    f"max_pending_calls={limit}; wait for some of them first")
-
-    def note_pending(self, actor_id: bytes, result: Any) -> None:
-        """A call with this (first) return is in the air; the node says when it is over."""
-        ref = result.completed() if type(result) is ObjectRefGenerator else result
-        with self._lock:
-            self._pending.setdefault(actor_id, []).append(ref)
-            if self._watched.setdefault(ref._id, READY) == READY:
-                self._ask(Watch, [ref._id], False)
-                self._helper.arm()
-
     # --- the slow path ----------------------------------------------------------------------------
 
     def request(
@@ -877,7 +646,7 @@ class Client:
             for start in range(0, len(dropped), _IDS_PER_MESSAGE):
                 outbox.append(Drop(b"".join(dropped[start : start + _IDS_PER_MESSAGE])))
         if refs.dropped_streams:
-            self._drop_streams(outbox)
+            self.streams.drop(refs.dropped_streams, outbox)
         if self.memory.pending_unpins():
             self.memory.collect_unpins(outbox)
         if outbox:
@@ -983,15 +752,12 @@ class Client:
     def being_read(self) -> bool:
         """Whether waiting threads read: then the helper keeps away (unless futures need it)."""
         return self._reading or (
-            not self._futures and time.monotonic() - self.last_read_s < 0.01)
+            not self.futures.waiting and time.monotonic() - self.last_read_s < 0.01)
 
     def _set_lost(self, reason: str) -> None:
         if self._lost is None:
             self._lost = reason
-            for futures in self._futures.values():
-                for ref, future in futures:
-                    self._ready_futures.append((ref, future))
-            self._futures.clear()
+            self.futures.lost()
             self.on_lost(reason)
 
     def _dispatch(self, message: Any, descriptors: list[int]) -> None:
@@ -1018,12 +784,9 @@ class Client:
     def _arrived(self, object_id: bytes) -> None:
         waiter = self._waiters.pop(object_id, None)
         if waiter is not None:
-            _count_down(waiter)
-        if self._futures:
-            futures = self._futures.pop(object_id, None)
-            if futures is not None:
-                self._ready_futures.extend(futures)
-                self._helper.wake()
+            count_down(waiter)
+        if self.futures.waiting:
+            self.futures.arrived(object_id)
 
     def _on_ready(self, message: Ready, _: list[int]) -> None:
         table = self._refs
@@ -1039,7 +802,7 @@ class Client:
             watched.pop(object_id, None)
             waiter = waiters.pop(object_id, None)
             if waiter is not None:
-                _count_down(waiter)
+                count_down(waiter)
 
     def _on_released(self, message: Released, _: list[int]) -> None:
         self.memory.released(message.segment, message.offsets)
@@ -1109,14 +872,6 @@ class Client:
         self._ended.remaining = 0
 
 
-def _count_down(waiter: Any) -> None:
-    if type(waiter) is list:
-        for one in waiter:
-            one.remaining -= 1
-    else:
-        waiter.remaining -= 1
-
-
 _HANDLERS: dict[type, Callable[[Client, Any, list[int]], None]] = {
     Value: Client._on_value,
     ValueAt: Client._on_value_at,
@@ -1137,22 +892,10 @@ _HANDLERS: dict[type, Callable[[Client, Any, list[int]], None]] = {
     Welcome: Client._on_welcome,
     InlineLimit: Client._on_inline_limit,
     JobEnded: Client._on_ended,
-    Yielded: Client._on_yielded,
-    StreamEnded: Client._on_stream_ended,
-    StreamRoom: Client._on_room,
+    Yielded: lambda self, message, _: self.streams.yielded(message),
+    StreamEnded: lambda self, message, _: self.streams.ended(message),
+    StreamRoom: lambda self, message, _: self.rooms.taken(message),
 }
-
-
-class Placeholder:
-    """Stands for the n-th dependency inside packed arguments."""
-
-    __slots__ = ("index",)
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Placeholder, (self.index,))
 
 
 def _after_fork_in_child() -> None:

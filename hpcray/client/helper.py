@@ -106,9 +106,9 @@ class Helper:
                     quiet_since_s = time.monotonic()
                 elif self._armed and time.monotonic() - quiet_since_s > _QUIET_S:
                     self._armed = False
-                client.complete_futures()
+                client.futures.complete()
             except RaySystemError:
                 break
         # A lost node still completes the futures: with its error.
         if not self._stopping:
-            client.complete_futures()
+            client.futures.complete()

@@ -16,12 +16,13 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from hpcray import exceptions
+from hpcray.client.waiters import Waiter
 from hpcray.objects.segments import ReaderMappings, SegmentArena, pinned_view
 from hpcray.protocol import messages, values
 from hpcray.protocol.messages import Located, SegmentOpen, SegmentRequest, SegmentReturn, Unpin
 
 if TYPE_CHECKING:
-    from hpcray.client.client import Client, Waiter
+    from hpcray.client.client import Client
     from hpcray.client.references import ObjectRef
     from hpcray.client.serialization import Serialized
 
@@ -61,8 +62,6 @@ class ClientMemory:
         return Located(segment, offset, nbytes)
 
     def _allocate(self, nbytes: int) -> tuple[int, int, memoryview]:
-        from hpcray.client.client import Waiter
-
         with self._lock:
             found = self._arena.allocate(nbytes)
         if found is not None:
@@ -166,8 +165,6 @@ class ClientMemory:
 
     def ensure_open(self, segment: int) -> None:
         """Map the segment for reading; asks the node for its descriptor the first time."""
-        from hpcray.client.client import Waiter
-
         while not self._readers.has(segment):
             with self._lock:
                 waiter = self._opening.get(segment)

@@ -72,7 +72,7 @@ class ObjectRef(Generic[T_co]):
 
     def future(self) -> Future[T_co]:
         """A `concurrent.futures.Future` of the value (or of the task's exception)."""
-        return current_client().future(self)
+        return current_client().futures.of(self)
 
     def __await__(self) -> Generator[Any, None, T_co]:
         import asyncio

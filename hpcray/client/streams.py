@@ -13,8 +13,16 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar
 
-from hpcray.client.references import LOCAL, NOT_READY, ObjectRef, _drop
+from hpcray.client.references import LOCAL, NOT_READY, READY, ObjectRef, _drop
+from hpcray.client.waiters import Waiter, count_down
 from hpcray.protocol import ids
+from hpcray.protocol.messages import (
+    StreamDropped,
+    StreamEnded,
+    StreamRoom,
+    StreamTaken,
+    Yielded,
+)
 
 if TYPE_CHECKING:
     from hpcray.client.client import Client
@@ -62,9 +70,9 @@ class ObjectRefGenerator(Generic[T_co]):
         return self
 
     def __next__(self) -> ObjectRef[T_co]:
-        client = self._client
-        client.await_item(self)
-        ref = client.take_item(self._stream)
+        streams = self._client.streams
+        streams.await_item(self)
+        ref = streams.take_item(self._stream)
         if ref is None:
             raise StopIteration
         return ref
@@ -76,8 +84,8 @@ class ObjectRefGenerator(Generic[T_co]):
         import asyncio
 
         while self._ready == NOT_READY:
-            await asyncio.wrap_future(self._client.item_future(self))
-        ref = self._client.take_item(self._stream)
+            await asyncio.wrap_future(self._client.futures.of_item(self))
+        ref = self._client.streams.take_item(self._stream)
         if ref is None:
             raise StopAsyncIteration
         return ref
@@ -131,14 +139,6 @@ class ObjectRefGenerator(Generic[T_co]):
         return f"ObjectRefGenerator({self._ref.hex()})"
 
 
-def new_generator(client: Client, stream: Stream, ref: ObjectRef[None]) -> ObjectRefGenerator[Any]:
-    generator: ObjectRefGenerator[Any] = object.__new__(ObjectRefGenerator)
-    generator._client = client
-    generator._stream = stream
-    generator._ref = ref
-    return generator
-
-
 class DynamicObjectRefGenerator(Generic[T_co]):
     """The value of a task with `num_returns="dynamic"`: refs to all that it has yielded."""
 
@@ -155,3 +155,139 @@ class DynamicObjectRefGenerator(Generic[T_co]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (DynamicObjectRefGenerator, (self._refs,))
+
+
+class Streams:
+    """The streams this process consumes. Guarded by the client's lock."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._streams: dict[bytes, Stream] = {}
+
+    def open(
+        self, task_id: bytes, windowed: bool, ref: ObjectRef[None]
+    ) -> ObjectRefGenerator[Any]:
+        """The generator of a task being submitted; `ref` is its end."""
+        stream = self._streams[task_id] = Stream(task_id, windowed)
+        generator: ObjectRefGenerator[Any] = object.__new__(ObjectRefGenerator)
+        generator._client = self._client
+        generator._stream = stream
+        generator._ref = ref
+        return generator
+
+    def await_item(self, generator: ObjectRefGenerator[Any]) -> None:
+        """Wait until the stream has another item or its end. Takes the lock."""
+        if generator._ready:
+            return
+        client = self._client
+        with client._lock:
+            client._check()
+            while not generator._ready:
+                client._await_ids(client._ready_waiters, (generator._id,), Waiter(1), None)
+
+    def take_item(self, stream: Stream) -> ObjectRef[Any] | None:
+        """The ref of the next item, which is there; None at the end. Takes the lock."""
+        client = self._client
+        with client._lock:
+            if stream.known == stream.taken:
+                if not stream.ended:
+                    client._check()
+                return None
+            value = stream.values.pop(stream.taken, None)
+            stream.taken += 1
+            ref = client._refs.fresh(ids.return_id(stream.task_id, stream.taken))
+            ref._ready = READY
+            if value is not None:
+                ref._value = value
+                ref._ready = LOCAL
+            if stream.windowed and not stream.ended:
+                client._channel.outbox.append(StreamTaken(stream.task_id, stream.taken))
+                client._flush()
+            return ref
+
+    def yielded(self, message: Yielded) -> None:
+        stream = self._streams.get(message.task_id)
+        if stream is None:  # dropped meanwhile
+            self._client._channel.outbox.append(StreamDropped(message.task_id, message.index))
+            self._client._helper.arm()
+            return
+        stream.known = message.index + 1
+        if message.value:
+            stream.values[message.index] = message.value
+        self._moved(stream)
+
+    def ended(self, message: StreamEnded) -> None:
+        stream = self._streams.get(message.task_id)
+        if stream is not None:
+            stream.ended = True
+            self._moved(stream)
+
+    def _moved(self, stream: Stream) -> None:
+        client = self._client
+        if client._ready_waiters or client.futures.waiting:
+            next_id = stream.next_id
+            waiter = client._ready_waiters.pop(next_id, None)
+            if waiter is not None:
+                count_down(waiter)
+            client.futures.arrived(next_id)
+
+    def drop(self, task_ids: list[bytes], outbox: list[Any]) -> None:
+        """Their generators have died."""
+        for task_id in task_ids:
+            stream = self._streams.pop(task_id, None)
+            if stream is not None:
+                outbox.append(StreamDropped(task_id, stream.taken))
+        task_ids.clear()
+
+
+class Room(Waiter):
+    """What a generator task of this process knows of its consumer."""
+
+    __slots__ = ("needed", "taken", "wake")
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.taken = 0
+        self.needed = 0
+        self.wake: Callable[[], None] | None = None  # instead of a waiting thread
+
+    def need(self, needed: int) -> bool:
+        """Whether so many items are taken; if not, this room is told when they are."""
+        self.needed = needed
+        self.remaining = int(self.taken < needed)
+        return not self.remaining
+
+
+class Rooms:
+    """The windows of generator tasks that run in this process. Guarded by the client's lock."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._rooms: dict[bytes, Room] = {}
+
+    def open(self, task_id: bytes) -> Room:
+        """Before the first item of a task with a window; `close` after its last."""
+        with self._client._lock:
+            room = self._rooms[task_id] = Room()
+            return room
+
+    def close(self, task_id: bytes) -> None:
+        with self._client._lock:
+            self._rooms.pop(task_id, None)
+
+    def wait(self, room: Room, needed: int) -> None:
+        """Wait until the consumer has taken `needed` items."""
+        client = self._client
+        with client._lock:
+            if not room.need(needed):
+                client._flush()
+                client._wait(room, None)
+
+    def taken(self, message: StreamRoom) -> None:
+        room = self._rooms.get(message.task_id)
+        if room is not None:
+            room.taken = max(room.taken, message.taken)
+            if room.taken >= room.needed and room.remaining:
+                room.remaining = 0
+                if room.wake is not None:
+                    room.wake()

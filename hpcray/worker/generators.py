@@ -18,8 +18,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from hpcray.client import serialization
-from hpcray.client.client import Room
-from hpcray.client.streams import DynamicObjectRefGenerator
+from hpcray.client.streams import DynamicObjectRefGenerator, Room
 from hpcray.protocol.messages import DYNAMIC, STREAM, DoneMany, Return, Run, Template, Yield
 
 if TYPE_CHECKING:
@@ -40,17 +39,17 @@ def run(worker: Worker, run: Run, template: Template, result: Any, began_s: floa
         outputs.gather(items)
         return
     client = worker.client
-    room = client.open_room(run.task_id) if template.stream_window else None
+    room = client.rooms.open(run.task_id) if template.stream_window else None
     try:
         for item in items:
             outputs.send(item)
             del item
             if room is not None:
                 with _Interruptible(worker, run):
-                    client.await_room(room, outputs.count - template.stream_window + 1)
+                    client.rooms.wait(room, outputs.count - template.stream_window + 1)
     finally:
         if room is not None:
-            client.close_room(run.task_id)
+            client.rooms.close(run.task_id)
     outputs.end()
 
 
@@ -76,7 +75,7 @@ async def run_async(
             else:
                 outputs.gather(iter(gathered))
             return
-        room = worker.client.open_room(run.task_id) if template.stream_window else None
+        room = worker.client.rooms.open(run.task_id) if template.stream_window else None
         try:
             async for item in items:
                 outputs.send(item)
@@ -86,7 +85,7 @@ async def run_async(
                         worker, room, outputs.count - template.stream_window + 1, loop)
         finally:
             if room is not None:
-                worker.client.close_room(run.task_id)
+                worker.client.rooms.close(run.task_id)
         outputs.end()
 
 
@@ -212,7 +211,7 @@ async def _room_async(
         loop.call_soon_threadsafe(resolve)
 
     room.wake = wake
-    if not worker.client.need_room(room, needed):
+    if not room.need(needed):
         await future
 
 

@@ -268,7 +268,7 @@ class AsyncActor(ConcurrentActor):
     def _client_readable(self, channel: socket.socket) -> None:
         if not self.worker.client.read_idle() and self.worker.client.lost is not None:
             os._exit(1)
-        self.worker.client.complete_futures()
+        self.worker.client.futures.complete()
 
     def _readable(self, queue: deque[Run | Stop]) -> None:
         try:

@@ -28,8 +28,9 @@ from typing import Any
 from hpcray import actor as _actor  # noqa: F401
 from hpcray import exceptions
 from hpcray.client import context, references, serialization
+from hpcray.client.arguments import Placeholder
 from hpcray.client.channel import ChannelClosed
-from hpcray.client.client import Client, Placeholder
+from hpcray.client.client import Client
 from hpcray.client.context import TaskContext
 from hpcray.protocol import ids, messages, values
 from hpcray.protocol.messages import (

@@ -1,0 +1,64 @@
+"""Arguments of a call on their way to its worker: packed, with refs at the top level left open.
+
+    (args, kwargs) --pack_arguments--> bytes with Placeholders + ids     in the caller
+    bytes + the values of those ids --Worker.arguments--> (args, kwargs) in the worker
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hpcray.client import serialization
+from hpcray.client.references import ObjectRef
+from hpcray.protocol import messages, values
+
+if TYPE_CHECKING:
+    from hpcray.client.client import Client
+
+
+class Placeholder:
+    """Stands for the n-th dependency inside packed arguments."""
+
+    __slots__ = ("index",)
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Placeholder, (self.index,))
+
+
+def pack_arguments(
+    client: Client, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[bytes, bytes, int, Any]:
+    """(args, refs, dep_count, keep): `keep` must live until the task is submitted.
+
+    Top-level refs become placeholders and dependencies; refs nested deeper pass through.
+    """
+    if not args and not kwargs:
+        return messages.NO_ARGS, b"", 0, None
+    deps: list[bytes] = []
+    keep: list[Any] = []
+    if any(type(a) is ObjectRef for a in args):
+        args = tuple(_place(a, deps, keep) if type(a) is ObjectRef else a for a in args)
+    if kwargs and any(type(a) is ObjectRef for a in kwargs.values()):
+        kwargs = {
+            key: _place(a, deps, keep) if type(a) is ObjectRef else a
+            for key, a in kwargs.items()
+        }
+    serialized = serialization.serialize((args, kwargs))
+    count = len(deps)
+    if serialized.nbytes <= values.INLINE_MAX_BYTES:
+        packed = values.pack(serialized.pickled, serialized.buffers)
+        refs = deps + serialized.contained if serialized.contained else deps
+        return packed, b"".join(refs), count, keep
+    # Too large for a message: the arguments become an object, the first dependency.
+    ref = client.put_serialized(serialized)
+    keep.append(ref)
+    return messages.ARGS_IN_DEP, b"".join([ref._id, *deps]), count + 1, keep
+
+
+def _place(ref: ObjectRef[Any], deps: list[bytes], keep: list[Any]) -> Placeholder:
+    deps.append(ref._id)
+    keep.append(ref)
+    return Placeholder(len(deps) - 1)
