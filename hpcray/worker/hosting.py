@@ -257,7 +257,7 @@ class AsyncActor(ConcurrentActor):
         loop.add_reader(channel, self._client_readable, channel)
         worker.client.on_cancel = self._cancel
         worker.client.flush()
-        self._start_calls(queue)
+        loop.call_soon(self._start_calls, queue)  # calls do not begin inside another task
         await self._stopping
         loop.remove_reader(worker._tasks)
         loop.remove_reader(channel)
