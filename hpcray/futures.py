@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ParamSpec, TypeVar, cast
 
 import hpcray as ray
-from hpcray.exceptions import RaySystemError, TaskError
+from hpcray.exceptions import RaySystemError, TaskError, _plain
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -298,10 +298,10 @@ def _as_raised(error: BaseException) -> BaseException:
     """What the call raised, with the remote traceback below it; hpcray's own errors as they are."""
     if not isinstance(error, TaskError) or error.cause is None:
         return error
-    raised = error.cause
+    raised, where = error.cause, _plain(error)
     raised.__cause__ = TaskError(
-        error.function_name, error.traceback_str, None, error.pid, error.ip, error.rank,
-        error.actor_id)
+        where.function_name, where.traceback_str, None, where.pid, where.ip, where.rank,
+        where.actor_id)
     return raised
 
 
