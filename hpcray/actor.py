@@ -33,7 +33,7 @@ import msgspec
 
 from hpcray import options as options_
 from hpcray.client import context, references
-from hpcray.client.references import ObjectRef
+from hpcray.client.references import ActorID, ObjectRef
 from hpcray.config import check_namespace
 from hpcray.definition import (
     CallSignature,
@@ -460,30 +460,6 @@ def _blank_class() -> ActorClass[Any]:
 # --- handles -------------------------------------------------------------------------------------
 
 
-class ActorIDView:
-    """An actor id as users see it."""
-
-    __slots__ = ("_id",)
-
-    def __init__(self, id_: bytes) -> None:
-        self._id = id_
-
-    def hex(self) -> str:
-        return self._id.hex()
-
-    def binary(self) -> bytes:
-        return self._id
-
-    def __repr__(self) -> str:
-        return f"ActorID({self.hex()})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, ActorIDView) and other._id == self._id
-
-    def __hash__(self) -> int:
-        return hash(self._id)
-
-
 class ActorHandle(_Anything, Generic[T]):  # type: ignore[misc]
     """An actor: `handle.method.remote(...)` calls it. Handles may be passed to tasks and actors.
 
@@ -516,8 +492,8 @@ class ActorHandle(_Anything, Generic[T]):  # type: ignore[misc]
         return sorted(self._hpcray_kind.description.methods)
 
     @property
-    def _actor_id(self) -> ActorIDView:
-        return ActorIDView(self._hpcray_id)
+    def _actor_id(self) -> ActorID:
+        return ActorID(self._hpcray_id)
 
     _ray_actor_id = _actor_id
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import inspect
 import logging
+import operator
 import os
 import sys
 import threading
@@ -479,8 +480,10 @@ def wait(
         return [], []
     if len(set(ray_waitables)) != count:
         raise ValueError("wait() was given the same ref more than once")
-    if type(num_returns) is not int:
-        raise TypeError(f"num_returns must be an integer, not {num_returns!r}")
+    try:
+        num_returns = operator.index(num_returns)  # an integer of numpy's too
+    except TypeError:
+        raise TypeError(f"num_returns must be an integer, not {num_returns!r}") from None
     if not 0 < num_returns <= count:
         raise ValueError(f"num_returns must be within 1 and {count}, the number of refs, "
                          f"not {num_returns}")
