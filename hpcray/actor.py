@@ -335,7 +335,7 @@ class ActorClass(Generic[T]):
         # Set by _prepare:
         self._kind: _Kind
 
-    def remote(self, *args: Any, **kwargs: Any) -> ActorHandle[T]:
+    def remote(self, /, *args: Any, **kwargs: Any) -> ActorHandle[T]:
         """Start an actor; arguments go to its constructor, refs among them as their values.
 
         Returns at once; a constructor that raises shows at the first call.
@@ -426,7 +426,7 @@ class ActorClass(Generic[T]):
                 for name in ("__name__", "__qualname__", "__module__", "__doc__", "__wrapped__")})
         return other
 
-    def bind(self, *args: Any, **kwargs: Any) -> NoReturn:
+    def bind(self, /, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(
             f"{self._definition.name}.bind(): graphs (DAGs) are not supported; use .remote()")
 
@@ -534,7 +534,7 @@ class ActorMethod:
         self._handle = handle
         self._method = method
 
-    def remote(self, *args: Any, **kwargs: Any) -> ObjectRef[Any]:
+    def remote(self, /, *args: Any, **kwargs: Any) -> ObjectRef[Any]:
         """Submit one call. Calls of one process on one actor start in the order submitted (unless
         the actor is threaded or async).
 
@@ -580,7 +580,7 @@ class ActorMethod:
         kind = self._handle._hpcray_kind
         return ActorMethod(self._handle, _Method(kind, method.name, method.description, merged))
 
-    def bind(self, *args: Any, **kwargs: Any) -> NoReturn:
+    def bind(self, /, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(
             f"{self._method.full_name}.bind(): graphs (DAGs) are not supported; use .remote()")
 

@@ -202,6 +202,9 @@ class Executor(concurrent.futures.Executor):
             completed.add_done_callback(lambda done: self._completed(call, done))
 
     def _submit(self, call: _Call) -> Any:
+        if inspect.isgeneratorfunction(call.fn):
+            raise TypeError(f"a Future has one result, and {call.fn.__name__} yields many: "
+                            "return a list, or call it as a remote function")
         if not inspect.isfunction(call.fn):
             # Classes, partials, bound methods and other callables have no remote form.
             return self._call_any.remote(call.fn, *call.args, **call.kwargs)
