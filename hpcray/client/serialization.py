@@ -88,7 +88,18 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is unt
             return _code_of, (obj.co_filename, make, args)
         if isinstance(obj, BaseException):
             return exceptions._reduce(obj)
-        return super().reducer_override(obj)
+        reduced = super().reducer_override(obj)
+        if isinstance(obj, type) and "__slots__" in vars(obj):
+            _keep_slots(obj, reduced)
+        return reduced
+
+
+def _keep_slots(kind: type, reduced: Any) -> None:
+    """cloudpickle rebuilds a class without its slots, and names them when it is too late: instances
+    made there have a `__dict__`, and cannot be read where the class comes from."""
+    if isinstance(reduced, tuple) and reduced[0].__name__ == "_make_skeleton_class":
+        namespace = reduced[1][3]
+        namespace["__slots__"] = vars(kind)["__slots__"]
 
 
 def _code_of(filename: str, make: Callable[..., CodeType], args: tuple[Any, ...]) -> CodeType:
