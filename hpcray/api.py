@@ -46,7 +46,6 @@ _logger = logging.getLogger("hpcray")
 
 # Threads that use hpcray first at the same moment must not start it twice.
 _starting = threading.RLock()
-_exit_registered = False
 # In a child of fork: whether its parent was connected. Only then is a first use a mistake.
 _forked_while_connected = False
 
@@ -246,10 +245,10 @@ references.set_connector(_connect_implicitly)
 
 
 def _end_with_interpreter() -> None:
-    global _exit_registered
-    if not _exit_registered:
-        _exit_registered = True
-        atexit.register(_at_exit)
+    # Anew in every session: handlers run last in, first out, and that of the node this session
+    # started must come after this one.
+    atexit.unregister(_at_exit)
+    atexit.register(_at_exit)
 
 
 def _at_exit() -> None:
