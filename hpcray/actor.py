@@ -33,7 +33,7 @@ import msgspec
 
 from hpcray import options as options_
 from hpcray.client import context, references
-from hpcray.client.references import ObjectRef
+from hpcray.client.references import ActorID, ObjectRef
 from hpcray.config import check_namespace
 from hpcray.definition import (
     CallSignature,
@@ -335,7 +335,7 @@ class ActorClass(Generic[T]):
         # Set by _prepare:
         self._kind: _Kind
 
-    def remote(self, *args: Any, **kwargs: Any) -> ActorHandle[T]:
+    def remote(self, /, *args: Any, **kwargs: Any) -> ActorHandle[T]:
         """Start an actor; arguments go to its constructor, refs among them as their values.
 
         Returns at once; a constructor that raises shows at the first call.
@@ -426,7 +426,7 @@ class ActorClass(Generic[T]):
                 for name in ("__name__", "__qualname__", "__module__", "__doc__", "__wrapped__")})
         return other
 
-    def bind(self, *args: Any, **kwargs: Any) -> NoReturn:
+    def bind(self, /, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(
             f"{self._definition.name}.bind(): graphs (DAGs) are not supported; use .remote()")
 
@@ -458,30 +458,6 @@ def _blank_class() -> ActorClass[Any]:
 
 
 # --- handles -------------------------------------------------------------------------------------
-
-
-class ActorIDView:
-    """An actor id as users see it."""
-
-    __slots__ = ("_id",)
-
-    def __init__(self, id_: bytes) -> None:
-        self._id = id_
-
-    def hex(self) -> str:
-        return self._id.hex()
-
-    def binary(self) -> bytes:
-        return self._id
-
-    def __repr__(self) -> str:
-        return f"ActorID({self.hex()})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, ActorIDView) and other._id == self._id
-
-    def __hash__(self) -> int:
-        return hash(self._id)
 
 
 class ActorHandle(_Anything, Generic[T]):  # type: ignore[misc]
@@ -516,8 +492,8 @@ class ActorHandle(_Anything, Generic[T]):  # type: ignore[misc]
         return sorted(self._hpcray_kind.description.methods)
 
     @property
-    def _actor_id(self) -> ActorIDView:
-        return ActorIDView(self._hpcray_id)
+    def _actor_id(self) -> ActorID:
+        return ActorID(self._hpcray_id)
 
     _ray_actor_id = _actor_id
 
@@ -558,7 +534,7 @@ class ActorMethod:
         self._handle = handle
         self._method = method
 
-    def remote(self, *args: Any, **kwargs: Any) -> ObjectRef[Any]:
+    def remote(self, /, *args: Any, **kwargs: Any) -> ObjectRef[Any]:
         """Submit one call. Calls of one process on one actor start in the order submitted (unless
         the actor is threaded or async).
 
@@ -604,7 +580,7 @@ class ActorMethod:
         kind = self._handle._hpcray_kind
         return ActorMethod(self._handle, _Method(kind, method.name, method.description, merged))
 
-    def bind(self, *args: Any, **kwargs: Any) -> NoReturn:
+    def bind(self, /, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(
             f"{self._method.full_name}.bind(): graphs (DAGs) are not supported; use .remote()")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import inspect
 import logging
+import operator
 import os
 import sys
 import threading
@@ -45,7 +46,6 @@ _logger = logging.getLogger("hpcray")
 
 # Threads that use hpcray first at the same moment must not start it twice.
 _starting = threading.RLock()
-_exit_registered = False
 # In a child of fork: whether its parent was connected. Only then is a first use a mistake.
 _forked_while_connected = False
 
@@ -245,10 +245,10 @@ references.set_connector(_connect_implicitly)
 
 
 def _end_with_interpreter() -> None:
-    global _exit_registered
-    if not _exit_registered:
-        _exit_registered = True
-        atexit.register(_at_exit)
+    # Anew in every session: handlers run last in, first out, and that of the node this session
+    # started must come after this one.
+    atexit.unregister(_at_exit)
+    atexit.register(_at_exit)
 
 
 def _at_exit() -> None:
@@ -479,8 +479,10 @@ def wait(
         return [], []
     if len(set(ray_waitables)) != count:
         raise ValueError("wait() was given the same ref more than once")
-    if type(num_returns) is not int:
-        raise TypeError(f"num_returns must be an integer, not {num_returns!r}")
+    try:
+        num_returns = operator.index(num_returns)  # an integer of numpy's too
+    except TypeError:
+        raise TypeError(f"num_returns must be an integer, not {num_returns!r}") from None
     if not 0 < num_returns <= count:
         raise ValueError(f"num_returns must be within 1 and {count}, the number of refs, "
                          f"not {num_returns}")

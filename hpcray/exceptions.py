@@ -63,10 +63,9 @@ class TaskError(RayError):
         return self.traceback_str
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The dual class has no importable name: pickle what it is made of.
-        plain = (self.function_name, self.traceback_str, self.cause, self.pid, self.ip,
-                 self.rank, self.actor_id, self.actor_repr)
-        return (_load_task_error, (_is_dual(self), plain))
+        cause = None if self.cause is None else _Travelling(self.cause)
+        return (TaskError, (self.function_name, self.traceback_str, cause, self.pid, self.ip,
+                            self.rank, self.actor_id, self.actor_repr))
 
     def make_dual_exception_instance(self) -> TaskError:
         return self.as_instanceof_cause()
@@ -86,12 +85,13 @@ class TaskError(RayError):
             return self  # TaskError itself, RayError or Exception: nothing to add
         try:
             dual = _dual_class(cause_class)
-            # The cause's own __new__: OSError and its like refuse another's.
-            error: Any = cause_class.__new__(dual)
-            # The cause's own attributes first, so that e.errno and friends work; ours win.
-            error.__dict__.update(getattr(cause, "__dict__", {}))
-            error.__dict__.update(self.__dict__)
-            error.cause = cause
+            # The cause's own __new__ (OSError and its like refuse another's), with its arguments:
+            # groups take what they hold from there.
+            error: Any = cause_class.__new__(dual, *cause.args)
+            # What the cause has is the cause's: `except Mine as e: e.rank` means Mine's rank.
+            error.__dict__.update((name, value) for name, value in self.__dict__.items()
+                                  if not hasattr(cause, name))
+            error.__dict__.update(getattr(cause, "__dict__", {}), cause=cause, _plain=self)
             error.args = cause.args
         except Exception:
             return self
@@ -106,19 +106,34 @@ class _Dual:
     """Marks the classes that are both TaskError and the cause's class."""
 
     cause: BaseException
+    _plain: TaskError
 
     def __getattr__(self, name: str) -> Any:
         # Slots and properties of the cause which its __dict__ does not show.
-        if name.startswith("__") or name == "cause":
+        if name.startswith("__") or name in ("cause", "_plain"):
             raise AttributeError(name)
         return getattr(self.cause, name)
 
     def __str__(self) -> str:
-        return str(self.__dict__["traceback_str"])
+        return self._plain.traceback_str
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The class has no importable name: pickle what it is made of.
+        return (TaskError.as_instanceof_cause, (self._plain,))
+
+    def __reduce_ex__(self, _protocol: Any, /) -> tuple[Any, ...]:
+        return self.__reduce__()  # and not what the cause's class has of it
 
 
 def _is_dual(error: BaseException) -> bool:
     return isinstance(error, _Dual)
+
+
+def _plain(error: TaskError) -> TaskError:
+    """The error without the type of its cause: its attributes are those of a `TaskError`, whatever
+    the cause calls its own."""
+    found: TaskError = error.__dict__.get("_plain", error)
+    return found
 
 
 _dual_classes: dict[type, type[TaskError]] = {}
@@ -128,14 +143,38 @@ def _dual_class(cause_class: type[BaseException]) -> type[TaskError]:
     dual = _dual_classes.get(cause_class)
     if dual is None:
         dual = type(f"RayTaskError({cause_class.__name__})", (_Dual, TaskError, cause_class),
-                    {"__module__": "hpcray.exceptions", "__reduce__": TaskError.__reduce__})
+                    {"__module__": "hpcray.exceptions"})
         _dual_classes[cause_class] = dual
     return dual
 
 
-def _load_task_error(dual: bool, plain: tuple[Any, ...]) -> TaskError:
-    error = TaskError(*plain)
-    return error.as_instanceof_cause() if dual else error
+def _reduce(error: BaseException) -> Any:
+    """How pickle takes an exception apart. It rebuilds one by calling its class with its `args`,
+    which a constructor with parameters of its own refuses; in Ray only the text of such a one
+    arrives."""
+    reduced = error.__reduce_ex__(5)
+    if isinstance(reduced, tuple) and reduced[0] is type(error):
+        return (_build_exception, tuple(reduced[:2]), *reduced[2:])
+    return reduced
+
+
+def _build_exception(kind: type[BaseException], args: tuple[Any, ...]) -> BaseException:
+    try:
+        return kind(*args)
+    except TypeError:
+        error = kind.__new__(kind, *args)
+        error.args = args
+        return error
+
+
+class _Travelling:
+    """Pickled in place of an exception, it is unpickled as that."""
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def __reduce__(self) -> Any:
+        return _reduce(self._error)
 
 
 class TaskCancelledError(RayError):
@@ -173,13 +212,19 @@ class LocalRayletDiedError(RayError):
 class NodeDiedError(RayError):
     """The node (MPI rank) that ran the task or hosted the actor died."""
 
+    message = property(str)
+
 
 class RuntimeEnvSetupError(RayError):
     """The runtime_env could not be set up; the text says which part."""
 
+    error_message = property(str)
+
 
 class OutOfMemoryError(RayError):
     """The worker was ended because the job's memory limit was reached."""
+
+    message = property(str)
 
 
 class UserCodeException(RayError):
@@ -194,9 +239,13 @@ class PendingCallsLimitExceeded(RayError):
 class TaskUnschedulableError(RayError):
     """No node can ever run the task."""
 
+    error_message = property(str)
+
 
 class ActorUnschedulableError(RayError):
     """No node can ever host the actor."""
+
+    error_message = property(str)
 
 
 class TaskPlacementGroupRemoved(RayError):
@@ -234,9 +283,13 @@ ActorError = RayActorError
 class ActorAlreadyExistsError(ValueError, RayError):
     """There is an actor of that name in the namespace."""
 
+    error_message = property(str)
+
 
 class ActorHandleNotFoundError(ValueError, RayError):
     """The handle is of an earlier session: its actor ended with it."""
+
+    error_message = property(str)
 
 
 class ActorDiedError(RayActorError):

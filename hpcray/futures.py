@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ParamSpec, TypeVar, cast
 
 import hpcray as ray
-from hpcray.exceptions import RaySystemError, TaskError
+from hpcray.exceptions import RaySystemError, TaskError, _plain
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -202,6 +202,9 @@ class Executor(concurrent.futures.Executor):
             completed.add_done_callback(lambda done: self._completed(call, done))
 
     def _submit(self, call: _Call) -> Any:
+        if inspect.isgeneratorfunction(call.fn):
+            raise TypeError(f"a Future has one result, and {call.fn.__name__} yields many: "
+                            "return a list, or call it as a remote function")
         if not inspect.isfunction(call.fn):
             # Classes, partials, bound methods and other callables have no remote form.
             return self._call_any.remote(call.fn, *call.args, **call.kwargs)
@@ -298,10 +301,10 @@ def _as_raised(error: BaseException) -> BaseException:
     """What the call raised, with the remote traceback below it; hpcray's own errors as they are."""
     if not isinstance(error, TaskError) or error.cause is None:
         return error
-    raised = error.cause
+    raised, where = error.cause, _plain(error)
     raised.__cause__ = TaskError(
-        error.function_name, error.traceback_str, None, error.pid, error.ip, error.rank,
-        error.actor_id)
+        where.function_name, where.traceback_str, None, where.pid, where.ip, where.rank,
+        where.actor_id)
     return raised
 
 

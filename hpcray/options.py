@@ -384,7 +384,11 @@ def group_strategy(options: Mapping[str, Any]) -> Any:
         return PlacementGroupSchedulingStrategy(
             old, value_of(options, "placement_group_bundle_index"),
             options.get("placement_group_capture_child_tasks"))
-    return strategy if hasattr(strategy, "placement_group") else None
+    if getattr(strategy, "placement_group", None) is not None:
+        return strategy
+    if value_of(options, "placement_group_bundle_index") != -1:
+        raise ValueError("placement_group_bundle_index without a placement group")
+    return None
 
 
 def inherited(client: Client, options: Options) -> Options:
@@ -404,7 +408,8 @@ def inherited(client: Client, options: Options) -> Options:
     group = get_current_placement_group()
     if group is None:
         return options
-    return {**options, "scheduling_strategy": PlacementGroupSchedulingStrategy(group, -1, True)}
+    index = value_of(options, "placement_group_bundle_index")
+    return {**options, "scheduling_strategy": PlacementGroupSchedulingStrategy(group, index, True)}
 
 
 # What every task in a group takes of its bundle: see node/placement.py.

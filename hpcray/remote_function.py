@@ -61,7 +61,7 @@ class RemoteFunction(Generic[P, R]):
         self._least: int
         self._most: int
 
-    def remote(self, *args: Any, **kwargs: Any) -> ObjectRef[R]:
+    def remote(self, /, *args: Any, **kwargs: Any) -> ObjectRef[R]:
         """Submit one call; any argument may be an `ObjectRef` to its value instead.
 
         Returns the ref of its result, a list of refs if `num_returns` > 1, None if it is 0; of a
@@ -120,7 +120,7 @@ class RemoteFunction(Generic[P, R]):
         functools.update_wrapper(other, self._definition.target)
         return other
 
-    def bind(self, *args: Any, **kwargs: Any) -> NoReturn:
+    def bind(self, /, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(
             f"{self._definition.name}.bind(): graphs (DAGs) are not supported; pass refs from "
             ".remote() as arguments instead")
@@ -147,7 +147,7 @@ if TYPE_CHECKING:
         """What type checkers see of a remote generator that yields R; it is a RemoteFunction."""
 
         def remote(  # type: ignore[override]
-            self, *args: Any, **kwargs: Any
+            self, /, *args: Any, **kwargs: Any
         ) -> ObjectRefGenerator[R]: ...
 
         def options(self, **options: Any) -> RemoteGenerator[P, R]: ...

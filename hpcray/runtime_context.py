@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hpcray.client import context, references
 from hpcray.protocol import ids, labels
@@ -16,6 +16,9 @@ from hpcray.protocol.messages import PY_MODULE, UNIT, WORKING_DIR
 
 if TYPE_CHECKING:
     from hpcray.actor import ActorHandle
+    from hpcray.util.placement_group import PlacementGroupID
+
+IdT = TypeVar("IdT", bound=references.BaseID)
 
 
 class RuntimeContext:
@@ -53,7 +56,7 @@ class RuntimeContext:
         return template.name if template else None
 
     def get_task_function_name(self) -> str | None:
-        """Module and name of the function or method, whatever name the task was given."""
+        """Name of the function or method, whatever name the task was given."""
         references.current_client()
         template = context.current().template
         return (template.function_name or template.name) if template else None
@@ -181,38 +184,42 @@ class RuntimeContext:
     def get(self) -> dict[str, Any]:
         """The ids above in one dictionary; those that do not apply here are left out."""
         found: dict[str, Any] = {
-            "job_id": references.JobID(bytes.fromhex(self.get_job_id())),
-            "node_id": references.NodeID(bytes.fromhex(self.get_node_id())),
-            "namespace": self.namespace, "task_id": self.get_task_id(),
-            "actor_id": self.get_actor_id(),
+            "job_id": self.job_id, "node_id": self.node_id, "namespace": self.namespace,
+            "task_id": self.task_id, "actor_id": self.actor_id,
         }
         return {name: value for name, value in found.items() if value is not None}
 
-    # Ray's older spellings.
+    # Ray's older spellings: ids with `hex()` and `binary()`.
     @property
-    def current_placement_group_id(self) -> str | None:
-        return self.get_placement_group_id()
+    def current_placement_group_id(self) -> PlacementGroupID | None:
+        from hpcray.util.placement_group import PlacementGroupID
+
+        return _id(PlacementGroupID, self.get_placement_group_id())
 
     @property
-    def job_id(self) -> str:
-        return self.get_job_id()
+    def job_id(self) -> references.JobID:
+        return references.JobID(bytes.fromhex(self.get_job_id()))
 
     @property
-    def node_id(self) -> str:
-        return self.get_node_id()
+    def node_id(self) -> references.NodeID:
+        return references.NodeID(bytes.fromhex(self.get_node_id()))
 
     @property
-    def task_id(self) -> str | None:
-        return self.get_task_id()
+    def task_id(self) -> references.TaskID | None:
+        return _id(references.TaskID, self.get_task_id())
 
     @property
-    def actor_id(self) -> str | None:
-        return self.get_actor_id()
+    def actor_id(self) -> references.ActorID | None:
+        return _id(references.ActorID, self.get_actor_id())
 
     @property
     def gcs_address(self) -> str:
         raise NotImplementedError(
             "there is no GCS: hpcray nodes talk over MPI and keep their records in Redis")
+
+
+def _id(kind: type[IdT], text: str | None) -> IdT | None:
+    return None if text is None else kind(bytes.fromhex(text))
 
 
 _runtime_context = RuntimeContext()

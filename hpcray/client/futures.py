@@ -30,10 +30,9 @@ class Futures:
         self._due: deque[tuple[Awaited, Future[Any]]] = deque()
 
     def of(self, ref: ObjectRef[Any]) -> Future[Any]:
-        """A future of the ref's value."""
+        """A future of the ref's value. To cancel it ends the wait, and not the task."""
         client = self._client
         future: Future[Any] = Future()
-        future.set_running_or_notify_cancel()
         with client._lock:
             client._check()
             client._helper.start()
@@ -52,7 +51,6 @@ class Futures:
         """Completed when the stream has another item or its end."""
         client = self._client
         future: Future[None] = Future()
-        future.set_running_or_notify_cancel()
         with client._lock:
             client._check()
             client._helper.start()
@@ -80,6 +78,8 @@ class Futures:
         """Without the lock: user callbacks run here."""
         while self._due:
             awaited, future = self._due.popleft()
+            if not future.set_running_or_notify_cancel():
+                continue
             if type(awaited) is ObjectRefGenerator:
                 future.set_result(None)
                 continue

@@ -20,7 +20,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from hpcray.protocol import ids
 
@@ -52,7 +52,8 @@ class ObjectRef(Generic[T_co]):
     _ready: int
     _view: weakref.ref[Any] | None  # the pinned array, while one lives
 
-    def __init__(self, *_: object) -> None:
+    def __new__(cls, *_: object) -> Self:
+        # Not in __init__: there would be a ref without an id, and `__del__` would meet it.
         raise TypeError("ObjectRef cannot be built directly; f.remote() and put() return them")
 
     def binary(self) -> bytes:
@@ -145,10 +146,14 @@ class NodeID(BaseID):
     __slots__ = ()
 
 
+class ActorID(BaseID):
+    __slots__ = ()
+
+
 # The ids of refs met by the serialiser running in this thread; absent when none runs.
 _collecting = threading.local()
 
-_new = ObjectRef.__new__
+_new = object.__new__
 _ref = weakref.ref
 
 

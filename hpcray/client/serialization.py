@@ -86,12 +86,31 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is unt
         if type(obj) is CodeType:
             make, args = self.dispatch_table[CodeType](obj)
             return _code_of, (obj.co_filename, make, args)
-        return super().reducer_override(obj)
+        if isinstance(obj, BaseException):
+            return exceptions._reduce(obj)
+        reduced = super().reducer_override(obj)
+        if isinstance(obj, type) and "__slots__" in vars(obj):
+            _keep_slots(obj, reduced)
+        return reduced
+
+
+def _keep_slots(kind: type, reduced: Any) -> None:
+    """cloudpickle rebuilds a class without its slots, and names them when it is too late: instances
+    made there have a `__dict__`, and cannot be read where the class comes from."""
+    if isinstance(reduced, tuple) and reduced[0].__name__ == "_make_skeleton_class":
+        namespace = reduced[1][3]
+        namespace["__slots__"] = vars(kind)["__slots__"]
 
 
 def _code_of(filename: str, make: Callable[..., CodeType], args: tuple[Any, ...]) -> CodeType:
     """Code that knows its file: cloudpickle 3.1.3 forgets it, and tracebacks would not show it."""
     return make(*args).replace(co_filename=filename)
+
+
+def _dumps(value: Any, out_of_band: Callable[[pickle.PickleBuffer], None] | None = None) -> bytes:
+    with io.BytesIO() as file:
+        _Pickler(file, protocol=5, buffer_callback=out_of_band).dump(value)
+        return file.getvalue()
 
 
 def serialize(value: Any) -> Serialized:
@@ -114,9 +133,7 @@ def serialize(value: Any) -> Serialized:
         if not _reducers and _is_plain(value):
             pickled = pickle.dumps(value, 5, buffer_callback=out_of_band)
         else:
-            with io.BytesIO() as file:
-                _Pickler(file, protocol=5, buffer_callback=out_of_band).dump(value)
-                pickled = file.getvalue()
+            pickled = _dumps(value, out_of_band)
     finally:
         _collecting.ids = outer
     return Serialized(pickled, buffers, contained)
@@ -157,7 +174,7 @@ def dump_error(error: exceptions.TaskError) -> bytes:
         outer = getattr(_collecting, "ids", None)
         _collecting.ids = None
         try:
-            cause = cloudpickle.dumps(error.cause, protocol=5)
+            cause = _dumps(error.cause)
             if len(cause) > values.INLINE_MAX_BYTES // 2:
                 cause = b""  # an exception that drags data along: its text is what counts
         except Exception:

@@ -74,6 +74,8 @@ class PlacementGroup:
         from hpcray.api import get, wait
         from hpcray.exceptions import TaskPlacementGroupRemoved
 
+        if placement_group_table(self).get("state") == "CREATED":
+            return True  # `timeout_seconds=0` looks; the task of `ready` takes its moment
         found, _ = wait([self.ready()], timeout=timeout_seconds)
         if found:
             try:
@@ -104,7 +106,7 @@ def _same(group: PlacementGroup) -> PlacementGroup:
 
 def placement_group(
     bundles: list[dict[str, float]],
-    strategy: str = "PACK",
+    strategy: str | None = None,
     name: str = "",
     lifetime: str | None = None,
     _soft_target_node_id: str | None = None,
@@ -114,7 +116,8 @@ def placement_group(
 
     Args:
       bundles: resources of each bundle; a bundle lies on one node.
-      strategy: "PACK" as few nodes as possible, "SPREAD" as many; the "STRICT_" forms insist.
+      strategy: "PACK" (the default) as few nodes as possible, "SPREAD" as many; the "STRICT_"
+        forms insist.
       name: for `get_placement_group`, within the namespace.
       lifetime: "detached" or None; either way it lives until removed or the job ends.
       bundle_label_selector: of each bundle, the labels of nodes it may lie on, as in the option
@@ -124,6 +127,7 @@ def placement_group(
       ValueError: no bundles, empty ones, an unknown strategy, or the name is taken.
     """
     units = _check_bundles(bundles)
+    strategy = STRATEGIES[0] if strategy is None else strategy
     if strategy not in STRATEGIES:
         raise ValueError(f"Invalid placement group strategy {strategy!r}: use one of "
                          f"{', '.join(STRATEGIES)}")

@@ -42,8 +42,9 @@ class Queue(Generic[T]):
         takes no CPU.
 
     Items are copied into the actor and out of it: put refs to large objects instead of the objects.
-    Calls of one process are served in their order, but for those that have to wait. An item given
-    to a `get` whose process has died meanwhile is lost.
+    Calls of one process are served in their order, but for those that have to wait. A coroutine
+    that is cancelled while it waits (`asyncio.wait_for`) takes nothing. An item that was on its way
+    to one, or to a process that has died meanwhile, is lost.
 
     Every method raises `ActorDiedError` if the queue's process is gone, and RuntimeError after
     `shutdown`.
@@ -91,7 +92,7 @@ class Queue(Generic[T]):
 
     async def put_async(self, item: T, block: bool = True, timeout: float | None = None) -> None:
         """`put` for coroutines."""
-        _check_put(await self._actor().put.remote(item, _limit_s(block, timeout)))
+        _check_put(await _answer(self._actor().put.remote(item, _limit_s(block, timeout))))
 
     def get(self, block: bool = True, timeout: float | None = None) -> T:
         """Take the oldest item; wait for one, at most `timeout` seconds, if `block`.
@@ -105,7 +106,7 @@ class Queue(Generic[T]):
 
     async def get_async(self, block: bool = True, timeout: float | None = None) -> T:
         """`get` for coroutines."""
-        found: tuple[T, ...] = await self._actor().get.remote(_limit_s(block, timeout))
+        found: tuple[T, ...] = await _answer(self._actor().get.remote(_limit_s(block, timeout)))
         return _item(found)
 
     def put_nowait(self, item: T) -> None:
@@ -184,6 +185,14 @@ def _item(found: tuple[T, ...]) -> T:
     if not found:
         raise Empty
     return found[0]
+
+
+async def _answer(ref: Any) -> Any:
+    try:
+        return await ref
+    except asyncio.CancelledError:
+        ray.cancel(ref)  # or it would wait there still, and take the next item for nobody
+        raise
 
 
 class _QueueActor:

@@ -62,7 +62,8 @@ class NodeAffinitySchedulingStrategy:
 
 
 class PlacementGroupSchedulingStrategy:
-    """Run in a placement group: in bundle `placement_group_bundle_index`, or (-1) in any.
+    """Run in a placement group: in bundle `placement_group_bundle_index`, or (-1) in any. Without
+    a group (None): outside of all, that of the parent too.
 
     With `placement_group_capture_child_tasks`, tasks and actors started from there run in the
     group too, unless they say otherwise.
@@ -72,13 +73,15 @@ class PlacementGroupSchedulingStrategy:
                  "placement_group_capture_child_tasks")
 
     def __init__(
-        self, placement_group: PlacementGroup, placement_group_bundle_index: int = -1,
+        self, placement_group: PlacementGroup | None, placement_group_bundle_index: int = -1,
         placement_group_capture_child_tasks: bool | None = None,
     ) -> None:
         from hpcray.util.placement_group import _check_group
 
-        _check_group(placement_group)
-        index, count = placement_group_bundle_index, placement_group.bundle_count
+        if placement_group is not None:
+            _check_group(placement_group)
+        index = placement_group_bundle_index
+        count = 0 if placement_group is None else placement_group.bundle_count
         if isinstance(index, bool) or not isinstance(index, int) or not -1 <= index < count:
             raise ValueError(f"placement group bundle index {index!r} is invalid: there are 0 to "
                              f"{count - 1}, and -1 for any")

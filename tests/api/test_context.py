@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import string
 
 import pytest
+
+BACKEND = os.environ.get("HPCRAY_TEST_BACKEND", "hpcray")
 
 
 def is_hex(text, nbytes):
@@ -201,3 +205,19 @@ def test_job_ids_count_up(bare_ray, init_options):
         ids.append(bare_ray.get_runtime_context().get_job_id())
         bare_ray.shutdown()
     assert all(is_hex(i, 4) for i in ids)
+
+
+def test_older_spellings_are_ids(ray):
+    @ray.remote
+    class A:
+        def ids(self):
+            context = importlib.import_module(BACKEND).get_runtime_context()
+            return [
+                (context.job_id.hex(), context.get_job_id()),
+                (context.node_id.hex(), context.get_node_id()),
+                (context.task_id.hex(), context.get_task_id()),
+                (context.actor_id.hex(), context.get_actor_id()),
+            ]
+
+    assert all(old == new for old, new in ray.get(A.remote().ids.remote()))
+    assert ray.get_runtime_context().job_id.hex() == ray.get_runtime_context().get_job_id()

@@ -88,6 +88,46 @@ def test_attributes_of_the_original_are_there(ray):
     assert error.cause.code == 4
 
 
+def test_its_own_attributes_win_whatever_they_are_called(ray):
+    class Lost(Exception):
+        ip = "of the class"
+
+        def __init__(self, rank):
+            super().__init__(rank)
+            self.rank, self.pid, self.function_name, self.traceback_str = rank, -1, "mine", "text"
+
+    @ray.remote
+    def f():
+        raise Lost(7)
+
+    error = catch(ray, f.remote())
+    assert (error.rank, error.pid, error.function_name, error.traceback_str, error.ip) == (
+        7, -1, "mine", "text", "of the class")
+    assert "Lost: 7" in str(error)
+    again = ray.cloudpickle.loads(ray.cloudpickle.dumps(error))
+    assert isinstance(again, Lost)
+    assert again.rank == 7
+    assert str(again) == str(error)
+
+
+def test_exception_groups(ray):
+    @ray.remote
+    def f():
+        raise ExceptionGroup("several", [ValueError("v"), KeyError("k")])
+
+    error = catch(ray, f.remote())
+    assert isinstance(error, ExceptionGroup)
+    assert [type(one) for one in error.exceptions] == [ValueError, KeyError]
+    found = []
+    try:
+        ray.get(f.remote())
+    except* ValueError as group:
+        found.extend(group.exceptions)
+    except* KeyError:
+        pass
+    assert [str(one) for one in found] == ["v"]
+
+
 def test_oserror_keeps_its_errno(ray):
     f = ray.remote(lambda: open("/no/such/file"))
     error = catch(ray, f.remote())
@@ -183,6 +223,45 @@ def test_constructor_that_pickle_cannot_call(ray):
     assert "left and right" in text
     assert "Odd" in text
     assert ray.get(ray.remote(lambda: 1).remote()) == 1
+
+
+@pytest.mark.ray_differs("in Ray only its text arrives, and as no RayTaskError")
+def test_constructor_that_pickle_cannot_call_keeps_its_type(ray):
+    class Odd(Exception):
+        def __init__(self, a, *, b):
+            super().__init__(f"{a} and {b}")
+            self.a, self.b = a, b
+
+    class Made(Exception):
+        def __new__(cls, a, b):
+            made = super().__new__(cls, a, b)
+            made.sum = a + b
+            return made
+
+    @ray.remote
+    def f(odd):
+        if odd:
+            raise Odd("left", b="right")
+        raise Made(1, 2)
+
+    error = catch(ray, f.remote(True))
+    assert isinstance(error, Odd)
+    assert (error.a, error.b, error.args) == ("left", "right", ("left and right",))
+    again = ray.cloudpickle.loads(ray.cloudpickle.dumps(error))
+    assert isinstance(again, Odd)
+    value = ray.get(ray.put([Odd("l", b="r")]))[0]
+    assert (type(value), value.b, str(value)) == (Odd, "r", "l and r")
+    made = catch(ray, f.remote(False))
+    assert isinstance(made, Made)
+    assert made.sum == 3
+
+
+@pytest.mark.ray_differs("Ray raises a RayError that was a value")
+def test_what_was_put_or_returned_is_a_value(ray, fail):
+    raised = catch(ray, fail.remote(KeyError("k")))
+    for error in (ValueError("v"), ray.exceptions.RayActorError(), raised):
+        for ref in (ray.put(error), ray.remote(lambda x: x).remote(error)):
+            assert type(ray.get(ref)) is type(error)
 
 
 def test_payload_that_cannot_be_pickled(ray):
@@ -516,6 +595,18 @@ def test_error_tree(ray):
         "UserCodeException",
     ):
         assert issubclass(getattr(errors, name), errors.RayError), name
+
+
+def test_texts_are_attributes(ray):
+    errors = ray.exceptions
+    for name, attribute in (
+        ("ActorAlreadyExistsError", "error_message"), ("ActorUnschedulableError", "error_message"),
+        ("ActorHandleNotFoundError", "error_message"), ("TaskUnschedulableError", "error_message"),
+        ("RuntimeEnvSetupError", "error_message"), ("NodeDiedError", "message"),
+        ("OutOfMemoryError", "message"),
+    ):
+        error = pickle.loads(pickle.dumps(getattr(errors, name)("why")))
+        assert "why" in getattr(error, attribute), name
 
 
 @pytest.mark.ray_differs("what Ray raises of both types has no actor_repr")

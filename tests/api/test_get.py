@@ -280,3 +280,10 @@ def test_await(ray):
         return [await one, *await asyncio.gather(two, one)]
 
     assert asyncio.run(main()) == [1, 2, 1]
+
+
+@pytest.mark.ray_differs("Ray's process may die of it")
+def test_negative_timeout(ray):
+    for refs in (ray.put(1), [ray.put(1)]):
+        with pytest.raises(ValueError, match="timeout"):
+            ray.get(refs, timeout=-1)

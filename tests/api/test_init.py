@@ -157,6 +157,19 @@ def test_driver_ends_without_shutdown(run_driver):
     assert "done" in done.stdout
 
 
+def test_a_second_session_ends_without_shutdown_too(run_driver):
+    done = run_driver(
+        """
+        ray.init(num_cpus=1, **INIT)
+        ray.shutdown()
+        ray.init(num_cpus=1, **INIT)
+        print(ray.get(ray.put("done")))
+        """
+    )
+    assert done.stdout.split() == ["done"]
+    assert "connection" not in done.stderr
+
+
 def test_driver_that_raises_exits_non_zero_with_its_traceback(run_driver):
     done = run_driver(
         """

@@ -16,6 +16,35 @@ import pytest
 BIG = 400_000  # elements; over the size at which a value goes to shared memory, as float64
 
 
+@pytest.mark.ray_differs("what comes back from a worker has no slots, and Ray cannot read it")
+def test_classes_with_slots(ray):
+    @dataclasses.dataclass(slots=True)
+    class Point:
+        x: int
+        y: int = 2
+
+    class Base:
+        __slots__ = ("__private", "a")
+
+        def __init__(self):
+            self.a, self.__private = 1, 2
+
+        def both(self):
+            return self.a, self.__private
+
+    class Derived(Base):
+        __slots__ = "b"
+
+    assert through_a_task(ray, Point(1)) == Point(1)
+    made = ray.get(ray.remote(lambda: Point(5, 6)).remote())
+    assert (type(made), made.x, made.y) == (Point, 5, 6)
+    derived = Derived()
+    derived.b = 3
+    got = through_a_task(ray, derived)
+    assert (type(got), got.both(), got.b) == (Derived, (1, 2), 3)
+    assert not ray.get(ray.remote(lambda point: hasattr(point, "__dict__")).remote(Point(1)))
+
+
 def through_a_task(ray, value):
     return ray.get(ray.remote(lambda x: x).remote(value))
 

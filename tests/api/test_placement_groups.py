@@ -227,6 +227,33 @@ def test_what_does_not_fit(ray4, make, where, In):
             where.options(scheduling_strategy=In(group, index)).remote()
 
 
+@pytest.mark.ray_differs("Ray asks a server, and may not wait for its answer")
+def test_wait_without_time_looks(make):
+    group = make([{"CPU": 1}], strategy=None)
+    assert group.wait(0)
+
+
+def test_an_index_without_a_group(where):
+    with pytest.raises(ValueError, match="index"):
+        where.options(placement_group_bundle_index=0).remote()
+
+
+def test_outside_of_all_groups(ray4, make, where, In):
+    group = make([{"CPU": 1}, {"CPU": 1}])
+
+    @ray4.remote
+    def parent():
+        ray = importlib.import_module(BACKEND)
+        return [ray.get(child.remote()) for child in (
+            where, where.options(scheduling_strategy=In(None)),
+            where.options(placement_group_bundle_index=1))]
+
+    inside, outside, in_bundle = ray4.get(parent.options(
+        scheduling_strategy=In(group, 0, True), num_cpus=0).remote())
+    assert inside[0] == in_bundle[0] == group
+    assert outside[0] is None
+
+
 @pytest.mark.ray_differs("Ray leaves it pending")
 def test_what_does_not_fit_its_bundle(ray4, make, where, In):
     group = make([{"CPU": 1}, {"CPU": 2}])

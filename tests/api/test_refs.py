@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -272,3 +273,27 @@ def test_many_refs_in_one_argument(ray):
 def test_many_arguments(ray):
     refs = [ray.put(i) for i in range(200)]
     assert ray.get(ray.remote(lambda *a: sum(a)).remote(*refs)) == sum(range(200))
+
+
+def test_a_future_can_be_cancelled_and_the_task_goes_on(ray, gate):
+    enter = gate.enter
+    ref = ray.remote(enter).remote("done")
+    future, other = ref.future(), ref.future()
+    assert future.cancel()
+    assert future.cancelled()
+    gate.open()
+    assert other.result(timeout=20) == "done"
+    assert ray.get(ref) == "done"
+
+
+@pytest.mark.ray_differs("Ray builds some from bytes")
+def test_a_ref_is_not_built_by_hand(ray):
+    raised = []
+    before, sys.unraisablehook = sys.unraisablehook, raised.append
+    try:
+        with pytest.raises(TypeError, match="cannot be built"):
+            ray.ObjectRef(b"1" * 28)
+        gc.collect()
+    finally:
+        sys.unraisablehook = before
+    assert raised == []

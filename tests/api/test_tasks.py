@@ -31,6 +31,27 @@ def test_remote_as_a_function(ray):
     assert ray.get(ray.remote(num_cpus=0)(lambda x: x * 2).remote(21)) == 42
 
 
+def test_a_keyword_may_be_called_self(ray):
+    @ray.remote
+    def f(self, args, kwargs, **others):
+        return self, args, kwargs, others
+
+    assert ray.get(f.remote(self=1, args=2, kwargs=3, name=4)) == (1, 2, 3, {"name": 4})
+
+
+@pytest.mark.ray_differs("remote() of Ray's actors has a `self` of its own")
+def test_a_keyword_of_an_actor_may_be_called_self(ray):
+    @ray.remote
+    class A:
+        def __init__(this, self, args):
+            this.made = (self, args)
+
+        def m(this, self, args):
+            return (*this.made, self, args)
+
+    assert ray.get(A.remote(self=1, args=2).m.remote(self=3, args=4)) == (1, 2, 3, 4)
+
+
 def test_defaults_varargs_and_keywords(ray):
     @ray.remote
     def f(a, b=2, *rest, c, d=4, **more):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 import pytest
 
 
@@ -167,3 +168,10 @@ def test_negative_timeout(ray):
 def test_options_are_keyword_only(ray):
     with pytest.raises(TypeError):
         ray.wait([ray.put(1)], 1)
+
+
+def test_num_returns_may_be_an_integer_of_numpy(ray):
+    refs = [ray.put(i) for i in range(3)]
+    assert len(ray.wait(refs, num_returns=np.int64(2))[0]) == 2
+    with pytest.raises(TypeError):
+        ray.wait(refs, num_returns="2")

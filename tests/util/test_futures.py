@@ -82,8 +82,13 @@ def test_an_exception_is_the_one_that_was_raised(executor: Executor) -> None:
 
 def test_what_cannot_be_pickled_shows_in_the_future(executor: Executor) -> None:
     lock = threading.Lock()
+
+    def two() -> Iterator[int]:
+        yield 1
+        yield 2
+
     for future in (executor.submit(abs, lock), executor.submit(lambda: threading.Lock()),
-                   executor.submit(lambda: lock)):
+                   executor.submit(lambda: lock), executor.submit(two)):
         assert isinstance(future.exception(WAIT_S), TypeError)
     assert executor.submit(abs, -1).result(WAIT_S) == 1
 

@@ -110,16 +110,25 @@ def test_an_exception_that_cannot_travel(pool: Any) -> None:
         def __init__(self, first: int, second: int) -> None:
             super().__init__("both are needed")
 
+    class Holds(Exception):
+        def __init__(self) -> None:
+            super().__init__("a lock")
+            self.lock = threading.Lock()
+
     def fail(x: int) -> int:
         if x == 1:
             raise Awkward(1, 2)
+        if x == 2:
+            raise Holds
         return x
 
-    results = pool.imap(fail, range(3), 3)
+    results = pool.imap(fail, range(4), 4)
     assert next(results) == 0
-    with pytest.raises(RuntimeError, match="Awkward: both are needed"):
+    with pytest.raises(Awkward, match="both are needed"):
         next(results)
-    assert next(results) == 2
+    with pytest.raises(RuntimeError, match="Holds: a lock"):
+        next(results)
+    assert next(results) == 3
 
 
 @pytest.mark.ray_differs("Ray loses the worker's traceback")

@@ -10,7 +10,7 @@ import pytest
 
 def test_facts_of_the_context_that_are_rarely_asked_for(ray: ModuleType):
     context = ray.get_runtime_context()
-    assert context.job_id == context.get_job_id()
+    assert context.job_id.hex() == context.get_job_id()
     assert context.get_accelerator_ids() == {"GPU": []}
     assert context.get_node_labels()["ray.io/node-id"] == context.get_node_id()
     assert context.get_resource_ids() == context.get_accelerator_ids()
@@ -24,7 +24,7 @@ def test_facts_of_the_context_that_are_rarely_asked_for(ray: ModuleType):
     @ray.remote
     def inside() -> tuple[str | None, str | None]:
         here = ray.get_runtime_context()
-        return here.task_id, here.get_task_id()
+        return here.task_id and here.task_id.hex(), here.get_task_id()
 
     first, second = ray.get(inside.remote())
     assert first == second and first

@@ -130,6 +130,23 @@ def test_coroutines(make_queue: Any, module: ModuleType) -> None:
     assert sorted(asyncio.run(both())) == [0, 1, 2]
 
 
+@pytest.mark.ray_differs("in Ray the coroutine that is gone takes the next item")
+def test_a_cancelled_coroutine_takes_nothing(make_queue: Any) -> None:
+    q, full = make_queue(), make_queue(1)
+    full.put("first")
+
+    async def give_up() -> None:
+        for waiting in (q.get_async(), full.put_async("second")):
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(waiting, 0.1)
+
+    asyncio.run(give_up())
+    q.put(1)
+    assert q.get(timeout=5) == 1
+    assert full.get(timeout=5) == "first"
+    assert full.size() == 0
+
+
 def test_actor_options(make_queue: Any, ray: ModuleType) -> None:
     make_queue(actor_options={"name": "the queue"}).put(1)
     assert ray.get_actor("the queue") is not None
