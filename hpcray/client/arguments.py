@@ -46,6 +46,8 @@ def pack_arguments(
             key: _place(a, deps, keep) if type(a) is ObjectRef else a
             for key, a in kwargs.items()
         }
+    if deps:
+        client._check_session(deps)
     serialized = serialization.serialize((args, kwargs))
     count = len(deps)
     if serialized.nbytes <= values.INLINE_MAX_BYTES:

@@ -78,6 +78,21 @@ def test_ref_of_an_earlier_cluster_is_refused(bare_ray, init_options):
         bare_ray.get(old, timeout=5)
 
 
+@pytest.mark.hpcray_only
+def test_ref_of_an_earlier_cluster_is_refused_as_an_argument(bare_ray, init_options):
+    bare_ray.init(**init_options)
+    ref = bare_ray.put(1)
+    bare_ray.shutdown()
+    bare_ray.init(**init_options)
+    try:
+        with pytest.raises(ValueError, match="earlier session"):
+            bare_ray.remote(lambda x: x).remote(ref)
+        with pytest.raises(ValueError, match="earlier session"):
+            bare_ray.remote(lambda x: x).remote(x=ref)
+    finally:
+        bare_ray.shutdown()
+
+
 def test_handle_of_an_earlier_cluster_is_refused(bare_ray, init_options):
     bare_ray.init(num_cpus=1, **init_options)
 
