@@ -22,6 +22,7 @@ import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Collection
 from types import GeneratorType
 from typing import Any
 
@@ -403,11 +404,12 @@ class Worker:
         elif count == 0:
             parts = ()
         else:
-            if not isinstance(result, (tuple, list)) or len(result) != count:
-                got = (f"{len(result)} objects" if isinstance(result, (tuple, list))
-                       else f"an object of type {type(result).__name__}")
-                raise ValueError(
-                    f"Task {template.name} returned {got}, but num_returns={count}.")
+            if not isinstance(result, Collection):
+                raise ValueError(f"Task {template.name} returned an object of type "
+                                 f"{type(result).__name__}, but num_returns={count}.")
+            if len(result) != count:
+                raise ValueError(f"Task {template.name} returned {len(result)} objects, "
+                                 f"but num_returns={count}.")
             parts = tuple(self.returned(serialization.serialize(item)) for item in result)
         return DoneMany(run.task_id, run.attempt, _us(began_s), parts)
 

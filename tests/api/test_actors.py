@@ -154,6 +154,40 @@ def test_static_and_class_methods(ray):
     assert ray.get([a.double.remote(2), a.which.remote()]) == [4, "A"]
 
 
+def test_constants_and_static_methods_of_the_class(ray):
+    @ray.remote
+    class A:
+        LIMIT = 3
+
+        @staticmethod
+        def double(x):
+            return 2 * x
+
+        @classmethod
+        def limit(cls):
+            return cls.LIMIT
+
+    assert A.LIMIT == 3
+    assert A.double(4) == 8
+    assert A.limit() == 3
+    with pytest.raises(AttributeError, match="no attribute 'none'"):
+        A.none  # noqa: B018
+
+
+def test_methods_with_names_that_classes_have(ray):
+    @ray.remote
+    class A:
+        def __call__(self, x):
+            return x
+
+        def mro(self):
+            return "mine"
+
+    a = A.remote()
+    assert ray.get(a.__call__.remote(5)) == 5
+    assert ray.get(a.mro.remote()) == "mine"
+
+
 def test_varargs_and_keywords_of_a_method(ray):
     @ray.remote
     class A:
