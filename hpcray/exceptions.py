@@ -86,8 +86,10 @@ class TaskError(RayError):
             return self  # TaskError itself, RayError or Exception: nothing to add
         try:
             dual = _dual_class(cause_class)
-            # The cause's own __new__: OSError and its like refuse another's.
-            error: Any = cause_class.__new__(dual)
+            # The cause's own __new__: OSError and its like refuse another's. A group makes itself
+            # of what it holds, and of nothing else.
+            made_of = cause.args if isinstance(cause, BaseExceptionGroup) else ()
+            error: Any = cause_class.__new__(dual, *made_of)
             # The cause's own attributes first, so that e.errno and friends work; ours win.
             error.__dict__.update(getattr(cause, "__dict__", {}))
             error.__dict__.update(self.__dict__)

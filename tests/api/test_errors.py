@@ -109,6 +109,16 @@ def test_chained_errors_are_in_the_text(ray):
     assert "direct cause" in str(error)
 
 
+def test_exception_groups(ray, fail):
+    error = catch(ray, fail.remote(ExceptionGroup("several", [KeyError("a"), OSError("b")])))
+    assert isinstance(error, ExceptionGroup)
+    assert isinstance(error, ray.exceptions.RayTaskError)
+    assert error.message == "several"
+    matching, rest = error.split(KeyError)
+    assert [type(e) for e in matching.exceptions] == [KeyError]
+    assert [type(e) for e in rest.exceptions] == [OSError]
+
+
 def test_get_again_raises_again(ray, fail):
     ref = fail.remote(KeyError("x"))
     for _ in range(3):
