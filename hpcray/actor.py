@@ -77,11 +77,16 @@ class ActorExitRequest(BaseException):
 def exit_actor() -> NoReturn:
     """End the current actor: this call and those not started fail with `ActorDiedError`.
 
+    It ends whoever catches what this raises, and from whichever thread or coroutine: then as soon
+    as the call that runs is over (in an async actor, at once).
+
     Raises:
       TypeError: not inside an actor.
     """
     if not context.current().actor_id:
         raise TypeError("exit_actor() ends the actor that calls it; this is not an actor's method")
+    if context.on_exit is not None:
+        context.on_exit()
     raise ActorExitRequest
 
 

@@ -491,8 +491,9 @@ class Worker:
         self.context.resources = template.resources if held is None else held
         if not any(name == "CPU" for name, _ in self.context.resources):
             self.client.before_wait = None  # it has no CPU to give back while it waits
+        actor = host(self, template, run.actor_id)
         try:
-            instance = loaded.function(*args, **kwargs)
+            actor.construct(loaded.function, args, kwargs)
         except SystemExit as request:
             self._exit(request)
         except BaseException as error:
@@ -500,7 +501,7 @@ class Worker:
             self.client.report(Failed(run.task_id, run.attempt, _us(began_s), packed))
             self._creation_over(run, packed)
             return
-        self.actor = host(self, template, instance, run.actor_id)
+        self.actor = actor
         self.client.report(Done(run.task_id, run.attempt, _us(began_s), _NONE))
 
     def creation_failure(self, run: Run, name: str, error: BaseException) -> bytes:

@@ -751,6 +751,32 @@ def test_a_method_is_told_that_it_is_cancelled(ray, options):
     assert ray.get(a.is_canceled.remote()) is False
 
 
+def test_a_method_that_ends_early_was_cancelled(ray, counter):
+    add = counter.add
+
+    @ray.remote
+    class A:
+        def until_cancelled(self):
+            add()
+            while not ray.get_runtime_context().is_canceled():
+                time.sleep(0.005)
+            return "early"
+
+    running = A.remote().until_cancelled.remote()
+    while not counter.value:
+        time.sleep(0.005)
+    ray.cancel(running)
+    assert isinstance(catch(ray, running), ray.exceptions.TaskCancelledError)
+
+
+def test_cancel_of_an_actor_call_by_force(ray, signal):
+    waiting = signal.wait.remote()
+    with pytest.raises(ValueError, match="force=True"):
+        ray.cancel(waiting, force=True)
+    ray.get(signal.send.remote())
+    assert ray.get(waiting) is None
+
+
 def test_cancel_of_an_async_actor_call(ray, signal):
     waiting = signal.wait.remote()
     assert ray.wait([waiting], timeout=0.2)[0] == []
