@@ -93,6 +93,7 @@ TESTS: dict[str, str | None] = {
     "hpcray.exceptions.TaskError.proctitle": "api/test_errors.py",
     "hpcray.exceptions.TaskPlacementGroupRemoved": None,
     "hpcray.experimental": "api/test_state.py",
+    "hpcray.runtime_env.RuntimeEnv": "api/test_runtime_env.py",
     "hpcray.runtime_context": "api/test_context.py",
     "hpcray.runtime_context.RuntimeContext": "api/test_context.py#get_runtime_context",
     "hpcray.runtime_context.RuntimeContext.gcs_address": "util/test_names.py",

@@ -41,7 +41,7 @@ ObjectID = ObjectRef  # Ray's older name
 
 # Submodules that load on first use.
 _LAZY = frozenset({"collective", "config", "experimental", "futures", "gpu", "runtime_context",
-                   "testing", "util"})
+                   "runtime_env", "testing", "util"})
 
 
 def __getattr__(name: str) -> Any:

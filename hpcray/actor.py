@@ -77,11 +77,16 @@ class ActorExitRequest(BaseException):
 def exit_actor() -> NoReturn:
     """End the current actor: this call and those not started fail with `ActorDiedError`.
 
+    It ends whoever catches what this raises, and from whichever thread or coroutine: then as soon
+    as the call that runs is over (in an async actor, at once).
+
     Raises:
       TypeError: not inside an actor.
     """
     if not context.current().actor_id:
         raise TypeError("exit_actor() ends the actor that calls it; this is not an actor's method")
+    if context.on_exit is not None:
+        context.on_exit()
     raise ActorExitRequest
 
 
@@ -191,9 +196,7 @@ def _is_generator(function: Any) -> bool:
 def describe_methods(cls: type) -> dict[str, MethodDescription]:
     """The methods of a class, inherited ones too, but what every object has."""
     found = {}
-    for name in sorted(dir(cls)):
-        if name == "__init__" or hasattr(object, name):
-            continue
+    for name in sorted(set(dir(cls)).difference(dir(object))):
         function, skip = _underlying(cls, name)
         if function is None or isinstance(function, type):
             continue
@@ -214,9 +217,7 @@ def describe_methods(cls: type) -> dict[str, MethodDescription]:
 
 def is_async_class(cls: type) -> bool:
     """Whether any method is a coroutine: then all calls run on one event loop."""
-    for name in dir(cls):
-        if hasattr(object, name):
-            continue
+    for name in set(dir(cls)).difference(dir(object)):
         function, _ = _underlying(cls, name)
         if function is not None:
             target = inspect.unwrap(function) if callable(function) else function
@@ -436,6 +437,14 @@ class ActorClass(Generic[T]):
             f"{name} is an actor class and cannot be instantiated directly: write "
             f"{name}.remote(...) instead of {name}(...), or {name}.__wrapped__(...) for a plain "
             "object in this process")
+
+    if not TYPE_CHECKING:  # to whom a misspelt `.remote` would look like one of these
+
+        def __getattr__(self, name: str) -> Any:
+            """The class's own constants, static and class methods: of this process."""
+            if name[:1] == "_":
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            return getattr(self._definition.target, name)
 
     def __mro_entries__(self, bases: tuple[Any, ...]) -> NoReturn:
         name = self._definition.name

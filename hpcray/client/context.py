@@ -6,6 +6,7 @@ driver has the one below with its driver task id.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -31,6 +32,10 @@ class TaskContext:
     env_vars: tuple[tuple[str, str], ...] = ()
     packages: tuple[tuple[int, bytes], ...] = ()
     is_async: bool = False  # a coroutine of an async actor
+
+
+# What `exit_actor` calls before it raises; set by the worker that hosts an actor.
+on_exit: Callable[[], None] | None = None
 
 
 _process_context = TaskContext()

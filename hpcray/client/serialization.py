@@ -77,15 +77,23 @@ def _apply(function: Callable[[Any], Any], value: Any) -> Any:
     return function(value)
 
 
+def _reduce_code(code: CodeType) -> Any:
+    """As cloudpickle does it, with the file: 3.1.3 forgets it, and tracebacks would not show it."""
+    return _code_of, (code.co_filename, *cloudpickle.Pickler.dispatch_table[CodeType](code))
+
+
+def _code_of(filename: str, make: Callable[..., CodeType], args: tuple[Any, ...]) -> CodeType:
+    return make(*args).replace(co_filename=filename)
+
+
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is untyped
+    dispatch_table = cloudpickle.Pickler.dispatch_table.new_child({CodeType: _reduce_code})
+
     def reducer_override(self, obj: Any) -> Any:
         if _reducers:
             reduce = _reducers.get(type(obj))
             if reduce is not None:
                 return reduce(obj)
-        if type(obj) is CodeType:
-            make, args = self.dispatch_table[CodeType](obj)
-            return _code_of, (obj.co_filename, make, args)
         if isinstance(obj, BaseException):
             return exceptions._reduce(obj)
         reduced = super().reducer_override(obj)
@@ -100,11 +108,6 @@ def _keep_slots(kind: type, reduced: Any) -> None:
     if isinstance(reduced, tuple) and reduced[0].__name__ == "_make_skeleton_class":
         namespace = reduced[1][3]
         namespace["__slots__"] = vars(kind)["__slots__"]
-
-
-def _code_of(filename: str, make: Callable[..., CodeType], args: tuple[Any, ...]) -> CodeType:
-    """Code that knows its file: cloudpickle 3.1.3 forgets it, and tracebacks would not show it."""
-    return make(*args).replace(co_filename=filename)
 
 
 def _dumps(value: Any, out_of_band: Callable[[pickle.PickleBuffer], None] | None = None) -> bytes:

@@ -636,10 +636,12 @@ class Actors:
             self._machine.dispatcher.stop_worker(hosted.worker, kill=False)
 
     def exiting(self, actor_id: bytes) -> None:
-        """The worker says that its actor is about to exit by its own will."""
+        """Its user wants it to end. It does so by itself, once its call is over; an idle one (some
+        thread of it has called `exit_actor`) reads only what we send."""
         hosted = self.hosted.get(actor_id)
         if hosted is not None:
             hosted.intended = "it called exit_actor()"
+            self._machine.dispatcher.stop_worker(hosted.worker, kill=False)
 
     def group_removed(self, actor_id: bytes) -> None:
         """Its worker is being killed with its placement group."""
@@ -674,7 +676,7 @@ class Actors:
         if restarts and not intended and hosted.intended != "kill":
             lost = values.Failure(
                 "ActorUnavailableError",
-                f"{down.message}. It is restarted; this call may or may not have run "
+                f"{down.message.rstrip('.')}. It is restarted; this call may or may not have run "
                 "(max_task_retries=0).", actor_id.hex())
         else:
             lost = down

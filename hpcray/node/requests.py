@@ -262,6 +262,11 @@ class Requests:
             arguments["actor_id"], no_restart=arguments.get("no_restart", True))
 
     def _cancel(self, arguments: Any) -> str:
+        task_id = ids.task_of_object(arguments["object_id"])
+        task = self._machine.tasks.records.get(task_id)
+        if arguments.get("force") and task is not None and task.actor_id:
+            raise RequestError("ValueError", "force=True is not for calls of actors: it would end "
+                               "the actor. To do that there is kill()")
         return self._machine.tasks.cancel(
-            ids.task_of_object(arguments["object_id"]), force=bool(arguments.get("force")),
+            task_id, force=bool(arguments.get("force")),
             recursive=bool(arguments.get("recursive")))

@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -55,30 +56,40 @@ def end_user_code() -> None:
         mpi.Finalize()
 
 
-def host(worker: Worker, template: Template, instance: Any, actor_id: bytes) -> HostedActor:
+def host(worker: Worker, template: Template, actor_id: bytes) -> HostedActor:
+    """What will run the actor, before it is constructed."""
+    kind = HostedActor
     if template.is_async:
-        return AsyncActor(worker, template, instance, actor_id)
-    if template.max_concurrency > 1 or template.groups:
-        return ThreadedActor(worker, template, instance, actor_id)
-    return HostedActor(worker, template, instance, actor_id)
+        kind = AsyncActor
+    elif template.max_concurrency > 1 or template.groups:
+        kind = ThreadedActor
+    return kind(worker, template, actor_id)
 
 
 class HostedActor:
     """A sequential actor; the others override how calls are run, not what a call is."""
 
-    def __init__(self, worker: Worker, template: Template, instance: Any, actor_id: bytes) -> None:
+    def __init__(self, worker: Worker, template: Template, actor_id: bytes) -> None:
         self.worker = worker
         self.template = template
-        self.instance = instance
+        self.instance: Any = None
         self.actor_id = actor_id
         self._methods: dict[str, Any] = {}
+        # The actor wants to end, and how its process exits then.
+        self.exit_status: int | None = None
+        self._finishing = threading.Lock()  # taken once and for all
+
+    def construct(self, cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raises: what the constructor raises."""
+        self.instance = cls(*args, **kwargs)
+        context.on_exit = self.on_exit
 
     def serve(self, queue: deque[Run | Stop]) -> int:
         """Run calls until told to stop; the worker's exit status."""
         worker = self.worker
         client = worker.client
         flushed_s = 0.0
-        while True:
+        while self.exit_status is None:
             if not queue:
                 client.flush(drain=True)
                 worker.read_tasks(wait=True)
@@ -92,6 +103,8 @@ class HostedActor:
             if queue and time.monotonic() - flushed_s > 0.001:
                 client.flush()
                 flushed_s = time.monotonic()
+        # Not from within the call: its frames would keep the instance from its `__del__`.
+        return self.finish()
 
     def _call(self, run: Run) -> None:
         worker = self.worker
@@ -107,12 +120,16 @@ class HostedActor:
             self.enter(run, template)
             result = method(*args, **kwargs)
             del args, kwargs
+            if run.task_id in worker.cancelled:  # it may have asked, and ended early
+                worker.client.report(worker.cancellation(run, began_s))
+                return
             worker.deliver(run, template, result, began_s)
         except FailedDependency as failed:
             worker.client.report(Failed(run.task_id, run.attempt, _us(began_s), failed.error))
         except BaseException as error:
             if self.is_exit(error):
-                self.exit_by_itself()
+                self.leave(error)
+                return
             if run.task_id in worker.cancelled and isinstance(error, KeyboardInterrupt):
                 worker.client.report(worker.cancellation(run, began_s))
                 return
@@ -166,15 +183,33 @@ class HostedActor:
 
         return isinstance(error, (ActorExitRequest, SystemExit))
 
+    def on_exit(self) -> None:
+        """exit_actor(), in any thread; the node's answer wakes an actor that is idle."""
+        self.leave(None)
+
+    def leave(self, error: BaseException | None) -> None:
+        """The actor wants to end: for good, or by a sys.exit() that says it failed (a crash, after
+        which it may be restarted)."""
+        if isinstance(error, SystemExit) and error.code not in (None, 0):
+            self.exit_status = error.code if isinstance(error.code, int) else 1
+        elif self.exit_status is None:
+            self.exit_status = 0
+            self.worker.client.notify(ActorExit(self.actor_id))
+
     def exit_by_itself(self) -> None:
         """exit_actor() or sys.exit(): what was finished is delivered, this call is not."""
-        self.worker.client.notify(ActorExit(self.actor_id))
-        self.finish()
-        os._exit(0)
+        self.leave(sys.exception())
+        os._exit(self.finish())
 
     def finish(self) -> int:
-        """A graceful end: atexit handlers run (by the zygote's exit), and `__del__`."""
+        """A graceful end: `__ray_shutdown__`, `__del__` and atexit handlers run. The status."""
+        self._finishing.acquire()  # a second thread has nothing more to do
         self.worker.client.flush()
+        try:
+            if hasattr(self.instance, "__ray_shutdown__"):
+                self.instance.__ray_shutdown__()
+        except BaseException:
+            traceback.print_exc()
         self._methods.clear()
         self.instance = None
         gc.collect()
@@ -182,7 +217,7 @@ class HostedActor:
         sys.stdout.flush()
         sys.stderr.flush()
         self.worker.client.flush()
-        return 0
+        return self.exit_status or 0
 
 
 class ConcurrentActor(HostedActor):
@@ -197,8 +232,8 @@ class ConcurrentActor(HostedActor):
 
 
 class ThreadedActor(ConcurrentActor):
-    def __init__(self, worker: Worker, template: Template, instance: Any, actor_id: bytes) -> None:
-        super().__init__(worker, template, instance, actor_id)
+    def __init__(self, worker: Worker, template: Template, actor_id: bytes) -> None:
+        super().__init__(worker, template, actor_id)
         # By concurrency group; "" is everybody else's.
         self._threads = {
             group: ThreadPoolExecutor(limit, thread_name_prefix="hpcray-actor")
@@ -223,6 +258,8 @@ class ThreadedActor(ConcurrentActor):
     def _call_and_flush(self, run: Run) -> None:
         try:
             self._call(run)
+            if self.exit_status is not None:
+                self.exit_by_itself()
             self.worker.client.flush()
         except (ChannelClosed, exceptions.RaySystemError):
             os._exit(1)  # the node is gone
@@ -231,8 +268,9 @@ class ThreadedActor(ConcurrentActor):
 class AsyncActor(ConcurrentActor):
     """Calls are tasks of one event loop; outcomes leave once per round of it."""
 
-    def __init__(self, worker: Worker, template: Template, instance: Any, actor_id: bytes) -> None:
-        super().__init__(worker, template, instance, actor_id)
+    def __init__(self, worker: Worker, template: Template, actor_id: bytes) -> None:
+        super().__init__(worker, template, actor_id)
+        self._runner = asyncio.Runner()
         self._flush_due = False
         self._starting = False
         self._first_step: tuple[Callable[[], None], Context] | None = None
@@ -240,8 +278,29 @@ class AsyncActor(ConcurrentActor):
         self._by_id: dict[bytes, asyncio.Task[None]] = {}
         self._stopping: asyncio.Future[None] | None = None
 
+    def construct(self, cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """In the actor's event loop: a constructor may create tasks."""
+
+        raised: list[BaseException] = []
+
+        async def construct() -> None:
+            try:
+                HostedActor.construct(self, cls, args, kwargs)
+            except BaseException as error:
+                raised.append(error)  # around the loop, whose frames are nobody's business
+
+        self._runner.run(construct())
+        if raised:
+            raise raised[0]
+
+    def on_exit(self) -> None:
+        """At once: a call may never end, and others would be cancelled by nobody."""
+        super().on_exit()
+        self._runner.get_loop().call_soon_threadsafe(self.exit_by_itself)
+
     def serve(self, queue: deque[Run | Stop]) -> int:
-        return asyncio.run(self._serve(queue))
+        with self._runner:
+            return self._runner.run(self._serve(queue))
 
     async def _serve(self, queue: deque[Run | Stop]) -> int:
         loop = asyncio.get_running_loop()

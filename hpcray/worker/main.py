@@ -21,6 +21,7 @@ import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Collection
 from types import GeneratorType
 from typing import Any
 
@@ -387,11 +388,12 @@ class Worker:
         elif count == 0:
             parts = ()
         else:
-            if not isinstance(result, (tuple, list)) or len(result) != count:
-                got = (f"{len(result)} objects" if isinstance(result, (tuple, list))
-                       else f"an object of type {type(result).__name__}")
-                raise ValueError(
-                    f"Task {template.name} returned {got}, but num_returns={count}.")
+            if not isinstance(result, Collection):
+                raise ValueError(f"Task {template.name} returned an object of type "
+                                 f"{type(result).__name__}, but num_returns={count}.")
+            if len(result) != count:
+                raise ValueError(f"Task {template.name} returned {len(result)} objects, "
+                                 f"but num_returns={count}.")
             parts = tuple(self.returned(serialization.serialize(item)) for item in result)
         return DoneMany(run.task_id, run.attempt, _us(began_s), parts)
 
@@ -471,8 +473,9 @@ class Worker:
         self.context.resources = template.resources if held is None else held
         if not any(name == "CPU" for name, _ in self.context.resources):
             self.client.before_wait = None  # it has no CPU to give back while it waits
+        actor = host(self, template, run.actor_id)
         try:
-            instance = loaded.function(*args, **kwargs)
+            actor.construct(loaded.function, args, kwargs)
         except SystemExit as request:
             self._exit(request)
         except BaseException as error:
@@ -480,7 +483,7 @@ class Worker:
             self.client.report(Failed(run.task_id, run.attempt, _us(began_s), packed))
             self._creation_over(run, packed)
             return
-        self.actor = host(self, template, instance, run.actor_id)
+        self.actor = actor
         self.client.report(Done(run.task_id, run.attempt, _us(began_s), _NONE))
 
     def creation_failure(self, run: Run, name: str, error: BaseException) -> bytes:

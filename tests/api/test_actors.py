@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import atexit
+import contextlib
 import gc
 import os
 import threading
@@ -152,6 +155,40 @@ def test_static_and_class_methods(ray):
 
     a = A.remote()
     assert ray.get([a.double.remote(2), a.which.remote()]) == [4, "A"]
+
+
+def test_constants_and_static_methods_of_the_class(ray):
+    @ray.remote
+    class A:
+        LIMIT = 3
+
+        @staticmethod
+        def double(x):
+            return 2 * x
+
+        @classmethod
+        def limit(cls):
+            return cls.LIMIT
+
+    assert A.LIMIT == 3
+    assert A.double(4) == 8
+    assert A.limit() == 3
+    with pytest.raises(AttributeError, match="no attribute 'none'"):
+        A.none  # noqa: B018
+
+
+def test_methods_with_names_that_classes_have(ray):
+    @ray.remote
+    class A:
+        def __call__(self, x):
+            return x
+
+        def mro(self):
+            return "mine"
+
+    a = A.remote()
+    assert ray.get(a.__call__.remote(5)) == 5
+    assert ray.get(a.mro.remote()) == "mine"
 
 
 def test_varargs_and_keywords_of_a_method(ray):
@@ -417,6 +454,149 @@ def test_exit_actor(ray, eventually):
     with pytest.raises(ray.exceptions.RayActorError):
         ray.get(a.pid.remote())
     eventually(lambda: not os.path.exists(f"/proc/{pid}"))
+
+
+@pytest.mark.parametrize("options", [{"max_concurrency": 1}, {"max_concurrency": 2}],
+                         ids=["sequential", "threaded"])
+@pytest.mark.parametrize("thread", [False, True], ids=["same thread", "other thread"])
+def test_exit_actor_ends_the_actor_whoever_catches_it(ray, eventually, options, thread):
+    @ray.remote(**options)
+    class A:
+        def pid(self):
+            return os.getpid()
+
+        def leave(self):
+            def leave():
+                with contextlib.suppress(BaseException):
+                    ray.actor.exit_actor()
+
+            if not thread:
+                return leave()
+            leaving = threading.Thread(target=leave)
+            leaving.start()
+            leaving.join()
+
+    a = A.remote()
+    pid = ray.get(a.pid.remote())
+    ray.wait([a.leave.remote()])
+    eventually(lambda: not os.path.exists(f"/proc/{pid}"))
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(a.pid.remote())
+
+
+@pytest.mark.ray_differs("Ray's actor waits for its next call before it ends")
+def test_exit_actor_in_a_thread_of_an_idle_actor(ray, eventually):
+    @ray.remote
+    class A:
+        def leave(self):
+            threading.Timer(0.05, ray.actor.exit_actor).start()
+            return os.getpid()
+
+    a = A.remote()
+    pid = ray.get(a.leave.remote())
+    eventually(lambda: not os.path.exists(f"/proc/{pid}"))
+    with pytest.raises(ray.exceptions.ActorDiedError):
+        ray.get(a.leave.remote())
+
+
+@pytest.mark.parametrize("awaited", [True, False])
+def test_exit_actor_in_a_coroutine_of_a_method(ray, eventually, awaited):
+    @ray.remote
+    class A:
+        async def pid(self):
+            return os.getpid()
+
+        async def leave(self):
+            async def leave():
+                ray.actor.exit_actor()
+
+            self.task = asyncio.create_task(leave())
+            if awaited:
+                await asyncio.wait([self.task])
+
+    a = A.remote()
+    pid = ray.get(a.pid.remote())
+    ray.wait([a.leave.remote()])
+    eventually(lambda: not os.path.exists(f"/proc/{pid}"))
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(a.pid.remote())
+
+
+@pytest.mark.parametrize("way", ["handle", "exit_actor", "terminate", "kill"])
+def test_what_a_graceful_end_calls(ray, eventually, tmp_path, way):
+    trace = tmp_path / "trace"
+
+    @ray.remote
+    class A:
+        def __init__(self):
+            atexit.register(self.note, "atexit")
+
+        @staticmethod
+        def note(what):
+            with open(trace, "a") as file:
+                file.write(what + "\n")
+
+        def pid(self):
+            return os.getpid()
+
+        def leave(self):
+            ray.actor.exit_actor()
+
+        def __ray_shutdown__(self):
+            self.note("shutdown")
+            raise ValueError("must not keep the others from running")
+
+        def __del__(self):
+            self.note("del")
+
+    a = A.remote()
+    pid = ray.get(a.pid.remote())
+    if way == "exit_actor":
+        ray.wait([a.leave.remote()])
+    elif way == "terminate":
+        ray.wait([a.__ray_terminate__.remote()])
+    elif way == "kill":
+        ray.kill(a)
+    del a
+    eventually(lambda: not os.path.exists(f"/proc/{pid}"))
+    called = trace.read_text().split() if trace.exists() else []
+    assert called == ([] if way == "kill" else ["shutdown", "del", "atexit"])
+
+
+def test_constructor_of_an_async_actor_runs_in_its_loop(ray):
+    @ray.remote
+    class A:
+        def __init__(self, ref):
+            self.loop = asyncio.get_running_loop()
+            self.ticks = 0
+            self.task = asyncio.create_task(self.tick())
+            self.value = ray.get(ref[0])
+
+        async def tick(self):
+            while True:
+                self.ticks += 1
+                await asyncio.sleep(0)
+
+        async def look(self):
+            while not self.ticks:
+                await asyncio.sleep(0)
+            return self.loop is asyncio.get_running_loop(), self.value
+
+    assert ray.get(A.remote([ray.put(4)]).look.remote(), timeout=20) == (True, 4)
+
+
+def test_constructor_of_an_async_actor_that_raises(ray):
+    @ray.remote
+    class A:
+        def __init__(self):
+            raise ValueError("no")
+
+        async def m(self):
+            pass
+
+    with pytest.raises(ray.exceptions.ActorDiedError, match="ValueError: no") as caught:
+        ray.get(A.remote().m.remote())
+    assert "asyncio" not in str(caught.value)
 
 
 def test_async_actor_interleaves(ray, signal):

@@ -117,7 +117,11 @@ def test_exception_groups(ray):
 
     error = catch(ray, f.remote())
     assert isinstance(error, ExceptionGroup)
+    assert isinstance(error, ray.exceptions.RayTaskError)
     assert [type(one) for one in error.exceptions] == [ValueError, KeyError]
+    matching, rest = error.split(KeyError)
+    assert [type(one) for one in matching.exceptions] == [KeyError]
+    assert [type(one) for one in rest.exceptions] == [ValueError]
     found = []
     try:
         ray.get(f.remote())
@@ -830,6 +834,32 @@ def test_a_method_is_told_that_it_is_cancelled(ray, options):
     ray.cancel(running)
     assert isinstance(catch(ray, running), (ValueError, ray.exceptions.TaskCancelledError))
     assert ray.get(a.is_canceled.remote()) is False
+
+
+def test_a_method_that_ends_early_was_cancelled(ray, counter):
+    add = counter.add
+
+    @ray.remote
+    class A:
+        def until_cancelled(self):
+            add()
+            while not ray.get_runtime_context().is_canceled():
+                time.sleep(0.005)
+            return "early"
+
+    running = A.remote().until_cancelled.remote()
+    while not counter.value:
+        time.sleep(0.005)
+    ray.cancel(running)
+    assert isinstance(catch(ray, running), ray.exceptions.TaskCancelledError)
+
+
+def test_cancel_of_an_actor_call_by_force(ray, signal):
+    waiting = signal.wait.remote()
+    with pytest.raises(ValueError, match="force=True"):
+        ray.cancel(waiting, force=True)
+    ray.get(signal.send.remote())
+    assert ray.get(waiting) is None
 
 
 def test_cancel_of_an_async_actor_call(ray, signal):

@@ -212,3 +212,13 @@ def test_nothing_is_left(run_driver, folders, tmp_path):
     """)
     folder = run_driver(script).stdout.strip()
     assert not os.path.exists(folder)
+
+
+def test_a_runtime_env_by_class(ray):
+    environment = ray.runtime_env.RuntimeEnv(env_vars={"BY_CLASS": "yes"}, working_dir=None)
+    assert isinstance(environment, dict)
+    assert environment["env_vars"] == {"BY_CLASS": "yes"}
+    look = ray.remote(lambda: os.environ.get("BY_CLASS"))
+    assert ray.get(look.options(runtime_env=environment).remote()) == "yes"
+    with pytest.raises(TypeError):
+        ray.runtime_env.RuntimeEnv(env_vars={"BY_CLASS": 1})

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 
+import numpy as np
 import pytest
 
 
@@ -161,6 +162,11 @@ def test_wrong_number_of_returns_fails_every_ref(ray, returned):
     for ref in refs:
         with pytest.raises(ValueError, match=f"{len(returned)}.*num_returns=2"):
             ray.get(ref)
+
+
+@pytest.mark.parametrize("kind", [dict.fromkeys, np.array, bytes], ids=lambda kind: kind.__name__)
+def test_several_returns_from_anything_with_a_length(ray, kind):
+    assert ray.get(ray.remote(num_returns=2)(lambda: kind([3, 4])).remote()) == [3, 4]
 
 
 def test_several_returns_of_something_without_a_length(ray):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal as signals
+import sys
 
 import pytest
 
@@ -449,6 +450,29 @@ def test_constructor_arguments_are_kept_for_a_restart(ray, exit_now):
     with pytest.raises(ray.exceptions.RayActorError):
         ray.get(a.do.remote(exit_now), timeout=30)
     assert _call_until_up(ray, a, "get") == (1, "two")
+
+
+@pytest.mark.parametrize("code", [
+    pytest.param(None, marks=pytest.mark.ray_differs("Ray takes sys.exit() for a crash")),
+    0, 1, "why",
+])
+def test_system_exit_that_says_it_failed_is_a_crash(ray, code):
+    @ray.remote(max_restarts=1)
+    class A:
+        def leave(self):
+            sys.exit(code)
+
+        def m(self):
+            return 1
+
+    a = A.remote()
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(a.leave.remote(), timeout=30)
+    if code in (None, 0):
+        with pytest.raises(ray.exceptions.ActorDiedError):
+            _call_until_up(ray, a, "m")
+    else:
+        assert _call_until_up(ray, a, "m") == 1
 
 
 def test_death_in_the_constructor(ray):

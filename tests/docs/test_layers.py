@@ -28,7 +28,8 @@ FLOORS = (
     ("protocol", "exceptions", "config"),
 )
 FACE = {"__init__", "api", "actor", "definition", "environment", "experimental", "futures",
-        "options", "remote_function", "runtime_context", "util"}
+        "options", "remote_function", "runtime_context", "runtime_env",
+        "util"}
 NEIGHBOURS = {
     ("worker", "client"): "a worker is a client of its node",
     ("launch", "client"): "connecting a driver makes its client",
