@@ -417,7 +417,10 @@ class AsyncActor(ConcurrentActor):
             client.report(Failed(run.task_id, run.attempt, _us(began_s), failed.error))
         except BaseException as error:
             if self.is_exit(error):
-                self.exit_by_itself()
+                # Not from here: these frames would keep the instance from its `__del__`.
+                self.leave(error)
+                self._loop.call_soon(self.exit_by_itself)
+                return
             if isinstance(error, asyncio.CancelledError) and run.task_id in worker.cancelled:
                 client.report(worker.cancellation(run, began_s))
             else:
