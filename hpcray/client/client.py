@@ -41,6 +41,7 @@ from hpcray.protocol.messages import (
     DefineFunction,
     DefineTemplate,
     Done,
+    DoneMany,
     Drop,
     Get,
     Hold,
@@ -70,6 +71,7 @@ from hpcray.protocol.messages import (
     ValueAt,
     Watch,
     Welcome,
+    Yield,
     Yielded,
 )
 
@@ -176,6 +178,10 @@ class Client:
         self._task = (task, attempt, salt)
         self._task_prefix = b""
 
+    def set_actor(self, actor_id: bytes) -> None:
+        """This process is that actor from now on."""
+        self._refs.own = ids.creation_object_id(actor_id)
+
     @property
     def task_prefix(self) -> bytes:
         if not self._task_prefix:
@@ -250,9 +256,13 @@ class Client:
             if self._refs.new_holds:
                 self._send_holds(outbox)
             if actor:
-                outbox.append(SubmitCall(task, template_id, actor, args, refs, dep_count))
+                message: Any = SubmitCall(task, template_id, actor, args, refs, dep_count)
             else:
-                outbox.append(SubmitTask(task, template_id, args, refs, dep_count))
+                message = SubmitTask(task, template_id, args, refs, dep_count)
+            if self._refs.own:
+                self._append_naming(message, refs, actor)
+            else:
+                outbox.append(message)
             if return_count == 1:
                 result: list[Any] = [self._refs.fresh(task + ids.FIRST_RETURN)]
             elif return_count < 0:
@@ -270,7 +280,7 @@ class Client:
         with self._lock:
             self._check()
             self._send_holds(self._channel.outbox)
-            self._channel.outbox.append(message)
+            self._append_naming(message, message.refs)
             ref = self._refs.fresh(ids.creation_object_id(message.actor_id))
             self._linger(False)
             return ref
@@ -304,7 +314,8 @@ class Client:
                 outbox = self._channel.outbox
                 if contained:
                     self._send_holds(outbox)
-                outbox.append(PutInline(ref._id, packed, b"".join(contained)))
+                refs = b"".join(contained)
+                self._append_naming(PutInline(ref._id, packed, refs), refs)
                 self._linger(len(packed) > 16_384)
             return ref
         location = self.memory.write(serialized)
@@ -313,7 +324,8 @@ class Client:
             ref = self._fresh_put()
             ref._ready = LOCAL
             self._send_holds(self._channel.outbox)
-            self._channel.outbox.append(PutLocated(ref._id, location, b"".join(contained)))
+            refs = b"".join(contained)
+            self._append_naming(PutLocated(ref._id, location, refs), refs)
             self._linger(True)
         return ref
 
@@ -575,7 +587,13 @@ class Client:
             outbox = self._channel.outbox
             if self._refs.new_holds:
                 self._send_holds(outbox)
-            outbox.append(message)
+            if not self._refs.own:
+                outbox.append(message)
+            elif type(message) is DoneMany:
+                self._append_naming(message, b"".join(r.contained for r in message.returns))
+            else:
+                self._append_naming(
+                    message, message.returned.contained if type(message) is Yield else b"")
 
     def flush(self, *, drain: bool = False) -> None:
         """Send what is queued; with `drain` (before a process idles) dropped refs too."""
@@ -623,6 +641,16 @@ class Client:
             holds.clear()
             for start in range(0, len(found), _IDS_PER_MESSAGE):
                 outbox.append(Hold(b"".join(found[start : start + _IDS_PER_MESSAGE])))
+
+    def _append_naming(self, message: Any, refs: bytes, actor: bytes = b"") -> None:
+        """Queue a message that names `refs` or calls `actor`. Of an actor's handle to itself the
+        node is told for as long as it takes to count what the message stands for."""
+        outbox = self._channel.outbox
+        own = self._refs.own
+        if own and (own in refs or (actor and own == ids.creation_object_id(actor))):
+            outbox += (Hold(own), message, Drop(own))
+        else:
+            outbox.append(message)
 
     def _flush(self, *, drain: bool = False) -> None:
         channel = self._channel

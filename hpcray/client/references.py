@@ -167,6 +167,9 @@ class ReferenceTable:
         self.live: dict[bytes, weakref.ref[ObjectRef[Any]]] = {}
         # First refs to objects from elsewhere: told before anything that relies on it.
         self.new_holds: dict[bytes, None] = {}
+        # The creation object of the actor this process is; b"": none. Its refs here count for
+        # nothing: an actor does not keep itself alive.
+        self.own = b""
         # Tasks whose generator has died (see client/streams.py).
         self.dropped_streams: list[bytes] = []
 
@@ -188,7 +191,7 @@ class ReferenceTable:
             if ref is not None:
                 return ref
             # Dead but not drained: the node still counts it; the entry is simply revived.
-        else:
+        elif object_id != self.own:
             self.new_holds[object_id] = None
         return self.fresh(object_id)
 
@@ -212,7 +215,7 @@ class ReferenceTable:
             del live[object_id]
             if object_id in holds:
                 del holds[object_id]  # never told: nothing to take back
-            else:
+            elif object_id != self.own:
                 gone.append(object_id)
         return gone
 
@@ -274,7 +277,7 @@ def _load_ref(object_id: bytes) -> ObjectRef[Any]:
             ref = entry()
             if ref is not None:
                 return ref
-        else:
+        elif object_id != table.own:
             table.new_holds[object_id] = None
         ref = _new(ObjectRef)
         ref._id = object_id

@@ -473,6 +473,7 @@ class Worker:
         self.context.resources = template.resources if held is None else held
         if not any(name == "CPU" for name, _ in self.context.resources):
             self.client.before_wait = None  # it has no CPU to give back while it waits
+        self.client.set_actor(run.actor_id)
         actor = host(self, template, run.actor_id)
         try:
             actor.construct(loaded.function, args, kwargs)

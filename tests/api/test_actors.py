@@ -571,6 +571,62 @@ def test_what_a_graceful_end_calls(ray, eventually, tmp_path, way, is_async):
     assert called == ([] if way == "kill" else ["shutdown", "del", "atexit"])
 
 
+@pytest.fixture(params=["sequential", "async"])
+def knows_itself(ray, request):
+    class KnowsItself:
+        def __init__(self):
+            self.me = ray.get_runtime_context().current_actor
+
+        def pid(self):
+            return os.getpid()
+
+        def give(self):
+            return [self.me]
+
+        def count_down(self, number, path):
+            if number:
+                self.me.count_down.remote(number - 1, path)
+            else:
+                open(path, "w").close()
+
+    class Async(KnowsItself):
+        async def early(self):
+            pass
+
+    return ray.remote(Async if request.param == "async" else KnowsItself)
+
+
+def test_an_actor_does_not_keep_itself_alive(ray, knows_itself, eventually):
+    actor = knows_itself.remote()
+    pid = ray.get(actor.pid.remote())
+    del actor
+    eventually(lambda: not os.path.exists(f"/proc/{pid}"))
+
+
+@pytest.mark.ray_differs("there it ends when the first handle goes")
+def test_an_actor_s_handle_to_itself_is_one_to_others(ray, knows_itself, eventually):
+    actor = knows_itself.remote()
+    pid = ray.get(actor.pid.remote())
+    inside = actor.give.remote()
+    ray.wait([inside])
+    del actor
+    [given] = ray.get(inside)
+    del inside
+    assert ray.get(given.pid.remote()) == pid
+    del given
+    eventually(lambda: not os.path.exists(f"/proc/{pid}"))
+
+
+@pytest.mark.hpcray_only("Ray's actor ends with the first of them")
+def test_an_actor_lives_until_its_own_calls_are_over(ray, knows_itself, eventually, tmp_path):
+    actor = knows_itself.remote()
+    pid = ray.get(actor.pid.remote())
+    actor.count_down.remote(20, str(tmp_path / "done"))
+    del actor
+    eventually(lambda: not os.path.exists(f"/proc/{pid}"))
+    assert (tmp_path / "done").exists()
+
+
 def test_constructor_of_an_async_actor_runs_in_its_loop(ray):
     @ray.remote
     class A:

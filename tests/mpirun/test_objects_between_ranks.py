@@ -229,3 +229,53 @@ assert all(counts), counts  # every rank takes part; benchmarks/makespan.py meas
 assert took < 2.5 * ideal + 0.5, (took, ideal)
 """, ranks=4)
     job.finish(timeout_s=60)
+
+
+def test_an_actor_elsewhere_that_has_a_handle_to_itself(start: Start):
+    """It ends with the last handle of others, and not before: its home is another rank."""
+    job = start(HEAD + """
+@ray.remote
+class A:
+    def __init__(self):
+        self.me = ray.get_runtime_context().current_actor
+    def pid(self):
+        return os.getpid()
+    def give(self):
+        return [self.me]
+    def count_down(self, number):
+        if number:
+            self.me.count_down.remote(number - 1)
+        else:
+            open(mark("counted"), "w").close()
+
+@ray.remote
+def ask(handles):
+    return ray.get(handles[0].pid.remote())
+
+def ends(pid):
+    deadline_s = time.monotonic() + 20
+    while os.path.exists(f"/proc/{pid}"):
+        assert time.monotonic() < deadline_s, "it lives on"
+        time.sleep(0.01)
+
+start(num_cpus=2)
+for last in ("given", "asked", "counted"):
+    a = A.options(scheduling_strategy=on[1]).remote()
+    pid = ray.get(a.pid.remote())
+    if last == "counted":
+        a.count_down.remote(20)
+    inside = a.give.remote()
+    ray.wait([inside])
+    del a
+    [given] = ray.get(inside)
+    del inside
+    if last == "asked":
+        assert ray.get([ask.options(scheduling_strategy=on[r]).remote([given])
+                        for r in (0, 1)]) == [pid, pid]
+    assert ray.get(given.pid.remote()) == pid
+    del given
+    ends(pid)
+assert os.path.exists(mark("counted"))
+print("ended", flush=True)
+""", ranks=2)
+    assert "ended\n" in job.finish(timeout_s=60)
