@@ -4,6 +4,8 @@
            --Value--------------> client       through the client's own channel, whose other end
                                                the node has given us (ChannelOf)
            --Told---------------> node         with whatever is sent next
+    client --Heard(worker)------> node         in front of what it says next: the node reads what
+                                               the worker has said first
 
 The node is on the way to every worker, but need not be on the way back: who waits is woken a turn
 of the node's loop earlier. Nothing else changes: the node keeps the record, and answers itself if
@@ -25,6 +27,7 @@ _SEND_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
 class Answers:
     def __init__(self) -> None:
+        self.number = -1  # ours, among the clients of the node
         self._channels: dict[int, socket.socket] = {}
         self._values: dict[int, list[Value]] = {}
         self._sent = False
@@ -47,7 +50,7 @@ class Answers:
         if client in self._channels:
             done.told = client
             self._values.setdefault(client, []).append(
-                Value(done.task_id + ids.FIRST_RETURN, done.value))
+                Value(done.task_id + ids.FIRST_RETURN, done.value, self.number))
 
     @property
     def waiting(self) -> bool:

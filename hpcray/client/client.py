@@ -44,6 +44,7 @@ from hpcray.protocol.messages import (
     DoneMany,
     Drop,
     Get,
+    Heard,
     Hold,
     InlineLimit,
     JobEnded,
@@ -106,6 +107,7 @@ class Client:
         self._refs = ReferenceTable()
         self.memory = ClientMemory(self)
         self.answers = Answers()
+        self._heard: dict[int, None] = {}  # workers that answered us since we last spoke
         self._asked: set[bytes] = set()
         self._watched: dict[bytes, int] = {}  # what was asked: READY or LOCAL
         self._waiters: dict[bytes, Any] = {}  # id -> Waiter or list of Waiters, for values
@@ -680,6 +682,9 @@ class Client:
         if outbox:
             answers = self.answers
             answers.confirm(outbox)
+            if self._heard:
+                outbox.insert(0, Heard(tuple(self._heard)))
+                self._heard.clear()
             try:
                 channel.flush(self._dispatch)
                 if answers.waiting:
@@ -793,6 +798,8 @@ class Client:
 
     def _on_value(self, message: Value, _: list[int]) -> None:
         object_id = message.object_id
+        if message.sender >= 0:
+            self._heard[message.sender] = None
         self._asked.discard(object_id)
         ref = self._refs.get(object_id)
         if ref is not None:
@@ -888,7 +895,7 @@ class Client:
         self.job_id = message.job_id
         self.rank = message.rank
         self.size = message.size
-        self.number = message.client
+        self.number = self.answers.number = message.client
         self.session = message.session
         self._tail = ids.id_tail(message.rank, message.job_id)
         self._welcome.remaining = 0

@@ -105,6 +105,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is unt
 def _keep_slots(kind: type, reduced: Any) -> None:
     """cloudpickle rebuilds a class without its slots, and names them when it is too late: instances
     made there have a `__dict__`, and cannot be read where the class comes from."""
+    if issubclass(kind, tuple):
+        return  # they have none to fill, and a NamedTuple makes its own
     if isinstance(reduced, tuple) and reduced[0].__name__ == "_make_skeleton_class":
         namespace = reduced[1][3]
         namespace["__slots__"] = vars(kind)["__slots__"]

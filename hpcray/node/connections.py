@@ -34,7 +34,7 @@ def enlarge_buffers(sock: socket.socket) -> None:
 class Connection:
     """A client's channel at the node's side: what could not be sent yet waits here."""
 
-    __slots__ = ("backlog", "number", "socket", "waiting")
+    __slots__ = ("backlog", "feeding", "number", "socket", "waiting")
 
     def __init__(self, number: int, sock: socket.socket) -> None:
         self.number = number
@@ -42,6 +42,7 @@ class Connection:
         # (datagram, descriptors of our own to send along and close)
         self.backlog: deque[tuple[bytes, tuple[int, ...]]] = deque()
         self.waiting = False
+        self.feeding = False  # what was read is being given to the machine
 
     def readable(self) -> bool:
         try:

@@ -359,6 +359,7 @@ _CLIENT_HANDLERS: dict[type, Callable[[Machine, ClientRecord, Any], None]] = {
     m.SegmentOpen: lambda self, client, message: self.memory.open(client, message.segment),
     m.FetchTemplate: Machine._fetch_template,
     m.Request: lambda self, client, message: self.requests.asked(client.number, message),
+    m.Heard: lambda self, client, message: None,  # the loop has seen to it
     m.Told: Machine._told,
     m.Untold: Machine._untold,
     m.EndJob: Machine._end_job,

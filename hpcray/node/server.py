@@ -344,19 +344,24 @@ class NodeServer:
             return False
         machine = self._machine
         if machine is not None:
+            connection.feeding = True
             for batch in batches:
-                if messages.Request in map(type, batch):
-                    self._hear_others(machine, connection)
+                if type(batch[0]) is messages.Heard:
+                    self._hear(batch[0].workers)
                 machine.client_messages(connection.number, batch)
+            connection.feeding = False
         return True
 
-    def _hear_others(self, machine: Machine, asker: Connection) -> None:
-        """A question is answered from all that was said before it. Whoever asks may have a value
-        from the very worker (client/answers.py) whose outcome lies in another socket here."""
-        for other in list(self._connections.clients.values()):
-            while other is not asker and other.readable():
-                for batch in self._connections.read(other) or ():
-                    machine.client_messages(other.number, batch)
+    def _hear(self, workers: tuple[int, ...]) -> None:
+        """These have answered a client themselves (client/answers.py): what they told us before
+        lies in their sockets, and what the client says now may rely on it."""
+        for number in workers:
+            worker = self._connections.clients.get(number)
+            # One that is being read further up (they answered each other) is not read twice.
+            if worker is None or worker.feeding:
+                continue
+            while worker.readable() and self._read_client(worker):
+                pass
 
     def _on_driver(self, _fd: int) -> None:
         connection = self._connections.clients[DRIVER]

@@ -337,11 +337,18 @@ class Untold(_Message, tag=32):
     ids: bytes
 
 
+class Heard(_Message, tag=33):
+    """In front of a batch: these workers have sent us values; what they had said comes first."""
+
+    workers: tuple[int, ...]
+
+
 ToNode = (
     Hello | DefineFunction | DefineTemplate | SubmitTask | SubmitCall | CreateActor | PutInline
     | PutLocated | Hold | Drop | Unpin | PinForJob | Get | Watch | Done | DoneMany | Failed
     | Blocked | Unblocked | SegmentRequest | SegmentReturn | SegmentOpen | FetchTemplate | Request
     | EndJob | ActorExit | Yield | StreamTaken | StreamDropped | Told | Untold
+    | Heard
 )
 
 # --- node -> client -----------------------------------------------------------------------------
@@ -358,6 +365,7 @@ class Welcome(_Message, tag=1):
 class Value(_Message, tag=2):
     object_id: bytes
     value: bytes
+    sender: int = -1  # the worker that sends it itself; -1: the node
 
 
 class ValueAt(_Message, tag=3):

@@ -113,8 +113,8 @@ class SimulatedNode:
                 for _ in range(count):
                     progress = True
                     batch = messages.decode_to_node(box.popleft())
-                    if m.Request in map(type, batch):
-                        self._hear_others(number)
+                    if type(batch[0]) is m.Heard:
+                        self._hear(batch[0].workers, {number})
                     machine.client_messages(number, batch)
         for event in self.transport.poll():
             progress = self._on_transport(event) or progress
@@ -137,11 +137,15 @@ class SimulatedNode:
             machine.validate()
         return progress
 
-    def _hear_others(self, asker: int) -> None:
-        """As the real node: a question is answered from all that was said before it."""
-        for number, box in self.inboxes.items():
-            while number != asker and box:
-                self.machine.client_messages(number, messages.decode_to_node(box.popleft()))
+    def _hear(self, workers: tuple[int, ...], feeding: set[int]) -> None:
+        """As the real node: what they said before they answered comes first."""
+        for number in workers:
+            box = self.inboxes.get(number)
+            while box and number not in feeding:
+                batch = messages.decode_to_node(box.popleft())
+                if type(batch[0]) is m.Heard:
+                    self._hear(batch[0].workers, {*feeding, number})
+                self.machine.client_messages(number, batch)
 
     def _bury(self) -> None:
         """As the real node: a dead worker's channel is read dry first."""

@@ -200,6 +200,7 @@ class Process:
         self._values: list[tuple[int, m.Value]] = []
         self._due: list[tuple[int, m.Value]] = []
         self._sent = False
+        self._heard: dict[int, None] = {}  # who answered us since we last spoke
         self._arena = Arena()
         self._live: dict[bytes, weakref.ref[Ref]] = {}
         self._holds: dict[bytes, None] = {}
@@ -312,6 +313,9 @@ class Process:
             if self._sent:
                 self._sent = False
                 self.outbox.insert(0, m.Told())
+            if self._heard:
+                self.outbox.insert(0, m.Heard(tuple(self._heard)))
+                self._heard.clear()
             batch, self.outbox = self.outbox, []
             self.node.from_client(self.number, messages.encode(batch))
             self._due, self._values = self._values, []
@@ -758,7 +762,8 @@ class Process:
         if type(report) is m.Done and run.reply_to in self._channels:
             report.told = run.reply_to
             self._values.append(
-                (run.reply_to, m.Value(run.task_id + ids.FIRST_RETURN, report.value)))
+                (run.reply_to,
+                 m.Value(run.task_id + ids.FIRST_RETURN, report.value, self.number)))
         self.outbox.append(report)
         self.cluster.finished(run, self)
         self.run = None
@@ -829,6 +834,8 @@ class Process:
     def _dispatch(self, message: Any) -> None:
         kind = type(message)
         if kind is m.Value:
+            if message.sender >= 0:
+                self._heard[message.sender] = None
             self._asked.discard(message.object_id)
             ref = self._ref(message.object_id)
             if ref is not None:

@@ -8,11 +8,13 @@ import datetime
 import decimal
 import gc
 import pathlib
+import typing
 import uuid
 
 import numpy as np
 import pytest
 
+T = typing.TypeVar("T")
 BIG = 400_000  # elements; over the size at which a value goes to shared memory, as float64
 
 
@@ -43,6 +45,22 @@ def test_classes_with_slots(ray):
     got = through_a_task(ray, derived)
     assert (type(got), got.both(), got.b) == (Derived, (1, 2), 3)
     assert not ray.get(ray.remote(lambda point: hasattr(point, "__dict__")).remote(Point(1)))
+
+
+def test_named_tuples_and_classes_with_parameters(ray):
+    class Episode(typing.NamedTuple):
+        reward: float
+        steps: int = 1
+
+    class Box(typing.Generic[T]):
+        def __init__(self, value: T):
+            self.value = value
+
+    Pair = collections.namedtuple("Pair", "a b")
+    for value in (Episode(0.5), Pair(1, 2)):
+        got = through_a_task(ray, value)
+        assert type(got) is type(value) and got == value
+    assert through_a_task(ray, Box(3)).value == 3
 
 
 def through_a_task(ray, value):

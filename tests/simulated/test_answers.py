@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 
 from hpcray.testing.cluster import SimulatedCluster
-from hpcray.testing.processes import Process, Script, SystemFailed
+from hpcray.testing.processes import Process, Ref, Script, SystemFailed
 
 SEEDS = range(10)
 
@@ -39,7 +39,14 @@ def count(p: Process) -> int:
     return calls
 
 
-BODIES = {"double": double, "ask": ask, "start": start, "count": count}
+def tell(p: Process, handles: list[Ref]) -> int:
+    """Speaks to an actor, and does not wait."""
+    for _ in range(3):
+        p.call(handles[0], "count")
+    return 3
+
+
+BODIES = {"double": double, "ask": ask, "start": start, "count": count, "tell": tell}
 
 
 def cluster(seed: int, nodes: int) -> SimulatedCluster:
@@ -93,4 +100,18 @@ def test_calls_of_an_actor(seed: int, death_rate: float) -> None:
     world.run(program(world.driver))
     assert world.answers > (20 if not death_rate else 0)
     world.check_calls_in_order()
+    world.check_nothing_is_left()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_what_a_worker_said_before_it_answered_comes_first(seed: int) -> None:
+    def program(p: Process) -> Script:
+        actor = p.create_actor("start")
+        for turn in range(1, 21):
+            yield from p.get(p.submit("tell", [[actor]])[0])
+            assert (yield from p.get(p.call(actor, "count")[0])) == 4 * turn
+
+    world = cluster(seed, 1)
+    world.run(program(world.driver))
+    assert world.answers > 10
     world.check_nothing_is_left()
