@@ -620,7 +620,8 @@ class Actors:
                 if task.dep_count:
                     room_bytes = 0
                 in_flight[task.task_id] = task
-                run.append(tasks.run_message(task, hosted.worker, hosted.devices))
+                alone = not (calls or run) and (concurrent or len(in_flight) == 1)
+                run.append(tasks.run_message(task, hosted.worker, hosted.devices, alone))
             if run:
                 self._outbox.tasks.append((hosted.worker, run))
 

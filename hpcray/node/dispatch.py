@@ -361,7 +361,8 @@ class Dispatcher:
                 room_bytes = 0
             room_bytes -= len(task.args)
             datagram.append(task)
-            run.append(tasks.run_message(task, worker.number, worker.devices))
+            alone = not (waiting or run or worker.datagrams)
+            run.append(tasks.run_message(task, worker.number, worker.devices, alone))
             if queue.creation:
                 break
         if not run:

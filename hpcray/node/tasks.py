@@ -280,11 +280,16 @@ class Tasks:
                 directory.pull(record)
         return task.missing == 0
 
-    def run_message(self, task: TaskRecord, worker: int, devices: tuple[int, ...]) -> Run:
-        """What the worker needs to run it. Located dependencies are pinned for the worker."""
+    def run_message(
+        self, task: TaskRecord, worker: int, devices: tuple[int, ...], alone: bool
+    ) -> Run:
+        """What the worker needs to run it. Located dependencies are pinned for the worker.
+
+        `alone`: it has nothing else to do, so its value is worth a datagram of its own.
+        """
         task.state = RUNNING
         task.worker = worker
-        reply_to = self._reply_to(task, worker)
+        reply_to = self._reply_to(task, worker) if alone else -1
         if not task.dep_count:
             return Run(task.task_id, task.template.template_id, task.attempt, task.args, (),
                        task.actor_id, devices, b"", reply_to)
