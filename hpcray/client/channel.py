@@ -37,6 +37,7 @@ class Channel:
     def __init__(self, sock: socket.socket) -> None:
         self.socket = sock
         self.outbox: list[Any] = []
+        self.sent = 0  # datagrams
         self._buffer = bytearray(_RECEIVE_BYTES)
         self._view = memoryview(self._buffer)
         self._decode = messages.decode_to_client
@@ -66,6 +67,7 @@ class Channel:
         while True:
             try:
                 self.socket.send(datagram, _SEND_FLAGS)
+                self.sent += 1
                 return
             except BlockingIOError:
                 poller = select.poll()

@@ -16,6 +16,7 @@ relies on them, drops leave last.
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,18 +24,19 @@ from typing import Any
 
 from hpcray import exceptions
 from hpcray.client import references, serialization
-from hpcray.client.answers import Answers
 from hpcray.client.arguments import pack_arguments
 from hpcray.client.channel import Channel, ChannelClosed
 from hpcray.client.futures import Futures
 from hpcray.client.helper import Helper
 from hpcray.client.memory import ClientMemory
+from hpcray.client.neighbours import Neighbours
 from hpcray.client.pending import PendingCalls
 from hpcray.client.references import LOCAL, READY, ObjectRef, ReferenceTable
 from hpcray.client.streams import Rooms, Streams
 from hpcray.client.waiters import Waiter, count_down
 from hpcray.protocol import ids, messages, values
 from hpcray.protocol.messages import (
+    ActorChannel,
     CancelTask,
     ChannelOf,
     ClientGone,
@@ -44,7 +46,6 @@ from hpcray.protocol.messages import (
     DoneMany,
     Drop,
     Get,
-    Heard,
     Hold,
     InlineLimit,
     JobEnded,
@@ -57,11 +58,13 @@ from hpcray.protocol.messages import (
     Reply,
     Request,
     Rows,
+    Run,
     SegmentClosed,
     SegmentDenied,
     SegmentGrant,
     SegmentOpened,
     SegmentReclaim,
+    Stop,
     StreamEnded,
     StreamRoom,
     SubmitCall,
@@ -106,8 +109,7 @@ class Client:
         self._channel = Channel(sock)
         self._refs = ReferenceTable()
         self.memory = ClientMemory(self)
-        self.answers = Answers()
-        self._heard: dict[int, None] = {}  # workers that answered us since we last spoke
+        self.neighbours = Neighbours()
         self._asked: set[bytes] = set()
         self._watched: dict[bytes, int] = {}  # what was asked: READY or LOCAL
         self._waiters: dict[bytes, Any] = {}  # id -> Waiter or list of Waiters, for values
@@ -200,6 +202,7 @@ class Client:
             self._changed.notify_all()
             self.futures.lost()
             self._refs.forget_values()
+            self.neighbours.close()
         self.futures.complete()  # with the error of the wait that can no longer be answered
         self.memory.close()
 
@@ -259,6 +262,9 @@ class Client:
                 self._send_holds(outbox)
             if actor:
                 message: Any = SubmitCall(task, template_id, actor, args, refs, dep_count)
+                link = self.neighbours.actors.get(actor)
+                if link is not None:
+                    link.called(task)
             else:
                 message = SubmitTask(task, template_id, args, refs, dep_count)
             if self._refs.own:
@@ -389,13 +395,18 @@ class Client:
             ):
                 waiter = Waiter(1)
                 self._check_session((object_id,))
+                link = None
                 if object_id not in self._asked:
                     self._asked.add(object_id)
                     outbox = self._channel.outbox
                     if self._refs.new_holds:
                         self._send_holds(outbox)
-                    outbox.append(Get(object_id))
+                    link = self.neighbours.called(outbox, object_id)
+                    if link is None or not self.neighbours.call(link, outbox):
+                        outbox.append(Get(object_id))
                 self._await_ids(self._waiters, (object_id,), waiter, None)
+                if link is not None:
+                    link.over(ids.task_of_object(object_id), ref._value)
             return ref._value
 
     def get_packed(self, refs: Sequence[ObjectRef[Any]], timeout_s: float | None) -> list[Any]:
@@ -585,7 +596,7 @@ class Client:
         """Queue a task's outcome; `flush` sends it, and the value of a Done to `reply_to`."""
         with self._lock:
             if reply_to >= 0 and type(message) is Done:
-                self.answers.add(reply_to, message)
+                self.neighbours.answer(reply_to, message, self._counter)
             outbox = self._channel.outbox
             if self._refs.new_holds:
                 self._send_holds(outbox)
@@ -596,6 +607,11 @@ class Client:
             else:
                 self._append_naming(
                     message, message.returned.contained if type(message) is Yield else b"")
+
+    def on_runs(self, batch: list[Run | Stop]) -> None:
+        """By a worker, of each datagram of its task channel."""
+        with self._lock:
+            self.neighbours.on_runs(batch)
 
     def flush(self, *, drain: bool = False) -> None:
         """Send what is queued; with `drain` (before a process idles) dropped refs too."""
@@ -680,15 +696,12 @@ class Client:
         if self.memory.pending_unpins():
             self.memory.collect_unpins(outbox)
         if outbox:
-            answers = self.answers
-            answers.confirm(outbox)
-            if self._heard:
-                outbox.insert(0, Heard(tuple(self._heard)))
-                self._heard.clear()
+            neighbours = self.neighbours
+            neighbours.report(outbox)
             try:
                 channel.flush(self._dispatch)
-                if answers.waiting:
-                    answers.send(channel.outbox)
+                if neighbours.waiting:
+                    neighbours.send(channel.outbox, channel.sent)
                     channel.flush(self._dispatch)  # what could not be sent, mostly nothing
             except ChannelClosed as closed:
                 self._set_lost(str(closed))
@@ -798,8 +811,7 @@ class Client:
 
     def _on_value(self, message: Value, _: list[int]) -> None:
         object_id = message.object_id
-        if message.sender >= 0:
-            self._heard[message.sender] = None
+        self.neighbours.on_value(message)
         self._asked.discard(object_id)
         ref = self._refs.get(object_id)
         if ref is not None:
@@ -808,6 +820,7 @@ class Client:
         self._arrived(object_id)
 
     def _on_value_at(self, message: ValueAt, _: list[int]) -> None:
+        self.neighbours.stir()
         object_id = message.object_id
         self._asked.discard(object_id)
         ref = self._refs.get(object_id)
@@ -824,6 +837,7 @@ class Client:
             self.futures.arrived(object_id)
 
     def _on_ready(self, message: Ready, _: list[int]) -> None:
+        self.neighbours.stir()
         table = self._refs
         waiters = self._ready_waiters
         level = LOCAL if message.local else READY
@@ -839,6 +853,14 @@ class Client:
             if waiter is not None:
                 count_down(waiter)
 
+    def _on_yielded(self, message: Yielded, _: list[int]) -> None:
+        self.neighbours.stir()
+        self.streams.yielded(message)
+
+    def _on_stream_ended(self, message: StreamEnded, _: list[int]) -> None:
+        self.neighbours.stir()
+        self.streams.ended(message)
+
     def _on_released(self, message: Released, _: list[int]) -> None:
         self.memory.released(message.segment, message.offsets)
 
@@ -849,10 +871,14 @@ class Client:
         self.memory.denied(message)
 
     def _on_channel_of(self, message: ChannelOf, descriptors: list[int]) -> None:
-        self.answers.introduce(message.client, descriptors.pop(0))
+        self.neighbours.introduce(message.client, socket.socket(fileno=descriptors.pop(0)))
+
+    def _on_actor_channel(self, message: ActorChannel, descriptors: list[int]) -> None:
+        self.neighbours.introduce_actor(
+            message.actor_id, message.worker, socket.socket(fileno=descriptors.pop(0)))
 
     def _on_client_gone(self, message: ClientGone, _: list[int]) -> None:
-        self.answers.forget(message.client)
+        self.neighbours.forget(message.client)
 
     def _on_opened(self, message: SegmentOpened, descriptors: list[int]) -> None:
         self.memory.opened(message.segment, message.nbytes, descriptors.pop(0))
@@ -872,6 +898,7 @@ class Client:
                 waiter.remaining = 0
 
     def _on_reply(self, message: Reply, _: list[int]) -> None:
+        self.neighbours.stir()
         waiter = self._replies.get(message.request)
         if waiter is not None:
             waiter.result = message
@@ -895,7 +922,7 @@ class Client:
         self.job_id = message.job_id
         self.rank = message.rank
         self.size = message.size
-        self.number = self.answers.number = message.client
+        self.number = self.neighbours.number = message.client
         self.session = message.session
         self._tail = ids.id_tail(message.rank, message.job_id)
         self._welcome.remaining = 0
@@ -916,6 +943,7 @@ _HANDLERS: dict[type, Callable[[Client, Any, list[int]], None]] = {
     SegmentDenied: Client._on_denied,
     SegmentOpened: Client._on_opened,
     ChannelOf: Client._on_channel_of,
+    ActorChannel: Client._on_actor_channel,
     ClientGone: Client._on_client_gone,
     SegmentClosed: Client._on_closed,
     SegmentReclaim: Client._on_reclaim,
@@ -927,8 +955,8 @@ _HANDLERS: dict[type, Callable[[Client, Any, list[int]], None]] = {
     Welcome: Client._on_welcome,
     InlineLimit: Client._on_inline_limit,
     JobEnded: Client._on_ended,
-    Yielded: lambda self, message, _: self.streams.yielded(message),
-    StreamEnded: lambda self, message, _: self.streams.ended(message),
+    Yielded: Client._on_yielded,
+    StreamEnded: Client._on_stream_ended,
     StreamRoom: lambda self, message, _: self.rooms.taken(message),
 }
 
@@ -938,7 +966,7 @@ def _after_fork_in_child() -> None:
     client = references.client_or_none()
     if client is not None:
         client._lost = "this process is a fork"
-        client.answers.close()
+        client.neighbours.close()
         references.set_client(None)
         references._dropped.clear()
 

@@ -35,6 +35,8 @@ from hpcray.node.records import (
     ASSIGNED,
     FETCHING,
     QUEUED,
+    RUNNING,
+    WAIT_VALUE,
     WAITING,
     ClientRecord,
     TaskRecord,
@@ -362,12 +364,52 @@ class Actors:
         if route is None:
             route = self._new_route(actor_id)
         route.open_calls += 1
-        # AC-3
-        self._machine.directory.hold(ids.creation_object_id(actor_id))
+        directory = self._machine.directory
+        directory.hold(ids.creation_object_id(actor_id))  # AC-3
+        if message.worker >= 0:
+            directory.get(client.number, task.task_id + ids.FIRST_RETURN, WAIT_VALUE)
+            if self._sent_by_caller(route, task, message.worker):
+                client.called = task.task_id
+                return
         if task.missing or (route.blocked and turn_of(task) in route.blocked):
             route.blocked.setdefault(turn_of(task), deque()).append(task)
         else:
             self._send_or_wait(route, task)
+
+    def _sent_by_caller(self, route: Route, task: TaskRecord, worker: int) -> bool:
+        """A call that its caller sends to the worker itself, which it believes to host the actor.
+
+        False: it does not, or not any more. Then it had died before the call was sent: what callers
+        had said before is heard before a worker's death is (`NodeServer._bury`).
+        """
+        hosted = self.hosted.get(route.actor_id)
+        if hosted is None or hosted.worker != worker:
+            return False
+        task.state = RUNNING
+        task.worker = worker
+        task.rank = self._rank
+        task.incarnation = hosted.incarnation
+        hosted.in_flight[task.task_id] = task
+        return True
+
+    def call_unsent(self, task_id: bytes) -> None:
+        """The caller could not send it: we do."""
+        task = self._machine.tasks.records.get(task_id)
+        hosted = None if task is None else self.hosted.get(task.actor_id)
+        if task is not None and hosted is not None and task_id in hosted.in_flight:
+            del hosted.in_flight[task_id]
+            task.worker = -1
+            task.state = ASSIGNED
+            self._accept(hosted, task)
+
+    def caller_died(self, called: bytes) -> None:
+        """It may not have sent this call, and nobody else can know of it: it is over. If the worker
+        did get it, its outcome finds nobody."""
+        task = self._machine.tasks.records.get(called)
+        if task is not None and task.state == RUNNING:
+            self.call_finished(task)
+            self._machine.tasks.fail(task, values.pack_failure(values.Failure(
+                "WorkerCrashedError", "its caller died as it called", called.hex())))
 
     def _new_route(self, actor_id: bytes) -> Route:
         route = self.routes[actor_id] = Route(actor_id)
@@ -596,7 +638,7 @@ class Actors:
         calls = hosted.calls
         in_flight = hosted.in_flight
         template = hosted.template
-        concurrent = template.is_async or template.max_concurrency > 1 or template.groups
+        concurrent = bool(template.is_async or template.max_concurrency > 1 or template.groups)
         while calls:
             statistics = tasks.statistics[calls[0].template.template_id]
             if concurrent:

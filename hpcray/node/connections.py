@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import socket
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from hpcray.node.inbox import Batch, Inbox, Inboxes
 from hpcray.node.pool import WorkerPool
 from hpcray.node.watcher import READ, WRITE, Watcher
 from hpcray.protocol import messages
@@ -34,15 +36,15 @@ def enlarge_buffers(sock: socket.socket) -> None:
 class Connection:
     """A client's channel at the node's side: what could not be sent yet waits here."""
 
-    __slots__ = ("backlog", "feeding", "number", "socket", "waiting")
+    __slots__ = ("backlog", "inbox", "number", "socket", "waiting")
 
-    def __init__(self, number: int, sock: socket.socket) -> None:
+    def __init__(self, number: int, sock: socket.socket, inbox: Inbox) -> None:
         self.number = number
+        self.inbox = inbox
         self.socket = sock
         # (datagram, descriptors of our own to send along and close)
         self.backlog: deque[tuple[bytes, tuple[int, ...]]] = deque()
         self.waiting = False
-        self.feeding = False  # what was read is being given to the machine
 
     def readable(self) -> bool:
         try:
@@ -58,9 +60,12 @@ class Connection:
 
 
 class Connections:
-    def __init__(self, watcher: Watcher, pool: WorkerPool) -> None:
+    def __init__(
+        self, watcher: Watcher, pool: WorkerPool, handle: Callable[[int, Batch], None]
+    ) -> None:
         self._watcher = watcher
         self.pool = pool
+        self.inboxes = Inboxes(lambda number: bool(self.read(self.clients[number])), handle)
         self.clients: dict[int, Connection] = {}
         self._task_backlog: dict[int, deque[bytes]] = {}
         # What each worker was given last: its output may be read after its result.
@@ -70,14 +75,20 @@ class Connections:
 
     def add(self, number: int, sock: socket.socket) -> Connection:
         enlarge_buffers(sock)
-        connection = self.clients[number] = Connection(number, sock)
+        connection = self.clients[number] = Connection(number, sock, self.inboxes.add(number))
         return connection
+
+    def pop(self, number: int) -> Connection | None:
+        """Forget a client, whose channel may not have been read dry."""
+        self.inboxes.of.pop(number, None)
+        return self.clients.pop(number, None)
 
     # --- client channels --------------------------------------------------------------------------
 
-    def read(self, connection: Connection) -> list[list[Any]] | None:
-        """The batches that lie there, bounded; None at the channel's end."""
-        batches: list[list[Any]] = []
+    def read(self, connection: Connection) -> int | None:
+        """Put what lies there, bounded, into the inbox: how many; None at the channel's end."""
+        batches = connection.inbox.batches
+        count = 0
         sock = connection.socket
         for _ in range(_DATAGRAMS_PER_TURN):
             try:
@@ -85,16 +96,17 @@ class Connections:
             except BlockingIOError:
                 break
             except OSError:
-                return batches or None
+                return count or None
             if nbytes == 0:
                 # The end is seen again at the next read, when these have been handled.
-                return batches or None
+                return count or None
             batches.append(messages.decode_to_node(self._view[:nbytes]))
+            count += 1
             if nbytes < _LIKELY_MORE_BYTES:
                 break  # epoll says if there is more: cheaper than asking the socket in vain
         if connection.backlog:
             self._drain(connection)
-        return batches
+        return count
 
     def send(self, number: int, batch: list[Any], descriptors: tuple[int, ...] = ()) -> None:
         """Send to a client, or queue for it; to one that is gone: nothing."""

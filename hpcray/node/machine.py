@@ -95,11 +95,12 @@ class Machine:
         self.dispatcher.worker_gone(number, failure)
         if client is not None:
             self.directory.answer_after_all(client.told)
-            for worker in sorted(client.introduced):
-                if worker in self.clients:
-                    self.outbox.clients[worker].append(m.ClientGone(number))
+            self.actors.caller_died(client.called)
             for other in self.clients.values():
+                if other.number in client.introduced or number in other.actors:
+                    self.outbox.clients[other.number].append(m.ClientGone(number))
                 other.introduced.discard(number)
+                other.actors.discard(number)
             self.directory.forget_client(client)
             self.streams.client_gone(number)
             self.requests.client_gone(number)
@@ -194,8 +195,10 @@ class Machine:
         self.directory.get(
             client.number, message.ids, WAIT_LOCAL if message.fetch else WAIT_READY)
 
-    def _told(self, client: ClientRecord, message: m.Told) -> None:
-        client.told.clear()
+    def _meanwhile(self, client: ClientRecord, message: m.Meanwhile) -> None:
+        if message.sent:  # what it has heard of is the loop's affair (node/inbox.py)
+            client.told.clear()
+            client.called = b""
 
     def _untold(self, client: ClientRecord, message: m.Untold) -> None:
         self.directory.answer_after_all(
@@ -359,9 +362,9 @@ _CLIENT_HANDLERS: dict[type, Callable[[Machine, ClientRecord, Any], None]] = {
     m.SegmentOpen: lambda self, client, message: self.memory.open(client, message.segment),
     m.FetchTemplate: Machine._fetch_template,
     m.Request: lambda self, client, message: self.requests.asked(client.number, message),
-    m.Heard: lambda self, client, message: None,  # the loop has seen to it
-    m.Told: Machine._told,
+    m.Meanwhile: Machine._meanwhile,
     m.Untold: Machine._untold,
+    m.Unsent: lambda self, _, message: self.actors.call_unsent(message.task_id),
     m.EndJob: Machine._end_job,
     m.ActorExit: lambda self, _, message: self.actors.exiting(message.actor_id),
     m.Yield: lambda self, client, message: self.streams.yielded(client, message),

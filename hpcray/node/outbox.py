@@ -52,6 +52,14 @@ class Introduce(msgspec.Struct, frozen=True):
     client: int
 
 
+class IntroduceActor(msgspec.Struct, frozen=True):
+    """Send the client a descriptor by which it can call the actor."""
+
+    client: int
+    actor_id: bytes
+    worker: int
+
+
 class StartPull(msgspec.Struct, frozen=True):
     """Make room, post the receives, then ask `rank`."""
 
@@ -84,7 +92,7 @@ class StopJob(msgspec.Struct, frozen=True):
 
 Action = (
     StartWorker | KillWorker | TakeBack | GrantSegment | OpenSegment | Introduce
-    | CloseSegment | StartPull | ServePull | FreeNodeRange | StopJob
+    | IntroduceActor | CloseSegment | StartPull | ServePull | FreeNodeRange | StopJob
 )
 
 

@@ -143,8 +143,8 @@ class TemplateStatistics:
 class ClientRecord:
     """A process connected to this node: the driver (number 0) or a worker."""
 
-    __slots__ = ("add_barrier", "held", "introduced", "number", "pid", "pins", "released_bytes",
-                 "told", "welcomed")
+    __slots__ = ("actors", "add_barrier", "called", "held", "introduced", "number", "pid", "pins",
+                 "released_bytes", "told", "welcomed")
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -157,7 +157,11 @@ class ClientRecord:
         # The last HolderAdd that its refs caused (see node/holders.py); 0: none.
         self.add_barrier = 0
         self.welcomed = False
-        # Workers that may answer it themselves (ChannelOf).
+        # Workers that may answer it themselves (ChannelOf), and those whose actors it may call
+        # itself (ActorChannel).
         self.introduced: set[int] = set()
-        # Of a worker: (client, object) of values that it may not have sent yet (Done.told).
+        self.actors: set[int] = set()
+        # (client, object) of values (Done.told), and the call (SubmitCall.worker), that it may not
+        # have sent yet.
         self.told: list[tuple[int, bytes]] = []
+        self.called = b""

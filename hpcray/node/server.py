@@ -86,7 +86,7 @@ class NodeServer:
         self._job_count = 0
         self._epoch = 0
         self._watcher = Watcher()
-        self._connections = Connections(self._watcher, pool)
+        self._connections = Connections(self._watcher, pool, self._handle)
         self._output = WorkerOutput(self.rank, self._connections, self._to_node0)
         self._dead: list[tuple[int, values.Failure]] = []
         self._machine: Machine | None = None
@@ -306,6 +306,12 @@ class NodeServer:
             self._connections.send(
                 action.worker, [messages.ChannelOf(action.client)], (client.socket.fileno(),))
 
+    def _introduce_actor(self, machine: Machine, action: out.IntroduceActor) -> None:
+        if action.worker in self._connections.clients:
+            self._connections.send(
+                action.client, [messages.ActorChannel(action.actor_id, action.worker)],
+                (self._pool.handle(action.worker).task_socket.fileno(),))
+
     def _close_segment(self, machine: Machine, action: out.CloseSegment) -> None:
         self._segments.close(action.segment)
 
@@ -338,30 +344,15 @@ class NodeServer:
             self._watcher.unwatch(connection.socket.fileno())
 
     def _read_client(self, connection: Connection) -> bool:
-        """Feed what the client sent to the machine; False at its end."""
-        batches = self._connections.read(connection)
-        if batches is None:
+        """Hear what the client sent; False at its end."""
+        if self._connections.read(connection) is None:
             return False
-        machine = self._machine
-        if machine is not None:
-            connection.feeding = True
-            for batch in batches:
-                if type(batch[0]) is messages.Heard:
-                    self._hear(batch[0].workers)
-                machine.client_messages(connection.number, batch)
-            connection.feeding = False
+        self._connections.inboxes.handle_all(connection.number)
         return True
 
-    def _hear(self, workers: tuple[int, ...]) -> None:
-        """These have answered a client themselves (client/answers.py): what they told us before
-        lies in their sockets, and what the client says now may rely on it."""
-        for number in workers:
-            worker = self._connections.clients.get(number)
-            # One that is being read further up (they answered each other) is not read twice.
-            if worker is None or worker.feeding:
-                continue
-            while worker.readable() and self._read_client(worker):
-                pass
+    def _handle(self, number: int, batch: list[Any]) -> None:
+        if self._machine is not None:
+            self._machine.client_messages(number, batch)
 
     def _on_driver(self, _fd: int) -> None:
         connection = self._connections.clients[DRIVER]
@@ -371,20 +362,23 @@ class NodeServer:
             self._driver_gone()
 
     def _driver_says_hello(self, connection: Connection) -> None:
-        batches = self._connections.read(connection)
-        if batches is None:
+        if self._connections.read(connection) is None:
             self._driver_gone()
             return
-        for message in [message for batch in batches for message in batch]:
-            if type(message) is messages.Hello:
-                self._config = message.config or {}
-                self._config["driver_pid"] = message.pid
-                self._begin_if_complete()
-            elif type(message) is messages.EndJob:
-                self._end_job(park=message.park)
+        inbox = connection.inbox
+        while inbox.batches:
+            for message in inbox.batches.popleft():
+                if type(message) is messages.Hello:
+                    inbox.handled = 1  # a session's first datagram
+                    self._config = message.config or {}
+                    self._config["driver_pid"] = message.pid
+                    self._begin_if_complete()
+                elif type(message) is messages.EndJob:
+                    self._end_job(park=message.park)
 
     def _driver_gone(self) -> None:
-        connection = self._connections.clients.pop(DRIVER)
+        connection = self._connections.pop(DRIVER)
+        assert connection is not None
         self._watcher.unwatch(connection.socket.fileno())
         connection.socket.close()
         self._driver = None
@@ -442,20 +436,29 @@ class NodeServer:
             f"the worker pid={event.pid} on {self._me.host} (rank {self.rank}) {how}")
 
     def _bury(self) -> None:
-        """Workers that have ended: what they still said is heard first."""
+        """Workers that have ended: what they still said is heard first, and then what those who may
+        have called their actors did (`Actors._sent_by_caller`)."""
         if not self._dead:
             return
         dead, self._dead = self._dead, []
         for number, failure in dead:
-            connection = self._connections.clients.pop(number, None)
+            connection = self._connections.clients.get(number)
             if connection is None:
                 continue
-            while self._machine is not None and connection.readable():
-                self._read_client(connection)
+            if self._machine is not None:
+                self._read_dry(connection)
+                for client in list(self._machine.clients.values()):
+                    if number in client.actors and client.number in self._connections.clients:
+                        self._read_dry(self._connections.clients[client.number])
+            self._connections.pop(number)
             self._detach(connection)
             self._pool.forget(number)
             if self._machine is not None:
                 self._machine.worker_exited(number, failure)
+
+    def _read_dry(self, connection: Connection) -> None:
+        while connection.readable() and self._read_client(connection):
+            pass
 
     def _detach(self, connection: Connection) -> None:
         """Pass on a worker's last words and stop watching it; its descriptors are the pool's."""
@@ -665,7 +668,9 @@ class NodeServer:
         for number in list(self._connections.clients):
             if number == DRIVER:
                 continue
-            self._detach(self._connections.clients.pop(number))
+            connection = self._connections.pop(number)
+            assert connection is not None
+            self._detach(connection)
         self._watcher.unwatch(self._zygote_fd)
         if not park:
             self.drop_shared_files()
@@ -742,6 +747,7 @@ _ACTIONS: dict[type, Callable[[NodeServer, Machine, Any], None]] = {
     out.OpenSegment: NodeServer._open_segment,
     out.CloseSegment: NodeServer._close_segment,
     out.Introduce: NodeServer._introduce,
+    out.IntroduceActor: NodeServer._introduce_actor,
     out.FreeNodeRange: NodeServer._free_node_range,
     out.StartPull: NodeServer._start_pull,
     out.ServePull: NodeServer._serve_pull,

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hpcray.node.outbox import Introduce, KillWorker, Outbox
+from hpcray.node.outbox import Introduce, IntroduceActor, KillWorker, Outbox
 from hpcray.node.records import (
     ASSIGNED,
     FETCHING,
@@ -327,6 +327,9 @@ class Tasks:
         if worker not in client.introduced:
             client.introduced.add(worker)
             self._outbox.actions.append(Introduce(worker, number))
+        if task.template.kind == METHOD and worker not in client.actors:
+            client.actors.add(worker)
+            self._outbox.actions.append(IntroduceActor(number, task.actor_id, worker))
         return number
 
     def unrun(self, task: TaskRecord) -> None:

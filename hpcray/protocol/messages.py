@@ -164,6 +164,9 @@ class SubmitCall(_Message, tag=5):
     args: bytes
     refs: bytes = b""
     dep_count: int = 0
+    # The caller waits for its value, and sends it to this worker itself, behind this; -1: it does
+    # not. If the actor is not there any more, the node sees to the call as to any other.
+    worker: int = -1
 
 
 class CreateActor(_Message, tag=6):
@@ -326,29 +329,35 @@ class StreamDropped(_Message, tag=30):
     taken: int
 
 
-class Told(_Message, tag=31):
-    """The values that the worker's earlier outcomes spoke of (`Done.told`) have been sent."""
-
-
-class Untold(_Message, tag=32):
+class Untold(_Message, tag=31):
     """These values could not be sent: that client's channel is full. The node sends them."""
 
     client: int
     ids: bytes
 
 
-class Heard(_Message, tag=33):
-    """In front of a batch: these workers have sent us values; what they had said comes first."""
+class Unsent(_Message, tag=32):
+    """This call could not be sent: the actor's channel is full. The node sends it."""
 
-    workers: tuple[int, ...]
+    task_id: bytes
+
+
+class Meanwhile(_Message, tag=33):
+    """In front of a batch: what has passed between this process and others of its node since the
+    last one (client/neighbours.py)."""
+
+    # What its earlier messages spoke of (`Done.told`, `SubmitCall.worker`) has been sent.
+    sent: bool
+    # Processes it has heard from, and how many datagrams each had sent to the node before: what is
+    # in them comes first.
+    heard: tuple[tuple[int, int], ...] = ()
 
 
 ToNode = (
     Hello | DefineFunction | DefineTemplate | SubmitTask | SubmitCall | CreateActor | PutInline
     | PutLocated | Hold | Drop | Unpin | PinForJob | Get | Watch | Done | DoneMany | Failed
     | Blocked | Unblocked | SegmentRequest | SegmentReturn | SegmentOpen | FetchTemplate | Request
-    | EndJob | ActorExit | Yield | StreamTaken | StreamDropped | Told | Untold
-    | Heard
+    | EndJob | ActorExit | Yield | StreamTaken | StreamDropped | Untold | Unsent | Meanwhile
 )
 
 # --- node -> client -----------------------------------------------------------------------------
@@ -365,7 +374,12 @@ class Welcome(_Message, tag=1):
 class Value(_Message, tag=2):
     object_id: bytes
     value: bytes
-    sender: int = -1  # the worker that sends it itself; -1: the node
+    # The worker that sends it itself, and how many datagrams it had sent to the node before; -1:
+    # the node sends it.
+    sender: int = -1
+    sent: int = 0
+    # Since it last answered this client, the sender has heard and said nothing else.
+    apart: bool = False
 
 
 class ValueAt(_Message, tag=3):
@@ -477,9 +491,17 @@ class ChannelOf(_Message, tag=20):
 
 
 class ClientGone(_Message, tag=21):
-    """That client has ended: its channel can be closed."""
+    """That client has ended: its channels can be closed."""
 
     client: int
+
+
+class ActorChannel(_Message, tag=22):
+    """By the descriptor that comes with the datagram this client may send Runs to the worker of
+    that actor, one at a time, as the node does."""
+
+    actor_id: bytes
+    worker: int
 
 
 class Rows(_Message, tag=80):
@@ -492,7 +514,7 @@ class Rows(_Message, tag=80):
 ToClient = (
     Welcome | Value | ValueAt | Ready | Released | SegmentGrant | SegmentDenied | SegmentOpened
     | SegmentClosed | SegmentReclaim | TemplateIs | Reply | Output | CancelTask | InlineLimit
-    | JobEnded | Yielded | StreamEnded | StreamRoom | Rows | ChannelOf | ClientGone
+    | JobEnded | Yielded | StreamEnded | StreamRoom | Rows | ChannelOf | ClientGone | ActorChannel
 )
 
 # --- node -> worker, the task channel -----------------------------------------------------------
@@ -510,6 +532,10 @@ class Run(_Message, tag=1):
     devices: tuple[int, ...] = ()  # indices of the GPUs this lease holds
     ids: bytes = b""  # joined ids of those deps that are Located: pinned until done
     reply_to: int = -1  # the client of this node that waits for the value; -1: none, or others too
+    # The client that sends it itself, and how many datagrams it had sent to the node before; -1:
+    # the node sends it.
+    sender: int = -1
+    sent: int = 0
 
 
 class Stop(_Message, tag=2):

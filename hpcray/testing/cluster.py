@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hpcray.node import outbox as out
+from hpcray.node.inbox import Inboxes
 from hpcray.node.machine import Machine
 from hpcray.node.records import DRIVER
 from hpcray.node.transfers import Transfers
@@ -77,7 +78,8 @@ class SimulatedNode:
         self.segments = _Segments(self)
         self.transfers = Transfers(self.machine, self.segments, self.transport)  # type: ignore[arg-type]
         self.processes: dict[int, Process] = {}
-        self.inboxes: dict[int, deque[bytes]] = {}
+        self.sockets: dict[int, deque[bytes]] = {}
+        self.inboxes = Inboxes(self._read, self.machine.client_messages)
         self.notices: list[str] = []
         self._dead: list[Process] = []
         self._to_kill: list[int] = []
@@ -85,14 +87,14 @@ class SimulatedNode:
         self._next_tick_s = 0.0
 
     def from_client(self, number: int, datagram: bytes) -> None:
-        self.inboxes.setdefault(number, deque()).append(datagram)
+        self.sockets[number].append(datagram)
 
     def exited(self, process: Process) -> None:
         self._dead.append(process)
 
     @property
     def busy(self) -> bool:
-        return bool(self._dead or self._to_kill) or any(self.inboxes.values())
+        return bool(self._dead or self._to_kill) or any(self.sockets.values())
 
     def step(self) -> bool:
         cluster = self.cluster
@@ -104,18 +106,13 @@ class SimulatedNode:
             if process is not None and process.alive:
                 process.die()
         self._to_kill.clear()
-        if self.inboxes:
-            numbers = [n for n, box in self.inboxes.items() if box]
-            rng.shuffle(numbers)
-            for number in numbers:
-                box = self.inboxes[number]
-                count = rng.randint(1, len(box)) if box else 0  # it may have been heard meanwhile
-                for _ in range(count):
-                    progress = True
-                    batch = messages.decode_to_node(box.popleft())
-                    if type(batch[0]) is m.Heard:
-                        self._hear(batch[0].workers, {number})
-                    machine.client_messages(number, batch)
+        numbers = [n for n, box in self.sockets.items() if box]
+        rng.shuffle(numbers)
+        for number in numbers:
+            box = self.sockets[number]
+            for _ in range(rng.randint(0, len(box))):
+                progress = self._read(number) or progress
+            self.inboxes.handle_all(number)
         for event in self.transport.poll():
             progress = self._on_transport(event) or progress
         self._bury()
@@ -137,27 +134,28 @@ class SimulatedNode:
             machine.validate()
         return progress
 
-    def _hear(self, workers: tuple[int, ...], feeding: set[int]) -> None:
-        """As the real node: what they said before they answered comes first."""
-        for number in workers:
-            box = self.inboxes.get(number)
-            while box and number not in feeding:
-                batch = messages.decode_to_node(box.popleft())
-                if type(batch[0]) is m.Heard:
-                    self._hear(batch[0].workers, {*feeding, number})
-                self.machine.client_messages(number, batch)
+    def _read(self, number: int) -> bool:
+        box = self.sockets[number]
+        if not box:
+            return False
+        self.inboxes.of[number].batches.append(messages.decode_to_node(box.popleft()))
+        return True
 
     def _bury(self) -> None:
-        """As the real node: a dead worker's channel is read dry first."""
+        """As the real node: a dead worker's channel is read dry first, and then its callers'."""
         still = []
         for process in self._dead:
-            if self.inboxes.get(process.number):
+            number = process.number
+            if self.sockets[number]:
                 still.append(process)
                 continue
-            del self.processes[process.number]
-            self.inboxes.pop(process.number, None)
+            for client in list(self.machine.clients.values()):
+                if number in client.actors:
+                    while self._read(client.number):
+                        self.inboxes.handle_all(client.number)
+            del self.processes[number], self.sockets[number], self.inboxes.of[number]
             self.cluster.forget(process)
-            self.machine.worker_exited(process.number, values.Failure(
+            self.machine.worker_exited(number, values.Failure(
                 "WorkerCrashedError", f"the worker exited with {process.exit_status}"))
         self._dead = still
 
@@ -253,6 +251,11 @@ class SimulatedNode:
             process = self.processes.get(action.worker)
             if process is not None and process.alive and action.client in self.processes:
                 process.inbox.append(messages.encode([m.ChannelOf(action.client)]))
+        elif kind is out.IntroduceActor:
+            process = self.processes.get(action.client)
+            if process is not None and process.alive:
+                process.inbox.append(messages.encode(
+                    [m.ActorChannel(action.actor_id, action.worker)]))
         elif kind is out.CloseSegment:
             for record in machine.directory.records.values():
                 if record.location is not None and record.location.segment == action.segment:
@@ -331,7 +334,8 @@ class SimulatedCluster:
         # Per round: the chance that some busy worker is killed.
         self.death_rate = 0.0
         self.deaths = 0
-        self.answers = 0  # values that workers have sent to who waits
+        # What processes have sent each other: values to an "inbox", calls into "tasks".
+        self.direct = {"inbox": 0, "tasks": 0}
         self.network = LoopbackNetwork(size, seed=seed, reorder=reorder)
         self.templates: dict[bytes, m.Template] = {}
         self.starts: dict[bytes, list[int]] = {}
@@ -359,6 +363,8 @@ class SimulatedCluster:
 
     def add_process(self, node: SimulatedNode, number: int) -> Process:
         process = node.processes[number] = Process(self, node, number)
+        node.sockets[number] = deque()
+        node.inboxes.add(number)
         self.processes[(node.rank, number)] = process
         if number != DRIVER:
             process.outbox.append(m.Hello(1000 + number))
@@ -422,7 +428,9 @@ class SimulatedCluster:
     def kill_some_worker(self) -> None:
         busy = [p for p in self.processes.values() if p.number != DRIVER and p.alive and p.busy]
         if busy:
-            self.rng.choice(busy).die()
+            # Rather one in the middle of what passes by its node.
+            self.rng.choice([p for p in busy if p.due or (p.run and p.run.sender >= 0)]
+                            or busy).die()
             self.deaths += 1
 
     @property

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from hpcray.client.neighbours import Neighbours
 from hpcray.objects.allocator import RangeAllocator
 from hpcray.protocol import ids, messages, values
 from hpcray.protocol import messages as m
@@ -173,6 +174,29 @@ def short(id_: bytes) -> str:
     return id_.hex()[:8] + ".." + id_.hex()[16:]
 
 
+class _Wire:
+    """Stands for a duplicate of the node's end of another process's channel."""
+
+    def __init__(self, sender: Process, number: int, box: str) -> None:
+        self._sender = sender
+        self._number = number
+        self._box = box
+
+    def send(self, datagram: bytes, _flags: int) -> int:
+        cluster = self._sender.cluster
+        target = self._sender.node.processes.get(self._number)
+        if target is None or not target.alive:
+            raise BrokenPipeError
+        if cluster.rng.random() < 0.1:
+            raise BlockingIOError  # it is full
+        getattr(target, self._box).append(datagram)
+        cluster.direct[self._box] += 1
+        return len(datagram)
+
+    def close(self) -> None:
+        pass
+
+
 class Process:
     """One client. The cluster calls `step`; scripts call the rest."""
 
@@ -194,13 +218,12 @@ class Process:
         self.exit_status = 0
         self._began_s = 0.0
         self._cancelled = False
-        # As client/answers.py: clients we may answer; values whose outcomes are not flushed yet;
-        # flushed, but not sent; sent, and the node does not know it.
-        self._channels: set[int] = set()
-        self._values: list[tuple[int, m.Value]] = []
-        self._due: list[tuple[int, m.Value]] = []
-        self._sent = False
-        self._heard: dict[int, None] = {}  # who answered us since we last spoke
+        # The real ones, over channels that are not. `due`: the node has been told of what they
+        # send, and it is not sent yet.
+        self.neighbours = Neighbours()
+        self.neighbours.number = number
+        self.due = False
+        self._datagrams = 0  # to the node
         self._arena = Arena()
         self._live: dict[bytes, weakref.ref[Ref]] = {}
         self._holds: dict[bytes, None] = {}
@@ -240,7 +263,7 @@ class Process:
         if not self.alive:
             return False
         if (self.inbox or self.outbox or self._dropped or self._unpins or self._holds
-                or self._due):
+                or self.due):
             return True
         if self.script is not None:
             return self.waiting is None or self._cancelled or self.waiting()
@@ -249,13 +272,16 @@ class Process:
     @property
     def busy(self) -> bool:
         """Something is lost with it."""
-        return bool(self.run or self._values or self._due)
+        return bool(self.run or self.neighbours.waiting)
 
     def step(self) -> bool:
         """Do one small thing; False if there was nothing to do."""
         if not self.runnable:
             return False
         rng = self.cluster.rng
+        if self.due:
+            self._speak()
+            return True
         if self.inbox:
             self.read_one()
             if rng.random() < 0.3:
@@ -266,8 +292,10 @@ class Process:
         elif self.queue:
             self._start(self.queue.popleft())
         elif self.tasks:
-            self.queue.extend(messages.decode_to_worker(self.tasks.popleft()))
-        if self.alive and (rng.random() < 0.5 or not (self.queue or self.tasks)):
+            batch = messages.decode_to_worker(self.tasks.popleft())
+            self.neighbours.on_runs(batch)
+            self.queue.extend(batch)
+        if self.alive and not self.due and (rng.random() < 0.5 or not (self.queue or self.tasks)):
             self.flush()  # a real process lingers up to 1 ms
         return True
 
@@ -300,7 +328,8 @@ class Process:
 
     def flush(self) -> None:
         """As `Client._flush`: drain drops, tell new holds first, drops and unpins last."""
-        self._answer_clients()
+        if self.due:
+            self._speak()
         gone = self._drain()
         if self._holds:
             self.outbox[:0] = [m.Hold(b"".join(self._holds))]
@@ -310,30 +339,17 @@ class Process:
         while self._unpins:
             self.outbox.append(m.Unpin(self._unpins.popleft()))
         if self.outbox:
-            if self._sent:
-                self._sent = False
-                self.outbox.insert(0, m.Told())
-            if self._heard:
-                self.outbox.insert(0, m.Heard(tuple(self._heard)))
-                self._heard.clear()
+            self.neighbours.report(self.outbox)
             batch, self.outbox = self.outbox, []
             self.node.from_client(self.number, messages.encode(batch))
-            self._due, self._values = self._values, []
-            if self.cluster.rng.random() < 0.7:  # else it may die between the two
-                self._answer_clients()
+            self._datagrams += 1
+            self.due = self.neighbours.waiting
+            if self.due and self.cluster.rng.random() < 0.7:  # else it may die between the two
+                self._speak()
 
-    def _answer_clients(self) -> None:
-        due, self._due = self._due, []
-        for client, value in due:
-            self._sent = True
-            target = self.node.processes.get(client)
-            if client not in self._channels or target is None or not target.alive:
-                continue
-            if self.cluster.rng.random() < 0.1:  # its channel is full
-                self.outbox.append(m.Untold(client, value.object_id))
-            else:
-                self.cluster.answers += 1
-                target.inbox.append(messages.encode([value]))
+    def _speak(self) -> None:
+        self.due = False
+        self.neighbours.send(self.outbox, self._datagrams)
 
     def die(self, status: int = -9) -> None:
         """The process is gone at once: what it had not flushed is lost with it."""
@@ -537,11 +553,17 @@ class Process:
             position = 0
             ask = [r.id for i, r in enumerate(refs) if i not in result and known(r) is None
                    and r.id not in self._arrivals and r.id not in self._asked]
+            link = None
             if ask:
                 self._asked.update(ask)
                 self._send_holds()
-                self.outbox.append(m.Get(b"".join(ask)))
+                if len(refs) == 1:
+                    link = self.neighbours.called(self.outbox, ask[0])
+                if link is None or not self.neighbours.call(link, self.outbox):
+                    self.outbox.append(m.Get(b"".join(ask)))
             yield from self._wait(arrived)
+            if link is not None:
+                link.over(ids.task_of_object(refs[0].id), refs[0].packed)
             for index, ref in enumerate(refs):
                 found = known(ref)
                 if found is None:
@@ -567,6 +589,8 @@ class Process:
     def _wait(self, condition: Callable[[], bool]) -> Script:
         """As a real client: give the CPU back only if it really waits."""
         self.flush()
+        while self.due:  # it may die now
+            yield lambda: not self.due
         if condition():
             return
         worker = self.number != 0
@@ -704,6 +728,9 @@ class Process:
             len(deps)))
         self.cluster.submitted(task_id, template)
         self.cluster.called(actor_id, self, task_id)
+        link = self.neighbours.actors.get(actor_id)
+        if link is not None:
+            link.called(task_id)
         return [self._fresh(ids.return_id(task_id, i)) for i in range(template.return_count)]
 
     # --- running (workers) ----------------------------------------
@@ -716,7 +743,8 @@ class Process:
         if type(item) is m.Stop:
             self.actor = None
             self.flush()
-            self._answer_clients()
+            if self.due:
+                self._speak()
             self.die(0)
             return
         assert isinstance(item, m.Run)
@@ -759,11 +787,8 @@ class Process:
                 and "TaskCancelledError" not in str(error)
             report = m.Failed(run.task_id, run.attempt, self._run_us(), packed, retry)
         self._send_holds()
-        if type(report) is m.Done and run.reply_to in self._channels:
-            report.told = run.reply_to
-            self._values.append(
-                (run.reply_to,
-                 m.Value(run.task_id + ids.FIRST_RETURN, report.value, self.number)))
+        if type(report) is m.Done and run.reply_to >= 0:
+            self.neighbours.answer(run.reply_to, report, self._counter)
         self.outbox.append(report)
         self.cluster.finished(run, self)
         self.run = None
@@ -833,9 +858,10 @@ class Process:
 
     def _dispatch(self, message: Any) -> None:
         kind = type(message)
+        if kind in (m.ValueAt, m.Ready, m.Reply, m.Yielded, m.StreamEnded):
+            self.neighbours.stir()
         if kind is m.Value:
-            if message.sender >= 0:
-                self._heard[message.sender] = None
+            self.neighbours.on_value(message)
             self._asked.discard(message.object_id)
             ref = self._ref(message.object_id)
             if ref is not None:
@@ -892,9 +918,12 @@ class Process:
             if self.run is not None and self.run.task_id == message.task_id:
                 self._taken = max(self._taken, message.taken)
         elif kind is m.ChannelOf:
-            self._channels.add(message.client)
+            self.neighbours.introduce(message.client, _Wire(self, message.client, "inbox"))
+        elif kind is m.ActorChannel:
+            self.neighbours.introduce_actor(
+                message.actor_id, message.worker, _Wire(self, message.worker, "tasks"))
         elif kind is m.ClientGone:
-            self._channels.discard(message.client)
+            self.neighbours.forget(message.client)
         elif kind is m.Rows:
             self.rows.setdefault(message.request, []).extend(message.rows)
         elif kind is m.CancelTask:

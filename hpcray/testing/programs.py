@@ -111,7 +111,7 @@ class Body:
         elif choice < 0.94 and self.mix.wild:
             yield from self.harm()
         elif self.mix.actors:
-            self.act()
+            yield from self.act()
 
     def consume(self) -> Script:
         """Open a stream, take from one, or drop one with whatever is in it."""
@@ -238,7 +238,7 @@ class Body:
             options["resources"] = (("CPU", UNIT), *((name, TAKEN) for name in names))
             options["spread"] = not names or any(name[0] == "~" for name in names)
 
-    def act(self) -> None:
+    def act(self) -> Script:
         p, rng = self.p, self.rng
         if not self.handles or rng.random() < 0.3:
             restarts = rng.choice((0, 0, 2)) if self.mix.restarts else 0
@@ -262,6 +262,16 @@ class Body:
         self.pairs.append([ref, label, path])
         if rng.random() < 0.1:
             self.handles.remove(handle)
+        elif rng.random() < 0.5:
+            yield from self.converse(handle)
+
+    def converse(self, handle: Ref) -> Script:
+        """One call after the other, each waited for: they go past the node before long."""
+        for _ in range(self.rng.randint(3, 8)):
+            label = self.rng.getrandbits(30)
+            ref = self.p.call(handle, "nod", [label])[0]
+            if (yield from self.get([ref, label, self.child()])) is None:
+                return
 
     def get(self, pair: Pair) -> Generator[Any, Any, Any]:
         """Its value; the label must be right. With deaths it may be a failure: then None."""
@@ -316,7 +326,8 @@ class Mix:
 
     def bodies(self) -> dict[str, Any]:
         return {"mixed": self.mixed, "leaf": self.leaf, "two": self.two, "boom": self.boom,
-                "flow": self.flow, "Shelf": self.shelf, "keep": self.keep, "give": self.give}
+                "flow": self.flow, "Shelf": self.shelf, "keep": self.keep, "give": self.give,
+                "nod": self.nod}
 
     def driver(self, p: Process, seed: int) -> Script:
         body = Body(self, p, seed, [], self.depth, [], [])
@@ -384,6 +395,9 @@ class Mix:
             own = [*path, 1]
             ref = yield from p.put(self.value(rng, seed + 1, some(rng, before(own, pairs))))
             p.actor["pairs"].append([ref, seed + 1, own])
+        return [seed, []]
+
+    def nod(self, p: Process, seed: int) -> list[Any]:
         return [seed, []]
 
     def give(self, p: Process, seed: int, path: list[int]) -> list[Any]:

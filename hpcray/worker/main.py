@@ -187,7 +187,9 @@ class Worker:
             return 0
         if nbytes == 0:
             raise ChannelClosed("the node closed the task channel")
-        self._queue.extend(messages.decode_to_worker(self._view[:nbytes]))
+        batch = messages.decode_to_worker(self._view[:nbytes])
+        self.client.on_runs(batch)
+        self._queue.extend(batch)
         return nbytes
 
     # --- one task ---------------------------------------------------------------------------------

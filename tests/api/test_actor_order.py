@@ -191,3 +191,32 @@ def test_a_blocked_call_holds_up_the_next_ones(ray, Log, gate):
     assert ray.wait([ref], timeout=0.1) == ([], [ref])
     gate.open()
     assert ray.get(ref) == ["hold", 1]
+
+
+@pytest.mark.hpcray_only("on a node, causes come before effects; Ray orders each caller's calls")
+def test_what_a_task_has_called_comes_before_what_is_called_because_of_it(ray, Log):
+    # While the log is called directly between them, by the driver and by an actor of its own.
+    log = Log.remote()
+
+    @ray.remote
+    def write(log, turn):
+        for i in range(20):
+            log.add.remote((turn, i))
+
+    @ray.remote
+    class Reader:
+        def count(self, log):
+            return [len(ray.get(log.get.remote())) for _ in range(5)]
+
+    reader = Reader.remote()
+    expected = 0
+    for turn in range(20):
+        for i in range(5):
+            ray.get(log.add.remote(i))
+        ray.get(write.remote(log, turn))
+        expected += 25
+        assert len(ray.get(log.get.remote())) == expected
+        for i in range(10):
+            log.add.remote(i)
+        expected += 10
+        assert ray.get(reader.count.remote(log)) == [expected] * 5

@@ -546,3 +546,29 @@ def test_arguments_of_a_task_that_cannot_start_are_let_go(ray, eventually, how):
         ray.get(ref)
     del large, ref
     eventually(lambda: used() <= before)
+
+
+def test_a_call_that_ends_its_actor_runs_once(ray, tmp_path):
+    # One call after the other: before long the caller sends them itself, and the actor may be dead
+    # before its node has heard of the call that did it.
+    trace = tmp_path / "trace"
+
+    @ray.remote(max_restarts=-1)
+    class Fragile:
+        def ping(self):
+            return "pong"
+
+        def end(self, number):
+            import os
+
+            with open(trace, "a") as file:
+                file.write(f"{number}\n")
+            os._exit(1)
+
+    actor = Fragile.remote()
+    for number in range(10):
+        for _ in range(5):
+            assert ray.get(actor.ping.options(max_task_retries=-1).remote()) == "pong"
+        with pytest.raises((ray.exceptions.ActorDiedError, ray.exceptions.ActorUnavailableError)):
+            ray.get(actor.end.remote(number))
+    assert trace.read_text().split() == [str(number) for number in range(10)]

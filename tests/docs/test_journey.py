@@ -91,14 +91,13 @@ def _warm(argument=None):
 _kept = [_warm.options(scheduling_strategy=_At(_node["NodeID"], soft=False)).remote()
          for _node in ray.nodes()]
 ray.get(_kept)
-# The driver's own worker has its channel, has answered it, and has told the node so.
+# The driver's own worker has its channel and has answered it, and both have told the node so.
 for _ in range(2):
     _kept.append(_warm.remote())
     _kept.append(_warm.remote(_kept[-1]))
     ray.get(_kept[-1])
 _kept.append(_warm.remote())
 ray.wait(_kept[-1:])
-until(Counter(Told=1), "the warm-up")
 _start = time.monotonic_ns()
 _wanted = seen()
 for _statement, _messages in json.loads(sys.argv[1]):

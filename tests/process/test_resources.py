@@ -69,7 +69,7 @@ class Called:
         pass
     def known(self):
         from hpcray.client.references import current_client
-        return sorted(current_client().answers._channels)
+        return sorted(current_client().neighbours._clients)
 
 @ray.remote(max_calls=1)
 def call(called):
@@ -85,6 +85,38 @@ assert len({ray.get(call.remote(called)) for _ in range(8)}) == 8
 deadline_s = time.monotonic() + 10
 while set(ray.get(called.known.remote())) - {0}:
     assert time.monotonic() < deadline_s, ray.get(called.known.remote())
+print("forgotten", flush=True)
+""")
+    assert "forgotten\n" in job.finish(timeout_s=60)
+
+
+def test_a_caller_forgets_the_actors_that_have_gone(start: Start):
+    """It calls them through channels of their own, which are closed when they end."""
+    job = start("""
+import time
+import hpcray as ray
+from hpcray.client.references import current_client
+
+@ray.remote
+class Called:
+    def ping(self):
+        pass
+
+ray.init(num_cpus=2)
+known = current_client().neighbours.actors
+for _ in range(8):
+    called = Called.remote()
+    deadline_s = time.monotonic() + 10
+    while not known:
+        ray.get(called.ping.remote())
+        assert time.monotonic() < deadline_s
+    if _ % 2:
+        ray.kill(called)
+    del called
+    while known:
+        ray.get(ray.put(1))
+        time.sleep(0.001)
+        assert time.monotonic() < deadline_s
 print("forgotten", flush=True)
 """)
     assert "forgotten\n" in job.finish(timeout_s=60)
