@@ -370,10 +370,10 @@ class Client:
           GetTimeoutError: not all were there in time.
           the exception of the first ref, in order, whose value is an error.
         """
-        if timeout_s is None and len(refs) == 1:
+        if len(refs) == 1:
             value = refs[0]._value
             if value is None:
-                value = self._get_one(refs[0])
+                value = self._get_one(refs[0], timeout_s)
             if value is not None:  # known already: no lock, no message
                 return [self._open(value)]
         data = self.get_packed(refs, timeout_s)
@@ -386,9 +386,10 @@ class Client:
             raise value
         return value
 
-    def _get_one(self, ref: ObjectRef[Any]) -> bytes | None:
-        """`get_packed` of one ref without a timeout, for a small value; None: it is not one."""
+    def _get_one(self, ref: ObjectRef[Any], timeout_s: float | None) -> bytes | None:
+        """`get_packed` of one ref, for a small value; None: it is not one."""
         object_id = ref._id
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with self._lock:
             if ref._value is None and not (
                 ref._view is not None or self.memory.has_arrived(object_id)
@@ -404,7 +405,8 @@ class Client:
                     link = self.neighbours.called(outbox, object_id)
                     if link is None or not self.neighbours.call(link, outbox):
                         outbox.append(Get(object_id))
-                self._await_ids(self._waiters, (object_id,), waiter, None)
+                if not self._await_ids(self._waiters, (object_id,), waiter, deadline):
+                    raise _timed_out(timeout_s, 1, 1)
                 if link is not None:
                     link.over(ids.task_of_object(object_id), ref._value)
             return ref._value
@@ -429,10 +431,7 @@ class Client:
                     result[i] = item
                 if absent:
                     if not self._get_absent(list(absent), deadline):
-                        raise exceptions.GetTimeoutError(
-                            f"get timed out after {timeout_s:g} s: {len(absent)} of {len(refs)} "
-                            "objects were not there when the wait began and some still are not"
-                        )
+                        raise _timed_out(timeout_s, len(absent), len(refs))
                     for i in missing:
                         if result[i] is None:
                             result[i] = refs[i]._value
@@ -959,6 +958,12 @@ _HANDLERS: dict[type, Callable[[Client, Any, list[int]], None]] = {
     StreamEnded: Client._on_stream_ended,
     StreamRoom: lambda self, message, _: self.rooms.taken(message),
 }
+
+
+def _timed_out(timeout_s: float | None, absent: int, count: int) -> exceptions.GetTimeoutError:
+    return exceptions.GetTimeoutError(
+        f"get timed out after {timeout_s:g} s: {absent} of {count} objects were not there when "
+        "the wait began and some still are not")
 
 
 def _after_fork_in_child() -> None:
