@@ -478,7 +478,7 @@ class ActorHandle(_Anything, Generic[T]):  # type: ignore[misc]
     # Long names: every other attribute belongs to the user's class.
     __slots__ = ("__weakref__", "_hpcray_client", "_hpcray_id", "_hpcray_kind", "_hpcray_ref")
 
-    _hpcray_client: Client
+    _hpcray_client: Client | None
     _hpcray_id: bytes
     _hpcray_kind: _Kind
     _hpcray_ref: ObjectRef[Any]
@@ -616,7 +616,7 @@ def raise_stale(what: str) -> NoReturn:
 
 
 def _new_handle(
-    kind: _Kind, actor: bytes, ref: ObjectRef[Any], client: Client
+    kind: _Kind, actor: bytes, ref: ObjectRef[Any], client: Client | None
 ) -> ActorHandle[Any]:
     handle: ActorHandle[Any] = ActorHandle.__new__(ActorHandle)
     handle._hpcray_kind = kind
@@ -627,8 +627,9 @@ def _new_handle(
 
 
 def _load_handle(encoded: bytes, ref: ObjectRef[Any]) -> ActorHandle[Any]:
+    # In a fork of a process that has a session there is none: calls say so (`raise_stale`).
     return _new_handle(_kind_of(encoded), ids.actor_of_object(ref.binary()), ref,
-                       references.current_client())
+                       references.client_or_none())
 
 
 def _load_method(handle: ActorHandle[Any], name: str, options: options_.Options) -> ActorMethod:

@@ -972,8 +972,7 @@ def _after_fork_in_child() -> None:
     if client is not None:
         client._lost = "this process is a fork"
         client.neighbours.close()
-        references.set_client(None)
-        references._dropped.clear()
+        references.forked()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -233,6 +233,7 @@ class ReferenceTable:
 
 
 _client: Client | None = None
+_forked = False  # from a process that had a client
 # Names what children of the running task inherit (group, environment); b"": nothing.
 _inherited = b""
 _connect: Callable[[], Client] | None = None
@@ -241,6 +242,14 @@ _connect: Callable[[], Client] | None = None
 def set_client(client: Client | None) -> None:
     global _client
     _client = client
+
+
+def forked() -> None:
+    """In the child: the client is its parent's, and so are all refs."""
+    global _forked
+    _forked = True
+    set_client(None)
+    _dropped.clear()
 
 
 def set_connector(connect: Callable[[], Client]) -> None:
@@ -267,6 +276,10 @@ def _load_ref(object_id: bytes) -> ObjectRef[Any]:
     object may hold 10,000 refs, and each function call is a tenth of the cost."""
     client = _client
     if client is None:
+        if _forked:
+            # What it is used for says why not; an error here would end, say, a worker of a Pool
+            # that was sent it, while whoever sent it waits.
+            return _bare(object_id)
         client = current_client()
     lock = client._lock
     table = client._refs
@@ -279,12 +292,17 @@ def _load_ref(object_id: bytes) -> ObjectRef[Any]:
                 return ref
         elif object_id != table.own:
             table.new_holds[object_id] = None
-        ref = _new(ObjectRef)
-        ref._id = object_id
-        ref._value = None
-        ref._ready = NOT_READY
-        ref._view = None
+        ref = _bare(object_id)
         table.live[object_id] = _ref(ref)
         return ref
     finally:
         lock.release()
+
+
+def _bare(object_id: bytes) -> ObjectRef[Any]:
+    ref = _new(ObjectRef)
+    ref._id = object_id
+    ref._value = None
+    ref._ready = NOT_READY
+    ref._view = None
+    return ref

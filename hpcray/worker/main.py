@@ -77,9 +77,9 @@ def run_worker(number: int, task_fd: int, client_fd: int, settings: dict[str, An
     """The worker's life; its exit status."""
     # Ctrl-C at the terminal is for the driver; cancellation comes as a message.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    global _pid
-    _pid = os.getpid()
     signal.signal(signal.SIGTERM, _end_in_good_order)
+    os.register_at_fork(
+        before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
     client = Client(socket.socket(fileno=client_fd), is_driver=False)
     references.set_client(client)
     worker = Worker(client, socket.socket(fileno=task_fd), settings)
@@ -90,17 +90,32 @@ def run_worker(number: int, task_fd: int, client_fd: int, settings: dict[str, An
         return 1  # the node is gone; so are we
 
 
-_pid = 0  # of the worker, whose forks inherit the handler
-
-
 def _end_in_good_order(number: int, _frame: object) -> None:
     """SIGTERM, by which a job ends its workers; then the signal does its work. Whoever takes longer
     than the zygote's grace is killed."""
     signal.signal(number, signal.SIG_DFL)
-    if os.getpid() == _pid:
-        with contextlib.suppress(BaseException):
-            end_user_code()
+    with contextlib.suppress(BaseException):
+        end_user_code()
     os.kill(os.getpid(), number)
+
+
+# A process that user code forks ends by SIGTERM as any other, from its first moment. Python forgets
+# a signal that comes before it has set itself up in the child: so none comes until then.
+_signals = threading.local()
+
+
+def _before_fork() -> None:
+    _signals.blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
+
+
+def _after_fork() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _signals.blocked)
+
+
+def _after_fork_in_child() -> None:
+    if signal.getsignal(signal.SIGTERM) is _end_in_good_order:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _after_fork()
 
 
 class Worker:

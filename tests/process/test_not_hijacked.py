@@ -108,6 +108,64 @@ print("untouched")
     assert "untouched" in job.finish()
 
 
+def test_a_fork_in_a_task_ends_by_sigterm_from_its_first_moment(start: Start):
+    """As `Pool.terminate` and `Process.terminate` rely on."""
+    job = start(HEAD + """
+import signal, threading
+
+@ray.remote
+def forks():
+    ended = []
+    def some():
+        for _ in range(50):
+            pid = os.fork()
+            if pid == 0:
+                time.sleep(5)
+                os._exit(7)
+            os.kill(pid, signal.SIGTERM)
+            ended.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    some()
+    thread = threading.Thread(target=some)
+    thread.start()
+    thread.join()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    return ended, mask
+
+ray.init()
+ended, mask = ray.get(forks.remote())
+assert ended == [-signal.SIGTERM] * 100, ended
+assert not mask, mask
+print("all")
+""")
+    assert "all" in job.finish()
+
+
+def test_what_a_fork_is_sent_is_refused_where_it_is_used(start: Start):
+    job = start(HEAD + """
+import multiprocessing, warnings
+warnings.simplefilter("ignore")
+
+@ray.remote
+class Actor:
+    def ping(self):
+        return "pong"
+
+def use(what):
+    try:
+        return ray.get(what.ping.remote() if hasattr(what, "ping") else what)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+ray.init()
+actor, ref = Actor.remote(), ray.put(1)
+with multiprocessing.get_context("fork").Pool(1) as pool:
+    print(pool.map(use, [actor, ref]))
+assert ray.get(actor.ping.remote()) == "pong"
+""")
+    output = job.finish()
+    assert output.count("RuntimeError: this ") == 2 and output.count("fork") == 2, output
+
+
 def test_forks_of_the_driver_and_of_a_task(start: Start):
     job = start(HEAD + """
 import gc, multiprocessing, warnings
