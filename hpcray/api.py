@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import inspect
 import logging
+import numbers
 import operator
 import os
 import sys
@@ -401,7 +402,9 @@ def get(object_refs: Any, *, timeout: float | None = None) -> Any:
     return client.get(object_refs, timeout)
 
 
-def _check_timeout(timeout: float) -> None:
+def _check_timeout(timeout: Any) -> None:
+    if not isinstance(timeout, numbers.Real):
+        raise TypeError(f"timeout must be None or a number of seconds, not {timeout!r}")
     if timeout < 0 or timeout != timeout:
         raise ValueError(f"timeout must be None or >= 0 seconds, not {timeout!r}")
 

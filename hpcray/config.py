@@ -19,6 +19,9 @@ import msgspec
 
 from hpcray.protocol.labels import check_labels, parse_labels
 
+# The least that shared memory comes in: a page.
+_STORE_BYTES = 4096
+
 # Every variable read here, for `hpcray doctor` and the documentation.
 ENVIRONMENT = {
     "HPCRAY_NUM_CPUS": "CPUs of each node",
@@ -120,7 +123,7 @@ def make_config(
         num_gpus=_amount("num_gpus", num_gpus, found.number("HPCRAY_NUM_GPUS")),
         resources=check_node_resources(resources),
         object_store_memory_bytes=_size("object_store_memory", object_store_memory_bytes,
-                                        found.integer("HPCRAY_OBJECT_STORE_BYTES")),
+                                        found.integer("HPCRAY_OBJECT_STORE_BYTES"), _STORE_BYTES),
         memory_bytes=_size("memory", memory_bytes, found.integer("HPCRAY_MEMORY_BYTES")),
         namespace=found.text("HPCRAY_NAMESPACE") if namespace is None else namespace,
         log_to_driver=(found.flag("HPCRAY_LOG_TO_DRIVER", True)
@@ -285,16 +288,17 @@ def _amount(name: str, given: object, fallback: float | None) -> float | None:
     return float(given)
 
 
-def _size(name: str, given: object, fallback: int | None) -> int | None:
-    if given is None:
-        return fallback
-    if isinstance(given, float) and given.is_integer():
-        given = int(given)  # 2e9 is what people write
-    if isinstance(given, bool) or not isinstance(given, int):
-        raise TypeError(f"{name} must be a whole number of bytes, not {given!r}")
-    if given <= 0:
-        raise ValueError(f"{name} must be positive, not {given!r} bytes")
-    return given
+def _size(name: str, given: object, fallback: int | None, minimum: int = 1) -> int | None:
+    value = fallback if given is None else given
+    if value is None:
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # 2e9 is what people write
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number of bytes, not {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum} bytes, not {value!r}")
+    return value
 
 
 def _seconds(name: str, given: float | None, fallback: float | None, default: float) -> float:

@@ -100,7 +100,7 @@ def _mpi4py(environ: Mapping[str, str], mpirun: Mpirun | None) -> Finding:
     except subprocess.TimeoutExpired:
         return Finding("mpi4py", "problem", f"MPI_Init hangs ({_MPI_TIMEOUT_S:.0f} s)",
                        "try `python -c 'from mpi4py import MPI'`; a login node may forbid MPI")
-    fields = done.stdout.strip().split("\t")
+    fields = done.stdout.replace("\0", "").strip().split("\t")  # Open MPI's text ends in one
     if done.returncode != 0 or len(fields) != 3:
         said = (done.stderr.strip().splitlines() or ["no message"])[-1]
         return Finding("mpi4py", "problem", f"does not start: {said}",

@@ -30,6 +30,8 @@ usage: hpcray COMMAND ...
 
   run [-n N] [--ft] SCRIPT [ARGS...]      run a script; with -n, as a job of N nodes under mpirun
   run [-n N] [--ft] -m MODULE [ARGS...]   the same for a module, as `python -m`
+                                          --ft: Open MPI 5 tells the others when a rank dies, and
+                                          the job ends in good order; else mpirun kills it
   doctor                                  check this machine, say what to fix
   version                                 print the version
 

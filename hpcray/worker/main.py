@@ -390,7 +390,12 @@ class Worker:
         if type(result) is GeneratorType or template.stream:
             generators.run(self, run, template, result, began_s)
         else:
-            self.client.report(self._outcome(run, template, result, began_s), run.reply_to)
+            try:
+                outcome = self._outcome(run, template, result, began_s)
+            except TypeError as error:
+                error.add_note(f"(while the return value of {template.name} was pickled)")
+                raise
+            self.client.report(outcome, run.reply_to)
 
     def _outcome(self, run: Run, template: Template, result: Any, began_s: float) -> Any:
         count = template.return_count
@@ -505,7 +510,7 @@ class Worker:
         self.client.report(Done(run.task_id, run.attempt, _us(began_s), _NONE))
 
     def creation_failure(self, run: Run, name: str, error: BaseException) -> bytes:
-        text = self.describe(f"{name}.__init__", error)
+        text = self.describe(name, error)
         return values.pack_failure(values.Failure(
             "ActorDiedError",
             "The actor died because of an error raised in its creation task (its constructor), "

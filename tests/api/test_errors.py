@@ -387,6 +387,16 @@ def test_argument_that_cannot_be_pickled_fails_at_the_call(ray):
         assert "takes_it" in str(caught.value)
 
 
+@pytest.mark.hpcray_only("the error says what could not be pickled")
+def test_a_result_that_cannot_be_pickled_is_named(ray):
+    @ray.remote
+    def makes_it():
+        return threading.Lock()
+
+    with pytest.raises(TypeError, match="(?s)lock.*return value of .*makes_it"):
+        ray.get(makes_it.remote())
+
+
 def test_actor_argument_that_cannot_be_pickled_fails_at_the_call(ray):
     @ray.remote
     class A:

@@ -40,6 +40,8 @@ def test_get_refuses_what_is_no_ref(node: Any) -> None:
         ray.get([ref, 1])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="timeout"):
         ray.get(ref, timeout=-1)
+    with pytest.raises(TypeError, match="timeout must be None or a number of seconds, not '1'"):
+        ray.get(ref, timeout="1")
     assert ray.get(ref) == 7
     assert ray.get([ref, ref]) == [7, 7]
     assert ray.get([]) == []

@@ -51,6 +51,7 @@ def test_a_wrong_variable_is_named(name: str, value: str) -> None:
     ({"num_gpus": -1}, ValueError, "num_gpus"),
     ({"object_store_memory_bytes": 1.5}, TypeError, "object_store_memory"),
     ({"object_store_memory_bytes": 0}, ValueError, "object_store_memory"),
+    ({"object_store_memory_bytes": 10}, ValueError, "object_store_memory must be at least 4096"),
     ({"resources": {"CPU": 2}}, ValueError, "num_cpus"),
     ({"resources": {"": 2}}, TypeError, "non-empty"),
     ({"preload": "numpy"}, TypeError, "list of module names"),
