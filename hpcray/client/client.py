@@ -267,7 +267,7 @@ class Client:
                     link.called(task)
             else:
                 message = SubmitTask(task, template_id, args, refs, dep_count)
-            if self._refs.own:
+            if self._refs.own and (refs or actor):
                 self._append_naming(message, refs, actor)
             else:
                 outbox.append(message)
