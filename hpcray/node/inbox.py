@@ -41,16 +41,22 @@ class Inboxes:
         self._read = read
         self._handle = handle
         self.of: dict[int, Inbox] = {}
+        self._caught_up: dict[int, None] = {}  # what was read of them may be more than was needed
 
     def add(self, number: int) -> Inbox:
         inbox = self.of[number] = Inbox()
         return inbox
 
     def handle_all(self, number: int) -> None:
-        """Handle what has been read of this client, and what that follows from."""
-        inbox = self.of[number]
-        while inbox.batches:
-            self._handle_next(number, inbox)
+        """Handle what has been read of this client, and what that follows from: all that was read,
+        as nobody will say again that there is something."""
+        self._caught_up[number] = None
+        while self._caught_up:
+            number = next(iter(self._caught_up))
+            del self._caught_up[number]
+            inbox = self.of[number]
+            while inbox.batches:
+                self._handle_next(number, inbox)
 
     def _handle_next(self, number: int, inbox: Inbox) -> None:
         batch = inbox.batches.popleft()
@@ -67,3 +73,5 @@ class Inboxes:
             return  # it has ended; all it said was heard before that
         while inbox.handled < sent and (inbox.batches or self._read(number)):
             self._handle_next(number, inbox)
+        if inbox.batches:
+            self._caught_up[number] = None

@@ -138,7 +138,9 @@ class SimulatedNode:
         box = self.sockets[number]
         if not box:
             return False
-        self.inboxes.of[number].batches.append(messages.decode_to_node(box.popleft()))
+        # Now and then more than one, as from a real socket.
+        for _ in range(len(box) if self.cluster.rng.random() < 0.3 else 1):
+            self.inboxes.of[number].batches.append(messages.decode_to_node(box.popleft()))
         return True
 
     def _bury(self) -> None:
