@@ -99,8 +99,8 @@ class Machine:
             for other in self.clients.values():
                 if other.number in client.introduced or number in other.actors:
                     self.outbox.clients[other.number].append(m.ClientGone(number))
-                other.introduced.discard(number)
-                other.actors.discard(number)
+                for numbers in (other.met, other.introduced, other.actors):
+                    numbers.discard(number)
             self.directory.forget_client(client)
             self.streams.client_gone(number)
             self.requests.client_gone(number)

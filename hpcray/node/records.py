@@ -143,8 +143,8 @@ class TemplateStatistics:
 class ClientRecord:
     """A process connected to this node: the driver (number 0) or a worker."""
 
-    __slots__ = ("actors", "add_barrier", "called", "held", "introduced", "number", "pid", "pins",
-                 "released_bytes", "told", "welcomed")
+    __slots__ = ("actors", "add_barrier", "called", "held", "introduced", "met", "number", "pid",
+                 "pins", "released_bytes", "told", "welcomed")
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -157,8 +157,9 @@ class ClientRecord:
         # The last HolderAdd that its refs caused (see node/holders.py); 0: none.
         self.add_barrier = 0
         self.welcomed = False
-        # Workers that may answer it themselves (ChannelOf), and those whose actors it may call
-        # itself (ActorChannel).
+        # Workers that it has waited for, those that may answer it themselves (ChannelOf), and those
+        # whose actors it may call itself (ActorChannel). In this order: once is no conversation.
+        self.met: set[int] = set()
         self.introduced: set[int] = set()
         self.actors: set[int] = set()
         # (client, object) of values (Done.told), and the call (SubmitCall.worker), that it may not

@@ -324,10 +324,13 @@ class Tasks:
         client = self._machine.clients.get(number)
         if client is None:
             return -1
+        if worker not in client.met:
+            client.met.add(worker)
+            return -1
         if worker not in client.introduced:
             client.introduced.add(worker)
             self._outbox.actions.append(Introduce(worker, number))
-        if task.template.kind == METHOD and worker not in client.actors:
+        elif task.template.kind == METHOD and worker not in client.actors:
             client.actors.add(worker)
             self._outbox.actions.append(IntroduceActor(number, task.actor_id, worker))
         return number
