@@ -810,7 +810,10 @@ class Client:
 
     def _on_value(self, message: Value, _: list[int]) -> None:
         object_id = message.object_id
-        self.neighbours.on_value(message)
+        if message.sender < 0:
+            self.neighbours.stamp += 1
+        else:
+            self.neighbours.on_value(message)
         self._asked.discard(object_id)
         ref = self._refs.get(object_id)
         if ref is not None:
@@ -819,7 +822,7 @@ class Client:
         self._arrived(object_id)
 
     def _on_value_at(self, message: ValueAt, _: list[int]) -> None:
-        self.neighbours.stir()
+        self.neighbours.stamp += 1
         object_id = message.object_id
         self._asked.discard(object_id)
         ref = self._refs.get(object_id)
@@ -836,7 +839,7 @@ class Client:
             self.futures.arrived(object_id)
 
     def _on_ready(self, message: Ready, _: list[int]) -> None:
-        self.neighbours.stir()
+        self.neighbours.stamp += 1
         table = self._refs
         waiters = self._ready_waiters
         level = LOCAL if message.local else READY
@@ -853,11 +856,11 @@ class Client:
                 count_down(waiter)
 
     def _on_yielded(self, message: Yielded, _: list[int]) -> None:
-        self.neighbours.stir()
+        self.neighbours.stamp += 1
         self.streams.yielded(message)
 
     def _on_stream_ended(self, message: StreamEnded, _: list[int]) -> None:
-        self.neighbours.stir()
+        self.neighbours.stamp += 1
         self.streams.ended(message)
 
     def _on_released(self, message: Released, _: list[int]) -> None:
@@ -897,7 +900,7 @@ class Client:
                 waiter.remaining = 0
 
     def _on_reply(self, message: Reply, _: list[int]) -> None:
-        self.neighbours.stir()
+        self.neighbours.stamp += 1
         waiter = self._replies.get(message.request)
         if waiter is not None:
             waiter.result = message

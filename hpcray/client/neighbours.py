@@ -85,9 +85,10 @@ class Neighbours:
         self._call: tuple[ActorLink, SubmitCall] | None = None
         self._sent = False
         self._heard: dict[int, int] = {}
-        self.stamp = 0  # what this process has heard, from anybody
-        self._others = 0  # the same, less the calls of whom it answered last
-        self._answered = (_NOBODY, 0, 0)  # whom, and `_others` and the children it had then
+        self.stamp = 0  # counts what this process has heard that somebody did
+        self._from_partner = 0  # of these, calls of whom it answered last
+        # Whom, and what it had heard of others and how many children it had made then.
+        self._answered = (_NOBODY, 0, 0)
 
     # --- acquaintances ----------------------------------------------------------------------------
 
@@ -129,16 +130,11 @@ class Neighbours:
 
     # --- what we hear -----------------------------------------------------------------------------
 
-    def stir(self) -> None:
-        """The node has told us something that somebody did."""
-        self.stamp += 1
-        self._others += 1
-
     def on_value(self, value: Value) -> None:
-        if value.sender >= 0:
-            self._heard[value.sender] = value.sent
+        """A neighbour has sent it."""
+        self._heard[value.sender] = value.sent
         if not value.apart:
-            self.stir()
+            self.stamp += 1
 
     def on_runs(self, batch: list[Run | Stop]) -> None:
         """One datagram of the task channel."""
@@ -148,8 +144,8 @@ class Neighbours:
             return
         if first.sender >= 0:
             self._heard[first.sender] = first.sent
-        if first.reply_to != self._answered[0] or len(batch) > 1:
-            self._others += 1
+        if first.reply_to == self._answered[0] and len(batch) == 1:
+            self._from_partner += 1
 
     # --- what we send -----------------------------------------------------------------------------
 
@@ -160,7 +156,7 @@ class Neighbours:
         """
         if client in self._clients:
             done.told = client
-            state = (client, self._others, children)
+            state = (client, self.stamp - self._from_partner, children)
             self._values.setdefault(client, []).append((done, state == self._answered))
             self._answered = state
 

@@ -859,9 +859,12 @@ class Process:
     def _dispatch(self, message: Any) -> None:
         kind = type(message)
         if kind in (m.ValueAt, m.Ready, m.Reply, m.Yielded, m.StreamEnded):
-            self.neighbours.stir()
+            self.neighbours.stamp += 1
         if kind is m.Value:
-            self.neighbours.on_value(message)
+            if message.sender < 0:
+                self.neighbours.stamp += 1
+            else:
+                self.neighbours.on_value(message)
             self._asked.discard(message.object_id)
             ref = self._ref(message.object_id)
             if ref is not None:

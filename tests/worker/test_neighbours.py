@@ -146,7 +146,7 @@ def test_a_value_says_whether_its_sender_can_know_of_others(ends):
     told.append(answer(8, children=1))
     neighbours.on_value(Value(b"", b"", 3, 1, True))
     told.append(answer(8, children=1))  # apart
-    neighbours.stir()
+    neighbours.stamp += 1  # the node has told us something
     told.append(answer(8, children=1))
     assert told == [False, True, False, False, False, True, False, False, True, False]
     neighbours.close()
@@ -220,7 +220,10 @@ def test_an_error_does_not_say_that_earlier_calls_were_sent(caller):
 
 def test_what_is_heard_sends_the_next_call_through_the_node(caller):
     caller.ask()
-    for hear in (caller.neighbours.stir, lambda: caller.neighbours.on_runs([messages.Stop()]),
+    def told_by_the_node():
+        caller.neighbours.stamp += 1
+
+    for hear in (told_by_the_node, lambda: caller.neighbours.on_runs([messages.Stop()]),
                  lambda: caller.neighbours.on_value(Value(b"", b"", 3, 1))):
         assert caller.ask()
         hear()
@@ -232,7 +235,7 @@ def test_what_is_heard_sends_the_next_call_through_the_node(caller):
 def test_what_is_heard_while_a_call_is_out_counts_as_well(caller):
     task_id = caller.submit()
     assert not caller.decide(task_id)
-    caller.neighbours.stir()
+    caller.neighbours.stamp += 1
     caller.link.over(task_id, OK)
     assert [caller.ask(), caller.ask()] == [False, True]
 
