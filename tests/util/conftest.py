@@ -79,9 +79,10 @@ def hold(tmp_path: Path) -> Iterator[Any]:
     def release() -> None:
         if not released:
             released.append(True)
-            # Whoever opens it from now on must not block either.
-            path.unlink()
-            path.touch()
+            # Whoever opens it from now on must not block either, nor find nothing.
+            empty = tmp_path / "released"
+            empty.touch()
+            empty.replace(path)
             os.close(writer)
 
     wait.release = release  # type: ignore[attr-defined]
