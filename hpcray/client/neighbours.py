@@ -130,9 +130,14 @@ class Neighbours:
 
     # --- what we hear -----------------------------------------------------------------------------
 
+    def _hear(self, number: int, sent: int) -> None:
+        # Its calls and its values come by different channels: which is read first says nothing.
+        if sent > self._heard.get(number, 0):
+            self._heard[number] = sent
+
     def on_value(self, value: Value) -> None:
         """A neighbour has sent it."""
-        self._heard[value.sender] = value.sent
+        self._hear(value.sender, value.sent)
         if not value.apart:
             self.stamp += 1
 
@@ -143,7 +148,7 @@ class Neighbours:
         if type(first) is not Run:
             return
         if first.sender >= 0:
-            self._heard[first.sender] = first.sent
+            self._hear(first.sender, first.sent)
         if first.reply_to == self._answered[0] and len(batch) == 1:
             self._from_partner += 1
 

@@ -104,13 +104,13 @@ class Called:
 
 ray.init(num_cpus=2)
 known = current_client().neighbours.actors
-for _ in range(8):
+for number in range(8):
     called = Called.remote()
     deadline_s = time.monotonic() + 10
     while not known:
         ray.get(called.ping.remote())
         assert time.monotonic() < deadline_s
-    if _ % 2:
+    if number % 2:
         ray.kill(called)
     del called
     while known:

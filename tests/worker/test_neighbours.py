@@ -76,6 +76,7 @@ def test_the_node_hears_of_it_once_and_first(ends):
     neighbours.on_value(Value(b"", b"", 9, 30))
     neighbours.on_value(Value(b"", b"", 9, 31))
     neighbours.on_runs([Run(b"", b"", 0, b"", sender=2, sent=5)])
+    neighbours.on_runs([Run(b"", b"", 0, b"", sender=9, sent=29)])  # read late
     neighbours.report(outbox)
     neighbours.report(outbox)
     assert outbox[0] == Meanwhile(True, ((9, 31), (2, 5)))
