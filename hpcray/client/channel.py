@@ -20,7 +20,6 @@ from typing import Any
 
 from hpcray.protocol import messages
 
-_RECEIVE_BYTES = 512 * 1024
 _MAX_DESCRIPTORS = 64
 _ANCILLARY_BYTES = socket.CMSG_SPACE(_MAX_DESCRIPTORS * 4)
 # Plain ints: combining the enum members costs a microsecond at each call.
@@ -38,8 +37,7 @@ class Channel:
         self.socket = sock
         self.outbox: list[Any] = []
         self.sent = 0  # datagrams
-        self._buffer = bytearray(_RECEIVE_BYTES)
-        self._view = memoryview(self._buffer)
+        self._buffer = messages.receive_buffer()
         self._decode = messages.decode_to_client
         self.closed = False
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
@@ -101,7 +99,7 @@ class Channel:
         """
         try:
             nbytes, ancillary, _, _ = self.socket.recvmsg_into(
-                [self._view], _ANCILLARY_BYTES, _WAIT_FLAGS if wait else _LOOK_FLAGS)
+                [self._buffer], _ANCILLARY_BYTES, _WAIT_FLAGS if wait else _LOOK_FLAGS)
         except BlockingIOError:
             return None
         except OSError as error:
@@ -115,7 +113,7 @@ class Channel:
             received = array.array("i")
             received.frombytes(data[: len(data) - len(data) % 4])
             descriptors.extend(received)
-        return self._decode(self._view[:nbytes]), descriptors
+        return self._decode(self._buffer[:nbytes]), descriptors
 
     def close(self) -> None:
         self.closed = True

@@ -279,7 +279,7 @@ def _load_ref(object_id: bytes) -> ObjectRef[Any]:
         if _forked:
             # What it is used for says why not; an error here would end, say, a worker of a Pool
             # that was sent it, while whoever sent it waits.
-            return _bare(object_id)
+            return ReferenceTable().fresh(object_id)
         client = current_client()
     lock = client._lock
     table = client._refs
@@ -292,17 +292,12 @@ def _load_ref(object_id: bytes) -> ObjectRef[Any]:
                 return ref
         elif object_id != table.own:
             table.new_holds[object_id] = None
-        ref = _bare(object_id)
-        table.live[object_id] = _ref(ref)
-        return ref
+        met: ObjectRef[Any] = _new(ObjectRef)
+        met._id = object_id
+        met._value = None
+        met._ready = NOT_READY
+        met._view = None
+        table.live[object_id] = _ref(met)
+        return met
     finally:
         lock.release()
-
-
-def _bare(object_id: bytes) -> ObjectRef[Any]:
-    ref = _new(ObjectRef)
-    ref._id = object_id
-    ref._value = None
-    ref._ready = NOT_READY
-    ref._view = None
-    return ref

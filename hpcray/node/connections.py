@@ -18,7 +18,6 @@ from hpcray.node.pool import WorkerPool
 from hpcray.node.watcher import READ, WRITE, Watcher
 from hpcray.protocol import messages
 
-_RECEIVE_BYTES = 512 * 1024
 # Datagrams read from one client per turn: bounds a turn, keeps clients equal.
 _DATAGRAMS_PER_TURN = 64
 # After a datagram this large another one is likely there already.
@@ -70,8 +69,7 @@ class Connections:
         self._task_backlog: dict[int, deque[bytes]] = {}
         # What each worker was given last: its output may be read after its result.
         self.last_template: dict[int, bytes] = {}
-        self._buffer = bytearray(_RECEIVE_BYTES)
-        self._view = memoryview(self._buffer)
+        self._buffer = messages.receive_buffer()
 
     def add(self, number: int, sock: socket.socket) -> Connection:
         enlarge_buffers(sock)
@@ -100,7 +98,7 @@ class Connections:
             if nbytes == 0:
                 # The end is seen again at the next read, when these have been handled.
                 return count or None
-            batches.append(messages.decode_to_node(self._view[:nbytes]))
+            batches.append(messages.decode_to_node(self._buffer[:nbytes]))
             count += 1
             if nbytes < _LIKELY_MORE_BYTES:
                 break  # epoll says if there is more: cheaper than asking the socket in vain

@@ -54,7 +54,6 @@ from hpcray.worker import environment, generators
 from hpcray.worker.hosting import FailedDependency, end_user_code, host
 from hpcray.worker.zygote import INTERRUPT_SIGNAL
 
-_RECEIVE_BYTES = 512 * 1024
 _WELCOME_S = 60.0
 # Outcomes do not wait longer than this for the rest of their datagram.
 _FLUSH_S = 0.001
@@ -126,8 +125,7 @@ class Worker:
         self._loaded: dict[bytes, Loaded] = {}
         self._tasks_fd = tasks.fileno()
         self._queue: deque[Run | Stop] = deque()
-        self._buffer = bytearray(_RECEIVE_BYTES)
-        self._view = memoryview(self._buffer)
+        self._buffer = messages.receive_buffer()
         self._poller = select.poll()
         self._poller.register(tasks, select.POLLIN)
         self._poller.register(client._channel.socket, select.POLLIN)
@@ -202,7 +200,7 @@ class Worker:
             return 0
         if nbytes == 0:
             raise ChannelClosed("the node closed the task channel")
-        batch = messages.decode_to_worker(self._view[:nbytes])
+        batch = messages.decode_to_worker(self._buffer[:nbytes])
         self.client.on_runs(batch)
         self._queue.extend(batch)
         return nbytes
