@@ -75,18 +75,19 @@ class RemoteFunction(Generic[P, R]):
         if (client is None or client is not self._client
                 or references._inherited is not self._inherited):
             client = self._prepare()
+        returns = self._return_count
         if args or kwargs:
             if kwargs or not self._least <= len(args) <= self._most:
                 self._definition.signature.check(self._definition.name, args, kwargs)
             # `keep` holds what the call refers to until it is submitted.
             packed, refs, count, keep = pack_call(client, self._definition.name, args, kwargs)
-            result = client.submit(self._template_id, packed, refs, count, self._return_count)
+            result = client.submit(self._template_id, packed, refs, count, returns)
             del keep
         else:
             if self._least:
                 self._definition.signature.check(self._definition.name, args, kwargs)
-            result = client.submit(self._template_id, NO_ARGS, b"", 0, self._return_count)
-        if self._return_count == 1 or self._return_count < 0:
+            result = client.submit(self._template_id, NO_ARGS, b"", 0, returns)
+        if returns == 1 or returns < 0:
             return result[0]  # type: ignore[no-any-return]
         return result or None  # type: ignore[return-value]  # see `num_returns` above
 

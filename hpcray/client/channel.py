@@ -1,7 +1,7 @@
 """One end of a client-node channel: batches of messages over a SEQPACKET socket.
 
     sending    messages are appended to `outbox`; `flush` encodes them into datagrams
-    receiving  `receive` hands every message of one datagram, with its descriptors, to `dispatch`
+    receiving  `receive` hands every message of one datagram, with its descriptors, to its handler
 
 Knows nothing of objects or tasks, and takes no lock: the client does.
 
@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import array
 import contextlib
+import mmap
 import select
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from hpcray.protocol import messages
@@ -28,8 +29,19 @@ _WAIT_FLAGS = int(socket.MSG_CMSG_CLOEXEC)
 _LOOK_FLAGS = int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
 
 
+# By the type of the message; the descriptors of its datagram are taken in order.
+Handlers = Mapping[type, Callable[[Any, list[int]], None]]
+
+
 class ChannelClosed(Exception):
     """The node hung up."""
+
+
+def receive_buffer() -> memoryview:
+    """Room for any datagram. Takes memory only as far as datagrams reach into it: a `bytearray`
+    is zeroed, and its 128 page faults are a good part of a worker's start."""
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    return memoryview(mmap.mmap(-1, messages.RECEIVE_BYTES, flags=private))
 
 
 class Channel:
@@ -37,14 +49,14 @@ class Channel:
         self.socket = sock
         self.outbox: list[Any] = []
         self.sent = 0  # datagrams
-        self._buffer = messages.receive_buffer()
+        self._buffer = receive_buffer()
         self._decode = messages.decode_to_client
         self.closed = False
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             with contextlib.suppress(OSError):
                 sock.setsockopt(socket.SOL_SOCKET, option, 4 * 1024 * 1024)
 
-    def flush(self, dispatch: Callable[[Any, list[int]], None]) -> None:
+    def flush(self, handlers: Handlers) -> None:
         """Send everything queued.
 
         Raises:
@@ -56,12 +68,12 @@ class Channel:
         self.outbox = []
         encoded = messages.encode(batch)
         if len(encoded) <= messages.DATAGRAM_MAX_BYTES:
-            self._send(encoded, dispatch)
+            self._send(encoded, handlers)
         else:
             for datagram in messages.split_batch(batch, encoded):
-                self._send(datagram, dispatch)
+                self._send(datagram, handlers)
 
-    def _send(self, datagram: bytes, dispatch: Callable[[Any, list[int]], None]) -> None:
+    def _send(self, datagram: bytes, handlers: Handlers) -> None:
         while True:
             try:
                 self.socket.send(datagram, _SEND_FLAGS)
@@ -71,13 +83,13 @@ class Channel:
                 poller = select.poll()
                 poller.register(self.socket, select.POLLOUT | select.POLLIN)
                 poller.poll(1000)
-                while self.receive(dispatch, wait=False):
+                while self.receive(handlers, wait=False):
                     pass
             except OSError as error:
                 self.closed = True
                 raise ChannelClosed(str(error)) from None
 
-    def receive(self, dispatch: Callable[[Any, list[int]], None], *, wait: bool) -> bool:
+    def receive(self, handlers: Handlers, *, wait: bool) -> bool:
         """Handle one datagram; False if there was none (only without `wait`).
 
         Raises:
@@ -88,7 +100,7 @@ class Channel:
             return False
         batch, descriptors = read
         for message in batch:
-            dispatch(message, descriptors)
+            handlers[type(message)](message, descriptors)
         return True
 
     def read(self, *, wait: bool) -> tuple[list[Any], list[int]] | None:

@@ -25,7 +25,7 @@ from typing import Any
 from hpcray import exceptions
 from hpcray.client import references, serialization
 from hpcray.client.arguments import pack_arguments
-from hpcray.client.channel import Channel, ChannelClosed
+from hpcray.client.channel import Channel, ChannelClosed, Handlers
 from hpcray.client.futures import Futures
 from hpcray.client.helper import Helper
 from hpcray.client.memory import ClientMemory
@@ -154,6 +154,7 @@ class Client:
         self._task: tuple[bytes, int, bytes] = (b"", 0, b"")
         self._task_prefix = b""
         self._counter = 0
+        self._handlers = self._message_handlers()
 
     # --- connection ------------------------------------------------------------------------------
 
@@ -258,7 +259,8 @@ class Client:
             prefix = self._task_prefix or self.task_prefix
             task = prefix + counter.to_bytes(4, "little") + self._tail
             outbox = self._channel.outbox
-            if self._refs.new_holds:
+            table = self._refs
+            if table.new_holds:
                 self._send_holds(outbox)
             if actor:
                 message: Any = SubmitCall(task, template_id, actor, args, refs, dep_count)
@@ -267,17 +269,17 @@ class Client:
                     link.called(task)
             else:
                 message = SubmitTask(task, template_id, args, refs, dep_count)
-            if self._refs.own and (refs or actor):
+            if table.own and (refs or actor):
                 self._append_naming(message, refs, actor)
             else:
                 outbox.append(message)
             if return_count == 1:
-                result: list[Any] = [self._refs.fresh(task + ids.FIRST_RETURN)]
+                result: list[Any] = [table.fresh(task + ids.FIRST_RETURN)]
             elif return_count < 0:
-                end = self._refs.fresh(task + ids.FIRST_RETURN)
+                end = table.fresh(task + ids.FIRST_RETURN)
                 result = [self.streams.open(task, return_count == WINDOWED, end)]
             else:
-                fresh = self._refs.fresh
+                fresh = table.fresh
                 result = [fresh(ids.return_id(task, index)) for index in range(return_count)]
             self._linger(len(args) > 16_384)
             return result
@@ -574,7 +576,7 @@ class Client:
             self._flush()
 
     def exchange(self, message: Any, slot: Waiter) -> Any:
-        """Send a message whose answer `_dispatch` puts into `slot`; the answer."""
+        """Send a message whose answer its handler puts into `slot`; the answer."""
         with self._lock:
             self._check()
             self._channel.outbox.append(message)
@@ -654,6 +656,7 @@ class Client:
     def _send_holds(self, outbox: list[Any]) -> None:
         holds = self._refs.new_holds
         if holds:
+            holds.pop(self._refs.own, None)
             found = list(holds)
             holds.clear()
             for start in range(0, len(found), _IDS_PER_MESSAGE):
@@ -698,10 +701,10 @@ class Client:
             neighbours = self.neighbours
             neighbours.report(outbox)
             try:
-                channel.flush(self._dispatch)
+                channel.flush(self._handlers)
                 if neighbours.waiting:
                     neighbours.send(channel.outbox, channel.sent)
-                    channel.flush(self._dispatch)  # what could not be sent, mostly nothing
+                    channel.flush(self._handlers)  # what could not be sent, mostly nothing
             except ChannelClosed as closed:
                 self._set_lost(str(closed))
                 self._raise_lost()
@@ -754,8 +757,9 @@ class Client:
                     self._reading = False
                     if read is not None:
                         batch, descriptors = read
+                        handlers = self._handlers
                         for message in batch:
-                            self._dispatch(message, descriptors)
+                            handlers[type(message)](message, descriptors)
                         self.last_read_s = time.monotonic()
                     if self._sleepers:
                         self._changed.notify_all()
@@ -768,7 +772,7 @@ class Client:
 
     def _read_available(self) -> None:
         try:
-            while self._channel.receive(self._dispatch, wait=False):
+            while self._channel.receive(self._handlers, wait=False):
                 pass
         except ChannelClosed as closed:
             self._set_lost(str(closed))
@@ -805,9 +809,6 @@ class Client:
             self.futures.lost()
             self.on_lost(reason)
 
-    def _dispatch(self, message: Any, descriptors: list[int]) -> None:
-        _HANDLERS[type(message)](self, message, descriptors)
-
     def _on_value(self, message: Value, _: list[int]) -> None:
         object_id = message.object_id
         if message.sender < 0:
@@ -815,7 +816,8 @@ class Client:
         else:
             self.neighbours.on_value(message)
         self._asked.discard(object_id)
-        ref = self._refs.get(object_id)
+        entry = self._refs.live.get(object_id)
+        ref = None if entry is None else entry()
         if ref is not None:
             ref._value = message.value
             ref._ready = LOCAL
@@ -833,7 +835,9 @@ class Client:
 
     def _arrived(self, object_id: bytes) -> None:
         waiter = self._waiters.pop(object_id, None)
-        if waiter is not None:
+        if type(waiter) is Waiter:
+            waiter.remaining -= 1
+        elif waiter is not None:
             count_down(waiter)
         if self.futures.waiting:
             self.futures.arrived(object_id)
@@ -935,32 +939,32 @@ class Client:
     def _on_ended(self, _message: JobEnded, _: list[int]) -> None:
         self._ended.remaining = 0
 
-
-_HANDLERS: dict[type, Callable[[Client, Any, list[int]], None]] = {
-    Value: Client._on_value,
-    ValueAt: Client._on_value_at,
-    Ready: Client._on_ready,
-    Released: Client._on_released,
-    SegmentGrant: Client._on_grant,
-    SegmentDenied: Client._on_denied,
-    SegmentOpened: Client._on_opened,
-    ChannelOf: Client._on_channel_of,
-    ActorChannel: Client._on_actor_channel,
-    ClientGone: Client._on_client_gone,
-    SegmentClosed: Client._on_closed,
-    SegmentReclaim: Client._on_reclaim,
-    TemplateIs: Client._on_template,
-    Reply: Client._on_reply,
-    Rows: Client._on_rows,
-    Output: Client._on_output,
-    CancelTask: Client._on_cancel,
-    Welcome: Client._on_welcome,
-    InlineLimit: Client._on_inline_limit,
-    JobEnded: Client._on_ended,
-    Yielded: Client._on_yielded,
-    StreamEnded: Client._on_stream_ended,
-    StreamRoom: lambda self, message, _: self.rooms.taken(message),
-}
+    def _message_handlers(self) -> Handlers:
+        return {
+            Value: self._on_value,
+            ValueAt: self._on_value_at,
+            Ready: self._on_ready,
+            Released: self._on_released,
+            SegmentGrant: self._on_grant,
+            SegmentDenied: self._on_denied,
+            SegmentOpened: self._on_opened,
+            ChannelOf: self._on_channel_of,
+            ActorChannel: self._on_actor_channel,
+            ClientGone: self._on_client_gone,
+            SegmentClosed: self._on_closed,
+            SegmentReclaim: self._on_reclaim,
+            TemplateIs: self._on_template,
+            Reply: self._on_reply,
+            Rows: self._on_rows,
+            Output: self._on_output,
+            CancelTask: self._on_cancel,
+            Welcome: self._on_welcome,
+            InlineLimit: self._on_inline_limit,
+            JobEnded: self._on_ended,
+            Yielded: self._on_yielded,
+            StreamEnded: self._on_stream_ended,
+            StreamRoom: lambda message, _: self.rooms.taken(message),
+        }
 
 
 def _timed_out(timeout_s: float | None, absent: int, count: int) -> exceptions.GetTimeoutError:

@@ -191,7 +191,7 @@ class ReferenceTable:
             if ref is not None:
                 return ref
             # Dead but not drained: the node still counts it; the entry is simply revived.
-        elif object_id != self.own:
+        else:
             self.new_holds[object_id] = None
         return self.fresh(object_id)
 
@@ -204,6 +204,7 @@ class ReferenceTable:
         dropped = _dropped
         live = self.live
         holds = self.new_holds
+        own = self.own
         gone = []
         while dropped:
             object_id = dropped.popleft()
@@ -215,7 +216,7 @@ class ReferenceTable:
             del live[object_id]
             if object_id in holds:
                 del holds[object_id]  # never told: nothing to take back
-            elif object_id != self.own:
+            elif object_id != own:
                 gone.append(object_id)
         return gone
 
@@ -290,7 +291,7 @@ def _load_ref(object_id: bytes) -> ObjectRef[Any]:
             ref = entry()
             if ref is not None:
                 return ref
-        elif object_id != table.own:
+        else:
             table.new_holds[object_id] = None
         met: ObjectRef[Any] = _new(ObjectRef)
         met._id = object_id

@@ -23,6 +23,8 @@ from hpcray.client import references
 from hpcray.protocol import values
 
 _ATOMS = frozenset({int, float, bool, str, bytes, type(None), complex})
+_LONG = frozenset({str, bytes})  # not worth pickling to see that it is too long
+NONE = values.pack_plain(pickle.dumps(None, 5))
 _collecting = references._collecting
 
 
@@ -142,6 +144,20 @@ def serialize(value: Any) -> Serialized:
     finally:
         _collecting.ids = outer
     return Serialized(pickled, buffers, contained)
+
+
+def pack_atom(value: Any, limit: int) -> bytes:
+    """The packed value of a number, text, bytes or None: most results by far.
+
+    Empty if it is anything else, or longer than `limit`.
+    """
+    if value is None:
+        return NONE
+    kind = type(value)
+    if kind not in _ATOMS or (kind in _LONG and len(value) > limit):
+        return b""
+    packed = values.pack_plain(pickle.dumps(value, 5))
+    return packed if len(packed) <= limit else b""
 
 
 def deserialize(data: Any) -> Any:

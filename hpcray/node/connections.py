@@ -69,7 +69,7 @@ class Connections:
         self._task_backlog: dict[int, deque[bytes]] = {}
         # What each worker was given last: its output may be read after its result.
         self.last_template: dict[int, bytes] = {}
-        self._buffer = messages.receive_buffer()
+        self._buffer = memoryview(bytearray(messages.RECEIVE_BYTES))
 
     def add(self, number: int, sock: socket.socket) -> Connection:
         enlarge_buffers(sock)

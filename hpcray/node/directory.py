@@ -333,8 +333,11 @@ class Directory:
         waiters = record.waiters
         if waiters is not None:
             record.waiters = None
-            for code in waiters if type(waiters) is list else (waiters,):
-                self._serve(record, code)
+            if type(waiters) is list:
+                for code in waiters:
+                    self._serve(record, code)
+            else:
+                self._serve(record, waiters)
         extra = record.extra
         if extra is None:
             return
@@ -352,13 +355,18 @@ class Directory:
     def get(self, client: int, joined: bytes, how: int) -> None:
         code = client * 4 + how
         records = self.records
+        home = self._rank_bytes
         for object_id in ids.split_ids(joined):
             record = records.get(object_id)
             if record is None:
                 record = self.record(object_id)
             if record.state == PENDING:
-                self._enqueue(record, code)
-                self.want(record)
+                if record.waiters is None:
+                    record.waiters = code
+                else:
+                    self._enqueue(record, code)
+                if object_id[16:20] != home:
+                    self.want(record)
             else:
                 self._serve(record, code)
 

@@ -107,6 +107,7 @@ class Dispatcher:
         self.ledger = ledger
         self.workers: dict[int, Worker] = {}
         self.queues: dict[tuple[Shape, bool], ShapeQueue] = {}
+        self._queue_of: dict[bytes, ShapeQueue] = {}  # by template
         self._idle: deque[Worker] = deque()
         self._starting = 0
         self._worker_count = 0
@@ -126,11 +127,9 @@ class Dispatcher:
         template = task.template
         if template.group_id and self._machine.bundles.refuse(task):
             return
-        creation = template.kind == ACTOR_CREATION
-        queue = self.queues.get((template.resources, creation))
+        queue = self._queue_of.get(template.template_id)
         if queue is None:
-            queue = self.queues[(template.resources, creation)] = ShapeQueue(
-                template.resources, creation)
+            queue = self._queue_of[template.template_id] = self._queue_for(template)
         if queue.ranked or template.priority:
             self._insert(queue, task, front)
         elif front:
@@ -138,6 +137,13 @@ class Dispatcher:
         else:
             queue.tasks.append(task)
         self._dirty = True
+
+    def _queue_for(self, template: Template) -> ShapeQueue:
+        key = (template.resources, template.kind == ACTOR_CREATION)
+        queue = self.queues.get(key)
+        if queue is None:
+            queue = self.queues[key] = ShapeQueue(*key)
+        return queue
 
     def _insert(self, queue: ShapeQueue, task: TaskRecord, front: bool) -> None:
         """By priority; among equals last, or first."""
@@ -328,6 +334,8 @@ class Dispatcher:
         """Send one datagram of tasks to the worker; False if none in the queue can run yet."""
         tasks = self._machine.tasks
         waiting = queue.tasks
+        number = worker.number
+        devices = worker.devices
         datagram: deque[TaskRecord] = deque()
         run: list[Any] = []
         limit = 0
@@ -361,10 +369,8 @@ class Dispatcher:
                 room_bytes = 0
             room_bytes -= len(task.args)
             datagram.append(task)
-            alone = not (waiting or run or worker.datagrams)
-            run.append(tasks.run_message(task, worker.number, worker.devices, alone))
-            if queue.creation:
-                break
+            alone = not (run or waiting or worker.datagrams)
+            run.append(tasks.run_message(task, number, devices, alone))
         if not run:
             return False
         if not worker.datagrams:
@@ -418,16 +424,17 @@ class Dispatcher:
         worker = self.workers.get(task.worker)
         if worker is None or not worker.datagrams:
             return
-        datagram = worker.datagrams[0]
+        datagrams = worker.datagrams
+        datagram = datagrams[0]
         if datagram[0] is task:
             datagram.popleft()
         else:
-            for datagram in worker.datagrams:
+            for datagram in datagrams:
                 if task in datagram:
                     datagram.remove(task)
                     break
         if not datagram:
-            self._drop_empty(worker)
+            datagrams = self._drop_empty(worker)
         template = task.template
         if template.max_calls:
             if worker.calls is None:
@@ -435,20 +442,21 @@ class Dispatcher:
             runs = worker.calls.get(template.template_id, 0) + 1
             worker.calls[template.template_id] = runs
             worker.retiring = worker.retiring or runs >= template.max_calls
-        if len(worker.datagrams) < 2:
+        if len(datagrams) < 2:
             self.piled.pop(worker.number, None)
-            if not worker.datagrams:
+            if not datagrams:
                 self._drained[worker.number] = worker
             else:
                 self._dirty = True
 
-    def _drop_empty(self, worker: Worker) -> None:
+    def _drop_empty(self, worker: Worker) -> deque[deque[TaskRecord]]:
         """Any of a worker's datagrams may have become empty: while the node takes back the first,
         the worker may read the second."""
         if worker.datagrams and not worker.datagrams[0]:
             worker.sent_s = self._machine.now_s
             worker.slow = False
         worker.datagrams = deque(datagram for datagram in worker.datagrams if datagram)
+        return worker.datagrams
 
     def blocked(self, number: int, unstarted: tuple[bytes, ...]) -> None:
         """The worker waits: it gives back its CPU and everything it has not started."""

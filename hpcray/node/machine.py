@@ -65,6 +65,8 @@ class Machine:
         self.directory.on_freed_creation = self.actors.last_handle_gone
         self._foreign_since_s: float | None = None
         self._squeezed = False
+        self._from_clients = self._client_handlers()
+        self._from_peers = self._peer_handlers()
 
     # --- clients ----------------------------------------------------------------------------------
 
@@ -84,9 +86,9 @@ class Machine:
         client = self.clients.get(number)
         if client is None:
             return
-        handlers = _CLIENT_HANDLERS
+        handlers = self._from_clients
         for message in batch:
-            handlers[type(message)](self, client, message)
+            handlers[type(message)](client, message)
 
     def worker_exited(self, number: int, failure: values.Failure) -> None:
         """The process is gone and its channel has been read dry."""
@@ -210,9 +212,9 @@ class Machine:
     # --- peers ------------------------------------------------------------------------------------
 
     def peer_messages(self, rank: int, batch: list[Any]) -> None:
-        handlers = _PEER_HANDLERS
+        handlers = self._from_peers
         for message in batch:
-            handlers[type(message)](self, rank, message)
+            handlers[type(message)](rank, message)
 
     def _holder_add(self, rank: int, message: m.HolderAdd) -> None:
         self.directory.holder_added(rank, message.ids)
@@ -334,88 +336,89 @@ class Machine:
         self.bundles.validate()
         self.memory.budget.validate()
 
+    def _client_handlers(self) -> dict[type, Callable[[ClientRecord, Any], None]]:
+        return {
+            m.Hello: self._hello,
+            m.DefineFunction: self._define_function,
+            m.DefineTemplate: self._define_template,
+            m.SubmitTask: self.tasks.submit,
+            m.SubmitCall: self.actors.call,
+            m.CreateActor: self.actors.create,
+            m.PutInline: self._put_inline,
+            m.PutLocated: self._put_located,
+            m.Hold: self._hold,
+            m.Drop: self._drop,
+            m.Unpin: self._unpin,
+            m.PinForJob: self._pin_for_job,
+            m.Get: self._get,
+            m.Watch: self._watch,
+            m.Done: self.tasks.done,
+            m.DoneMany: self.tasks.done_many,
+            m.Failed: self.tasks.failed,
+            m.Blocked: lambda client, message: self.dispatcher.blocked(
+                client.number, message.unstarted),
+            m.Unblocked: lambda client, _: self.dispatcher.unblocked(client.number),
+            m.SegmentRequest: lambda client, message: self.memory.request(
+                client, message.nbytes, self.now_s),
+            m.SegmentReturn: lambda client, message: self.memory.returned(client, message.segment),
+            m.SegmentOpen: lambda client, message: self.memory.open(client, message.segment),
+            m.FetchTemplate: self._fetch_template,
+            m.Request: lambda client, message: self.requests.asked(client.number, message),
+            m.Meanwhile: self._meanwhile,
+            m.Untold: self._untold,
+            m.Unsent: lambda _, message: self.actors.call_unsent(message.task_id),
+            m.EndJob: self._end_job,
+            m.ActorExit: lambda _, message: self.actors.exiting(message.actor_id),
+            m.Yield: self.streams.yielded,
+            m.StreamTaken: lambda _, message: self.streams.taken(message),
+            m.StreamDropped: self.streams.dropped,
+        }
 
-_CLIENT_HANDLERS: dict[type, Callable[[Machine, ClientRecord, Any], None]] = {
-    m.Hello: Machine._hello,
-    m.DefineFunction: Machine._define_function,
-    m.DefineTemplate: Machine._define_template,
-    m.SubmitTask: lambda self, client, message: self.tasks.submit(client, message),
-    m.SubmitCall: lambda self, client, message: self.actors.call(client, message),
-    m.CreateActor: lambda self, client, message: self.actors.create(client, message),
-    m.PutInline: Machine._put_inline,
-    m.PutLocated: Machine._put_located,
-    m.Hold: Machine._hold,
-    m.Drop: Machine._drop,
-    m.Unpin: Machine._unpin,
-    m.PinForJob: Machine._pin_for_job,
-    m.Get: Machine._get,
-    m.Watch: Machine._watch,
-    m.Done: lambda self, client, message: self.tasks.done(client, message),
-    m.DoneMany: lambda self, client, message: self.tasks.done_many(client, message),
-    m.Failed: lambda self, client, message: self.tasks.failed(client, message),
-    m.Blocked: lambda self, client, message: self.dispatcher.blocked(
-        client.number, message.unstarted),
-    m.Unblocked: lambda self, client, _: self.dispatcher.unblocked(client.number),
-    m.SegmentRequest: lambda self, client, message: self.memory.request(
-        client, message.nbytes, self.now_s),
-    m.SegmentReturn: lambda self, client, message: self.memory.returned(client, message.segment),
-    m.SegmentOpen: lambda self, client, message: self.memory.open(client, message.segment),
-    m.FetchTemplate: Machine._fetch_template,
-    m.Request: lambda self, client, message: self.requests.asked(client.number, message),
-    m.Meanwhile: Machine._meanwhile,
-    m.Untold: Machine._untold,
-    m.Unsent: lambda self, _, message: self.actors.call_unsent(message.task_id),
-    m.EndJob: Machine._end_job,
-    m.ActorExit: lambda self, _, message: self.actors.exiting(message.actor_id),
-    m.Yield: lambda self, client, message: self.streams.yielded(client, message),
-    m.StreamTaken: lambda self, _, message: self.streams.taken(message),
-    m.StreamDropped: lambda self, client, message: self.streams.dropped(client, message),
-}
-
-_PEER_HANDLERS: dict[type, Callable[[Machine, int, Any], None]] = {
-    m.TemplateDef: lambda self, _, message: self.tasks.define(message.template),
-    m.FetchFunction: Machine._function_asked,
-    m.FunctionDef: Machine._function_arrived,
-    m.Assign: lambda self, rank, message: self.tasks.assigned(rank, message),
-    m.AssignCall: lambda self, rank, message: self.actors.call_assigned(rank, message),
-    m.TaskDone: lambda self, rank, message: self.tasks.peer_done(rank, message),
-    m.TaskDoneMany: lambda self, rank, message: self.tasks.peer_done_many(rank, message),
-    m.TaskFailed: lambda self, rank, message: self.tasks.peer_failed(rank, message),
-    m.TaskCrashed: lambda self, rank, message: self.tasks.peer_crashed(rank, message),
-    m.TaskReturned: lambda self, rank, message: self.tasks.peer_returned(rank, message),
-    m.HolderAdd: Machine._holder_add,
-    m.HolderAdded: lambda self, rank, _: self.directory.holders.acknowledged(rank),
-    m.HolderDrop: lambda self, rank, message: self.directory.holder_dropped(rank, message.ids),
-    m.HandedOver: lambda self, _, message: self.directory.handed_over(message.handover),
-    m.Want: lambda self, rank, message: self.directory.wanted_by(rank, message.ids),
-    m.ObjectReady: lambda self, _, message: self.directory.object_ready(
-        message.object_id, message.value),
-    m.PullRequest: Machine._pull_request,
-    m.PullEnded: lambda self, _, message: self.directory.unpin(message.object_id),
-    m.CopyAdded: lambda self, rank, message: self.directory.copy_added(rank, message.object_id),
-    m.FreeCopies: lambda self, _, message: self.directory.free_copies(message.ids),
-    m.Load: Machine._load,
-    m.Demand: Machine._demand,
-    m.GrantUnused: Machine._grant_unused,
-    m.Grant: lambda self, _, message: self.cluster.granted(message, self.now_s),
-    m.ActorWhere: lambda self, rank, message: self.actors.where(rank, message.actor_id),
-    m.ActorIs: lambda self, _, message: self.actors.actor_is(message),
-    m.ActorStop: lambda self, _, message: self.actors.stop_hosted(message),
-    m.ActorDown: lambda self, _, message: self.actors.actor_down(message),
-    m.PeerRequest: lambda self, rank, message: self.requests.peer_asked(rank, message),
-    m.PeerReply: lambda self, _, message: self.requests.peer_answered(message),
-    m.PeerRows: lambda self, _, message: self.inventory.peer_rows(message),
-    m.ActorAt: lambda self, _, message: self.actors.actor_at(message),
-    m.Notice: Machine._notice,
-    m.GiveBack: lambda self, rank, message: self.dispatcher.give_back_to(
-        rank, message.shape, message.count),
-    m.RecallTask: lambda self, _, message: self.tasks.recalled(message),
-    m.TaskYield: lambda self, rank, message: self.streams.peer_yielded(rank, message),
-    m.PrepareBundles: lambda self, rank, message: self.outbox.peers[rank].append(
-        m.BundlesPrepared(message.group, self.bundles.prepare(message))),
-    m.BundlesPrepared: lambda self, rank, message: self.groups.prepared(rank, message),
-    m.CommitBundles: lambda self, _, message: self.bundles.commit(message),
-    m.ReleaseBundles: lambda self, _, message: self.bundles.release(message.group),
-    m.GroupRemoved: lambda self, _, message: self.bundles.removed(message.group),
-    m.TaskRoom: lambda self, _, message: self.streams.room(message),
-}
+    def _peer_handlers(self) -> dict[type, Callable[[int, Any], None]]:
+        return {
+            m.TemplateDef: lambda _, message: self.tasks.define(message.template),
+            m.FetchFunction: self._function_asked,
+            m.FunctionDef: self._function_arrived,
+            m.Assign: self.tasks.assigned,
+            m.AssignCall: self.actors.call_assigned,
+            m.TaskDone: self.tasks.peer_done,
+            m.TaskDoneMany: self.tasks.peer_done_many,
+            m.TaskFailed: self.tasks.peer_failed,
+            m.TaskCrashed: self.tasks.peer_crashed,
+            m.TaskReturned: self.tasks.peer_returned,
+            m.HolderAdd: self._holder_add,
+            m.HolderAdded: lambda rank, _: self.directory.holders.acknowledged(rank),
+            m.HolderDrop: lambda rank, message: self.directory.holder_dropped(rank, message.ids),
+            m.HandedOver: lambda _, message: self.directory.handed_over(message.handover),
+            m.Want: lambda rank, message: self.directory.wanted_by(rank, message.ids),
+            m.ObjectReady: lambda _, message: self.directory.object_ready(
+                message.object_id, message.value),
+            m.PullRequest: self._pull_request,
+            m.PullEnded: lambda _, message: self.directory.unpin(message.object_id),
+            m.CopyAdded: lambda rank, message: self.directory.copy_added(rank, message.object_id),
+            m.FreeCopies: lambda _, message: self.directory.free_copies(message.ids),
+            m.Load: self._load,
+            m.Demand: self._demand,
+            m.GrantUnused: self._grant_unused,
+            m.Grant: lambda _, message: self.cluster.granted(message, self.now_s),
+            m.ActorWhere: lambda rank, message: self.actors.where(rank, message.actor_id),
+            m.ActorIs: lambda _, message: self.actors.actor_is(message),
+            m.ActorStop: lambda _, message: self.actors.stop_hosted(message),
+            m.ActorDown: lambda _, message: self.actors.actor_down(message),
+            m.PeerRequest: self.requests.peer_asked,
+            m.PeerReply: lambda _, message: self.requests.peer_answered(message),
+            m.PeerRows: lambda _, message: self.inventory.peer_rows(message),
+            m.ActorAt: lambda _, message: self.actors.actor_at(message),
+            m.Notice: self._notice,
+            m.GiveBack: lambda rank, message: self.dispatcher.give_back_to(
+                rank, message.shape, message.count),
+            m.RecallTask: lambda _, message: self.tasks.recalled(message),
+            m.TaskYield: self.streams.peer_yielded,
+            m.PrepareBundles: lambda rank, message: self.outbox.peers[rank].append(
+                m.BundlesPrepared(message.group, self.bundles.prepare(message))),
+            m.BundlesPrepared: self.groups.prepared,
+            m.CommitBundles: lambda _, message: self.bundles.commit(message),
+            m.ReleaseBundles: lambda _, message: self.bundles.release(message.group),
+            m.GroupRemoved: lambda _, message: self.bundles.removed(message.group),
+            m.TaskRoom: lambda _, message: self.streams.room(message),
+        }

@@ -116,9 +116,10 @@ class Tasks:
 
     def _register(self, client: ClientRecord, task: TaskRecord) -> None:
         task_id = task.task_id
+        template = task.template
         self.records[task_id] = task
         self.submitted += 1
-        count = task.template.return_count
+        count = template.return_count
         directory = self._machine.directory
         if count == 1:
             object_id = task_id + ids.FIRST_RETURN
@@ -133,7 +134,7 @@ class Tasks:
             self.hold_arguments(task)
         lineage = self.lineage
         if len(lineage) < _LINEAGE_PER_FLUSH:
-            lineage.append((task_id, task.template.template_id, task.refs))
+            lineage.append((task_id, template.template_id, task.refs))
 
     def hold_arguments(self, task: TaskRecord) -> None:
         directory = self._machine.directory
@@ -178,18 +179,21 @@ class Tasks:
     def ready(self, task: TaskRecord) -> None:
         """Every dependency exists somewhere: bind the task, or queue it for that."""
         task.state = QUEUED
+        machine = self._machine
+        if (machine.size > 1 or task.template.rank >= 0) and self._bind(task):
+            return
+        machine.dispatcher.enqueue(task)
+
+    def _bind(self, task: TaskRecord) -> bool:
+        """To a node that it asks for, or that is better or as good; False: it stays here."""
         template = task.template
         cluster = self._machine.cluster
         if template.rank >= 0:
-            if cluster.place_at(task):
-                return
-        elif self._machine.size > 1:
-            if template.kind == ACTOR_CREATION:
-                cluster.place_actor(task)
-                return
-            if cluster.deal(task) if template.spread else cluster.place_elsewhere(task):
-                return
-        self._machine.dispatcher.enqueue(task)
+            return cluster.place_at(task)
+        if template.kind == ACTOR_CREATION:
+            cluster.place_actor(task)
+            return True
+        return cluster.deal(task) if template.spread else cluster.place_elsewhere(task)
 
     # --- binding to another rank ------------------------------------------------------------------
 
@@ -358,9 +362,10 @@ class Tasks:
             return
         self._ran(task, message.run_us)
         if task.home == self._rank:
-            if message.told >= 0:
-                client.told.append((message.told, task.task_id + ids.FIRST_RETURN))
-            self.complete(task, message.value, message.told)
+            told = message.told
+            if told >= 0:
+                client.told.append((told, task.task_id + ids.FIRST_RETURN))
+            self.complete(task, message.value, told)
         else:
             self._report(task, client, TaskDone(
                 task.task_id, task.attempt, message.run_us, message.value))

@@ -18,7 +18,6 @@ Conventions
 
 from __future__ import annotations
 
-import mmap
 from typing import Any
 
 import msgspec
@@ -33,7 +32,8 @@ UNIT = 10_000
 
 # A datagram stays below what a default socket buffer takes (212,992 B), with room to spare.
 DATAGRAM_MAX_BYTES = 160 * 1024
-_RECEIVE_BYTES = 512 * 1024
+# What a receiver has room for: one message alone may be longer than that.
+RECEIVE_BYTES = 512 * 1024
 # What one message of many rows carries, so that it fits.
 ROWS_BYTES = 64 * 1024
 
@@ -921,13 +921,6 @@ decode_to_client = msgspec.msgpack.Decoder(list[ToClient]).decode
 decode_to_worker = msgspec.msgpack.Decoder(list[ToWorker]).decode
 decode_to_peer = msgspec.msgpack.Decoder(list[ToPeer]).decode
 
-
-
-def receive_buffer() -> memoryview:
-    """Room for any datagram. Takes memory only as far as datagrams reach into it: a `bytearray`
-    is zeroed, and 128 page faults are a good part of an actor's start."""
-    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    return memoryview(mmap.mmap(-1, _RECEIVE_BYTES, flags=private))
 
 
 def split_batch(batch: list[Any], encoded: bytes) -> list[bytes]:

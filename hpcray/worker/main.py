@@ -30,7 +30,7 @@ from hpcray import actor as _actor  # noqa: F401
 from hpcray import exceptions
 from hpcray.client import context, references, serialization
 from hpcray.client.arguments import Placeholder
-from hpcray.client.channel import ChannelClosed
+from hpcray.client.channel import ChannelClosed, receive_buffer
 from hpcray.client.client import Client
 from hpcray.client.context import TaskContext
 from hpcray.protocol import ids, messages, values
@@ -57,9 +57,6 @@ from hpcray.worker.zygote import INTERRUPT_SIGNAL
 _WELCOME_S = 60.0
 # Outcomes do not wait longer than this for the rest of their datagram.
 _FLUSH_S = 0.001
-
-# PLAIN pickle of None: what most actor methods return.
-_NONE = values.pack_plain(serialization.serialize(None).pickled)
 
 
 class Loaded:
@@ -125,7 +122,7 @@ class Worker:
         self._loaded: dict[bytes, Loaded] = {}
         self._tasks_fd = tasks.fileno()
         self._queue: deque[Run | Stop] = deque()
-        self._buffer = messages.receive_buffer()
+        self._buffer = receive_buffer()
         self._poller = select.poll()
         self._poller.register(tasks, select.POLLIN)
         self._poller.register(client._channel.socket, select.POLLIN)
@@ -137,7 +134,6 @@ class Worker:
         self.rank = settings.get("rank", 0)
         self._retry_only: dict[bytes, tuple[type, ...]] = {}
         self._devices: tuple[int, ...] | None = None
-        self._surrounded = False  # the last task had a group or an environment
         self._entered = False  # a runtime environment, for good
         self._replaced: dict[str, str | None] = {}  # variables as they were before the task
         client.before_wait = self._before_wait
@@ -274,22 +270,26 @@ class Worker:
         """This is what the process runs from now on."""
         current = self.context
         current.task_id = run.task_id
-        current.template = template
         current.attempt = run.attempt
-        current.resources = template.resources
         if run.devices != self._devices:
             self._set_devices(run.devices)
+        if template is not current.template or self._replaced:
+            self._surround(template)
+        self.client.begin_task(run.task_id, run.attempt)
+
+    def _surround(self, template: Template) -> None:
+        """What its task finds around it: group, environment, resources."""
+        current = self.context
+        current.template = template
+        current.resources = template.resources
         if template.env_vars or self._replaced:
             self._set_variables(template)
-        if template.group_id or template.env_vars or template.packages or self._surrounded:
-            self._surrounded = bool(template.group_id or template.env_vars or template.packages)
-            current.group_id = template.group_id
-            current.captures = template.captures
-            current.env_vars = template.env_vars
-            current.packages = template.packages
-            hands_on = template.captures or template.env_vars or template.packages
-            references._inherited = template.template_id if hands_on else b""
-        self.client.begin_task(run.task_id, run.attempt)
+        current.group_id = template.group_id
+        current.captures = template.captures
+        current.env_vars = template.env_vars
+        current.packages = template.packages
+        hands_on = template.captures or template.env_vars or template.packages
+        references._inherited = template.template_id if hands_on else b""
 
     def _set_variables(self, template: Template) -> None:
         """The task's env_vars; those of the task before are undone first."""
@@ -388,20 +388,17 @@ class Worker:
         if type(result) is GeneratorType or template.stream:
             generators.run(self, run, template, result, began_s)
         else:
-            try:
-                outcome = self._outcome(run, template, result, began_s)
-            except TypeError as error:
-                error.add_note(f"(while the return value of {template.name} was pickled)")
-                raise
-            self.client.report(outcome, run.reply_to)
+            self.client.report(self._outcome(run, template, result, began_s), run.reply_to)
 
     def _outcome(self, run: Run, template: Template, result: Any, began_s: float) -> Any:
         count = template.return_count
         if count == 1:
-            if result is None:
-                return Done(run.task_id, run.attempt, _us(began_s), _NONE)
-            serialized = serialization.serialize(result)
-            if not serialized.contained and serialized.nbytes <= self.client.inline_max_bytes:
+            limit = self.client.inline_max_bytes
+            packed = serialization.pack_atom(result, limit)
+            if packed:
+                return Done(run.task_id, run.attempt, _us(began_s), packed)
+            serialized = _serialized(template, result)
+            if not serialized.contained and serialized.nbytes <= limit:
                 packed = values.pack(serialized.pickled, serialized.buffers)
                 return Done(run.task_id, run.attempt, _us(began_s), packed)
             parts: tuple[Return, ...] = (self.returned(serialized),)
@@ -414,7 +411,7 @@ class Worker:
             if len(result) != count:
                 raise ValueError(f"Task {template.name} returned {len(result)} objects, "
                                  f"but num_returns={count}.")
-            parts = tuple(self.returned(serialization.serialize(item)) for item in result)
+            parts = tuple(self.returned(_serialized(template, item)) for item in result)
         return DoneMany(run.task_id, run.attempt, _us(began_s), parts)
 
     def returned(self, serialized: serialization.Serialized) -> Return:
@@ -505,7 +502,7 @@ class Worker:
             self._creation_over(run, packed)
             return
         self.actor = actor
-        self.client.report(Done(run.task_id, run.attempt, _us(began_s), _NONE))
+        self.client.report(Done(run.task_id, run.attempt, _us(began_s), serialization.NONE))
 
     def creation_failure(self, run: Run, name: str, error: BaseException) -> bytes:
         text = self.describe(name, error)
@@ -537,6 +534,14 @@ class Worker:
     def _after_wait(self) -> None:
         self.client._channel.outbox.append(Unblocked())
         self.client._flush()
+
+
+def _serialized(template: Template, result: Any) -> serialization.Serialized:
+    try:
+        return serialization.serialize(result)
+    except TypeError as error:
+        error.add_note(f"(while the return value of {template.name} was pickled)")
+        raise
 
 
 def _us(began_s: float) -> int:
