@@ -265,6 +265,14 @@ def valid_names(whom: str) -> list[str]:
     return sorted(n for n, o in TABLE.items() if whom in o.applies_to and not o.unsupported)
 
 
+def _instead(name: str, whom: str) -> str:
+    import difflib  # every worker would have it in memory
+
+    known = valid_names(whom)
+    close = difflib.get_close_matches(name, known, 1)
+    return f"{f'Did you mean {close[0]}? ' if close else ''}There are: {', '.join(known)}"
+
+
 def check_options(options: Mapping[str, Any], whom: str, *, later: bool = False) -> Options:
     """The options that say something, checked. `later`: given to `.options`, not at declaration.
 
@@ -277,9 +285,7 @@ def check_options(options: Mapping[str, Any], whom: str, *, later: bool = False)
     for name, value in options.items():
         option = TABLE.get(name)
         if option is None or whom not in option.applies_to:
-            raise ValueError(
-                f"{name!r} is not an option of {_WHOM[whom]}; "
-                f"there are {', '.join(valid_names(whom))}")
+            raise ValueError(f"{name!r} is not an option of {_WHOM[whom]}. {_instead(name, whom)}")
         if option.unsupported:
             if value is not None and value != option.default:
                 option.check(name, value)  # what is wrong anywhere is said first

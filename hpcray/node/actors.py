@@ -711,9 +711,10 @@ class Actors:
                 actor_id.hex())
             intended = True
         else:
-            down = values.Failure(
-                "ActorDiedError",
-                f"The actor {class_name(template)} died: {failure.message}", actor_id.hex())
+            text = f"The actor {class_name(template)} died: {failure.message}"
+            if 0 < template.max_restarts <= hosted.incarnation:
+                text = f"{text.rstrip('.')}. max_restarts={template.max_restarts} is used up."
+            down = values.Failure("ActorDiedError", text, actor_id.hex())
             intended = False
         restarts = template.max_restarts == -1 or hosted.incarnation < template.max_restarts
         if restarts and not intended and hosted.intended != "kill":

@@ -453,7 +453,7 @@ class Worker:
         own = self.actor.own_repr() if self.actor is not None else None
         if own is not None:
             whose += f", repr={own}"
-        return (f"\x1b[36mhpcray::{name}()\x1b[39m (host={self.host}, rank={self.rank}, "
+        return (f"hpcray::{name}() (host={self.host}, rank={self.rank}, "
                 f"pid={os.getpid()}, ip={self.address}{whose})\n{text}")
 
     def _report_failure(self, run: Run, name: str, began_s: float, error: BaseException,

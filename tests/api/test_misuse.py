@@ -153,7 +153,7 @@ def test_actor_options(ray, options, error, text):
 
 def test_an_unknown_option_lists_the_known_ones(ray):
     for thing, own in ((function, "max_retries"), (Class, "max_restarts")):
-        with pytest.raises(ValueError, match="num_cpus") as caught:
+        with pytest.raises(ValueError, match="num_cpu' is not an option.*mean num_cpus") as caught:
             ray.remote(num_cpu=1)(thing)
         assert own in str(caught.value)
 

@@ -186,6 +186,12 @@ def test_large_nested_dict_of_arrays(ray):
             assert np.array_equal(got[name]["b"][0], layer["b"][0])
 
 
+@pytest.mark.parametrize("size", [10, 100_000, 102_400, 300_000])  # around what messages carry
+def test_results_of_every_length(ray, size):
+    results = [b"x" * size, "x" * size, "\N{SNOWMAN}" * (size // 2), 1 << 8 * size, [b"x" * size]]
+    assert ray.get([ray.remote(lambda result=one: result).remote() for one in results]) == results
+
+
 def test_lambdas_and_local_classes(ray):
     class Local:
         def __init__(self, f):

@@ -399,7 +399,7 @@ def test_restarts_are_counted(ray, Mortal, exit_now):
     _call_until_up(ray, mortal)
     with pytest.raises(ray.exceptions.RayActorError):
         ray.get(mortal.do.remote(exit_now), timeout=30)
-    with pytest.raises(ray.exceptions.ActorDiedError):
+    with pytest.raises(ray.exceptions.ActorDiedError, match="max_restarts=1 is used up"):
         _call_until_up(ray, mortal)
 
 
