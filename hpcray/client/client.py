@@ -310,44 +310,38 @@ class Client:
     # --- objects ----------------------------------------------------------------------------------
 
     def put(self, value: Any) -> ObjectRef[Any]:
-        return self.put_serialized(serialization.serialize(value))
-
-    def put_serialized(self, serialized: serialization.Serialized) -> ObjectRef[Any]:
-        pickled, buffers, contained = serialized
-        if serialized.nbytes <= self.inline_max_bytes:
-            packed = values.pack(pickled, buffers)
-            with self._lock:
-                self._check()
-                ref = self._fresh_put()
-                ref._value = packed
-                ref._ready = LOCAL
-                outbox = self._channel.outbox
-                if contained:
-                    self._send_holds(outbox)
-                refs = b"".join(contained)
-                self._append_naming(PutInline(ref._id, packed, refs), refs)
-                self._linger(len(packed) > 16_384)
-            return ref
-        location = self.memory.write(serialized)
-        with self._lock:
-            self._check()
-            ref = self._fresh_put()
-            ref._ready = LOCAL
-            self._send_holds(self._channel.outbox)
-            refs = b"".join(contained)
-            self._append_naming(PutLocated(ref._id, location, refs), refs)
-            self._linger(True)
-        return ref
+        packed = serialization.pack_atom(value, self.inline_max_bytes)
+        return self.put_packed(packed) if packed else self.put_serialized(
+            serialization.serialize(value))
 
     def put_packed(self, packed: bytes) -> ObjectRef[Any]:
-        """`put` of a small packed value without refs in it: an error."""
+        """`put` of a small packed value without refs in it."""
         with self._lock:
             self._check()
             ref = self._fresh_put()
             ref._value = packed
             ref._ready = LOCAL
             self._channel.outbox.append(PutInline(ref._id, packed))
-            self._linger(False)
+            self._linger(len(packed) > 16_384)
+        return ref
+
+    def put_serialized(self, serialized: serialization.Serialized) -> ObjectRef[Any]:
+        pickled, buffers, contained = serialized
+        small = serialized.nbytes <= self.inline_max_bytes
+        if small and not contained:
+            return self.put_packed(values.pack(pickled, buffers))
+        stored: Any = values.pack(pickled, buffers) if small else self.memory.write(serialized)
+        with self._lock:
+            self._check()
+            ref = self._fresh_put()
+            if small:
+                ref._value = stored
+            ref._ready = LOCAL
+            self._send_holds(self._channel.outbox)
+            refs = b"".join(contained)
+            message = PutInline if small else PutLocated
+            self._append_naming(message(ref._id, stored, refs), refs)
+            self._linger(not small or len(stored) > 16_384)
         return ref
 
     def _fresh_put(self) -> ObjectRef[Any]:
