@@ -434,7 +434,8 @@ class Dispatcher:
                     datagram.remove(task)
                     break
         if not datagram:
-            datagrams = self._drop_empty(worker)
+            self._drop_empty(worker)
+            datagrams = worker.datagrams
         template = task.template
         if template.max_calls:
             if worker.calls is None:
@@ -449,14 +450,13 @@ class Dispatcher:
             else:
                 self._dirty = True
 
-    def _drop_empty(self, worker: Worker) -> deque[deque[TaskRecord]]:
+    def _drop_empty(self, worker: Worker) -> None:
         """Any of a worker's datagrams may have become empty: while the node takes back the first,
         the worker may read the second."""
         if worker.datagrams and not worker.datagrams[0]:
             worker.sent_s = self._machine.now_s
             worker.slow = False
         worker.datagrams = deque(datagram for datagram in worker.datagrams if datagram)
-        return worker.datagrams
 
     def blocked(self, number: int, unstarted: tuple[bytes, ...]) -> None:
         """The worker waits: it gives back its CPU and everything it has not started."""
