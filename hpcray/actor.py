@@ -149,6 +149,7 @@ class MethodDescription(msgspec.Struct, array_like=True, frozen=True, gc=False):
     is_generator: bool = False
     window: int | None = None
     concurrency_group: str = ""
+    events: bool | None = None  # None: as the actor
 
 
 class ActorDescription(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -161,6 +162,7 @@ class ActorDescription(msgspec.Struct, array_like=True, frozen=True, gc=False):
     unordered: bool = False
     groups: tuple[str, ...] = ()
     max_pending_calls: int = -1
+    events: bool = True  # enable_task_events
 
 
 _decode_description = msgspec.msgpack.Decoder(ActorDescription).decode
@@ -211,6 +213,7 @@ def describe_methods(cls: type) -> dict[str, MethodDescription]:
             is_generator=_is_generator(function),
             window=options.get("_generator_backpressure_num_objects"),
             concurrency_group=options.get("concurrency_group") or "",
+            events=options.get("enable_task_events"),
         )
     return found
 
@@ -233,7 +236,7 @@ class _Method:
     """One method of a kind with one set of options, ready to be called."""
 
     __slots__ = ("client", "description", "full_name", "least", "max_pending", "most", "name",
-                 "options", "return_count", "signature", "template", "template_id")
+                 "options", "return_count", "signature", "template", "template_id", "unreturned")
 
     def __init__(self, kind: _Kind, name: str, description: MethodDescription,
                  options: options_.Options) -> None:
@@ -251,9 +254,13 @@ class _Method:
             raise ValueError(
                 f"{self.full_name}: {group!r} is not a concurrency group of "
                 f"{actor.class_name} (concurrency_groups={list(actor.groups)})")
+        self.max_pending = actor.max_pending_calls
+        # Such calls are counted by their results: where there is none to be, its end is one.
+        self.unreturned = self.max_pending > 0 and options.get("num_returns") == 0
+        if self.unreturned:
+            options = {**options, "num_returns": 1}
         self.template: Template = options_.method_template(
             actor.function_id, actor.class_name, name, options, actor.unordered)
-        self.max_pending = actor.max_pending_calls
         self.template_id = self.template.template_id
         self.return_count = submitted_returns(self.template)
         self.client: Client | None = None
@@ -285,6 +292,7 @@ class _Kind:
         if description is None:
             return None
         retries = description.max_task_retries
+        events = description.events
         options: options_.Options = {
             "num_returns": description.num_returns,
             "_generator_backpressure_num_objects": description.window,
@@ -292,6 +300,7 @@ class _Kind:
             "max_task_retries": actor.max_task_retries if retries is None else retries,
             "retry_exceptions": description.retry_exceptions,
             "name": description.name or None,
+            "enable_task_events": actor.events if events is None else events,
         }
         found = self.methods[name] = _Method(self, name, description, options)
         return found
@@ -398,6 +407,7 @@ class ActorClass(Generic[T]):
                     or options_.overlapping(self._options, is_async)),
                 groups=tuple(sorted(self._options.get("concurrency_groups") or ())),
                 max_pending_calls=options_.value_of(self._options, "max_pending_calls"),
+                events=options_.value_of(self._options, "enable_task_events"),
             )
             for name, described in description.methods.items():
                 group = described.concurrency_group
@@ -576,8 +586,10 @@ class ActorMethod:
             if method.least:
                 method.signature.check(method.full_name, args, kwargs)
             result = client.submit(method.template_id, NO_ARGS, b"", 0, count, handle._hpcray_id)
-        if method.max_pending > 0 and result:
+        if method.max_pending > 0:
             client.pending_calls.note(handle._hpcray_id, result[0])
+            if method.unreturned:
+                return None  # type: ignore[return-value]  # as below
         if count == 1 or count < 0:
             return result[0]  # type: ignore[no-any-return]
         return result or None  # type: ignore[return-value]  # see `num_returns` above

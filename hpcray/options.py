@@ -235,7 +235,7 @@ TABLE: dict[str, Option] = {
     "max_task_retries": Option("am", 0, _whole(-1)),
     "max_concurrency": Option("a", None, _whole(1)),
     "allow_out_of_order_execution": Option("a", None, _instance(bool)),
-    # A hint about what is recorded; it changes no result.
+    # Whether `util.state` tells of the task.
     "enable_task_events": Option("tam", True, _instance(bool)),
     "max_pending_calls": Option("a", -1, _whole(-1)),
     "concurrency_groups": Option("a", None, _groups),
@@ -253,8 +253,10 @@ TABLE: dict[str, Option] = {
     "placement_group_bundle_index": Option("ta", -1, _whole(-1)),
     "placement_group_capture_child_tasks": Option("ta", None, _instance(bool)),
     "tensor_transport": Option("m", None, _any, "tensor_transport is not supported"),
-    "_generator_backpressure_num_objects": Option(
-        "tm", None, _window),
+    "enable_tensor_transport": Option("a", None, _any, "tensor_transport is not supported"),
+    "_generator_backpressure_num_objects": Option("tm", None, _window),
+    "_num_objects_per_yield": Option("tm", 1, _any, "each yield makes one object"),
+    "_labels": Option("ta", None, _any, "nodes have labels (HPCRAY_LABELS), tasks select them"),
 }
 
 _WHOM = {"t": "tasks", "a": "actors", "m": "actor methods"}
@@ -537,6 +539,15 @@ def _placed(template: Template, options: Mapping[str, Any]) -> Template:
     return _with_id(_on_labels(_in_group(_with_environment(template, options), options), options))
 
 
+def max_calls(options: Mapping[str, Any]) -> int:
+    """As given; 1 of a task with a GPU, since only the end of a process frees all of its memory
+    there (as in Ray)."""
+    given: int | None = options.get("max_calls")
+    if given is None:
+        return 1 if options.get("num_gpus") else 0
+    return given
+
+
 def task_template(function_id: bytes, name: str, options: Mapping[str, Any]) -> Template:
     template = Template(
         template_id=b"",
@@ -548,9 +559,10 @@ def task_template(function_id: bytes, name: str, options: Mapping[str, Any]) -> 
         max_retries=value_of(options, "max_retries"),
         **retries(options),
         **placement(options.get("scheduling_strategy")),
-        max_calls=value_of(options, "max_calls"),
+        max_calls=max_calls(options),
         function_name=name if options.get("name") else "",
         priority=value_of(options, "priority"),
+        events=value_of(options, "enable_task_events"),
     )
     return _placed(template, options)
 
@@ -592,6 +604,7 @@ def actor_template(
         max_concurrency=actor_concurrency(class_name, options, is_async),
         is_async=is_async,
         groups=tuple(sorted((options.get("concurrency_groups") or {}).items())),
+        events=value_of(options, "enable_task_events"),
     )
     return _placed(template, options)
 
@@ -613,4 +626,5 @@ def method_template(
         unordered=unordered,
         **retries(options),
         function_name=f"{class_name}.{method}" if options.get("name") else "",
+        events=value_of(options, "enable_task_events"),
     ))

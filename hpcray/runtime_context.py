@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from hpcray.client import context, references
 from hpcray.protocol import ids, labels
 from hpcray.protocol.messages import PY_MODULE, UNIT, WORKING_DIR
+from hpcray.runtime_env import RuntimeEnv
 
 if TYPE_CHECKING:
     from hpcray.actor import ActorHandle
@@ -142,7 +143,7 @@ class RuntimeContext:
         return dict(mine["labels"])
 
     @property
-    def runtime_env(self) -> dict[str, Any]:
+    def runtime_env(self) -> RuntimeEnv:
         """What `init` was given; in tasks and actors with what they and their parents add.
         Directories are named there by the package that was made of them."""
         here = context.current()
@@ -158,7 +159,7 @@ class RuntimeContext:
                 env["working_dir"] = names[WORKING_DIR][-1]
             if PY_MODULE in names:
                 env["py_modules"] = names[PY_MODULE]
-        return env
+        return RuntimeEnv.checked(env)
 
     def get_runtime_env_string(self) -> str:
         """`runtime_env` as JSON."""

@@ -20,5 +20,16 @@ class RuntimeEnv(dict[str, Any]):
         given = {name: value for name, value in fields.items() if value is not None}
         super().__init__(check_runtime_env(given))
 
+    @classmethod
+    def checked(cls, fields: dict[str, Any]) -> RuntimeEnv:
+        """Of fields that are as they should be."""
+        made = cls()
+        made.update(fields)
+        return made
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dict of the fields."""
+        return dict(self)
+
 
 __all__ = ["RuntimeEnv"]

@@ -916,6 +916,7 @@ class Client:
         self.cancelled[message.task_id] = None
         if len(self.cancelled) > 1000:  # the newest ones are enough
             del self.cancelled[next(iter(self.cancelled))]
+        self.rooms.let_go(message.task_id)
         self.on_cancel(message.task_id)
 
     def _on_welcome(self, message: Welcome, _: list[int]) -> None:

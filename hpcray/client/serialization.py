@@ -238,7 +238,7 @@ def failure_to_exception(failure: values.Failure) -> BaseException:
     error: BaseException
     if issubclass(kind, exceptions.RayActorError):
         error = kind(failure.subject or None, failure.message,
-                     actor_init_failed="constructor" in failure.message)
+                     actor_init_failed=failure.in_constructor)
     elif kind is exceptions.ObjectStoreFullError:
         error = kind(detail=failure.message)
     elif issubclass(kind, (exceptions.TaskCancelledError, exceptions.ObjectLostError)):

@@ -10,6 +10,7 @@ much it took. The protocol between nodes is in `node/streams.py`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar
 
@@ -282,6 +283,10 @@ class Rooms:
             if not room.need(needed):
                 client._flush()
                 client._wait(room, None)
+
+    def let_go(self, task_id: bytes) -> None:
+        """It is cancelled: it waits for nobody any more."""
+        self.taken(StreamRoom(task_id, sys.maxsize))
 
     def taken(self, message: StreamRoom) -> None:
         room = self._rooms.get(message.task_id)

@@ -204,7 +204,7 @@ class Actors:
             return
         failure = (values.unpack_failure(error) if error[0] == values.FAILURE
                    else values.Failure("ActorDiedError", "its constructor raised",
-                                       task.actor_id.hex()))
+                                       task.actor_id.hex(), in_constructor=True))
         self._die(home, failure)
         self._machine.tasks.fail(task, error)
 

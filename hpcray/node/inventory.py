@@ -288,6 +288,8 @@ class Inventory:
     def _matches(self, question: Question, record: Any) -> bool:
         if question.asks_executor and question.what == "tasks" and self._is_elsewhere(record):
             return False
+        if question.what == "tasks" and not record.template.events:
+            return False
         return all((_text(column(self, record)) == text) is equal
                    for column, equal, text in question.filters)
 
@@ -329,6 +331,8 @@ class Inventory:
         tasks = self._machine.tasks
         for template_id, statistics in tasks.statistics.items():
             template = tasks.templates[template_id]
+            if not template.events:
+                continue
             for state, number in (
                 ("FINISHED", statistics.count - statistics.told - statistics.raised),
                 ("FAILED", self.failed_counts.get(template_id, 0)),

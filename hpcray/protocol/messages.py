@@ -103,6 +103,7 @@ class Template(msgspec.Struct, array_like=True, gc=False, frozen=True):
     # With `rank`: what to do if that node has no room now. WAIT, SPILL, FAIL.
     unavailable: int = 0
     priority: int = 0  # TASK: in the queues of a node the highest goes first
+    events: bool = True  # node/inventory.py tells of its tasks
 
 
 class Located(msgspec.Struct, array_like=True, gc=False, frozen=True):

@@ -47,6 +47,7 @@ class Failure(msgspec.Struct, array_like=True, frozen=True, gc=False):
     kind: str
     message: str
     subject: str = ""  # hexadecimal task, actor or object id, whatever `kind` takes
+    in_constructor: bool = False  # ActorDiedError: that is where it died
 
 
 _failure_encoder = msgspec.msgpack.Encoder()

@@ -299,7 +299,8 @@ class Worker:
             else:
                 os.environ[name] = value
         self._replaced = {name: os.environ.get(name) for name, _ in template.env_vars}
-        os.environ.update(template.env_vars)
+        found = {name: environment.expanded(value) for name, value in template.env_vars}
+        os.environ.update(found)
 
     def _set_devices(self, devices: tuple[int, ...]) -> None:
         self._devices = devices
@@ -509,7 +510,7 @@ class Worker:
         return values.pack_failure(values.Failure(
             "ActorDiedError",
             "The actor died because of an error raised in its creation task (its constructor), "
-            + text[:32_768], run.actor_id.hex()))
+            + text[:32_768], run.actor_id.hex(), in_constructor=True))
 
     def _creation_over(self, run: Run, _error: bytes) -> None:
         if run.actor_id:

@@ -186,6 +186,30 @@ def test_pending_calls_whose_refs_are_dropped(ray, gate, eventually):
     eventually(accepted)
 
 
+def test_pending_calls_without_results_count(ray, gate, eventually):
+    @ray.remote(max_pending_calls=1)
+    class A:
+        def call(self, f):
+            return f()
+
+    actor = A.remote()
+    call = actor.call.options(num_returns=0)
+    assert call.remote(gate.enter) is None
+    gate.wait_for_arrivals()
+    for method in (call, actor.call):
+        with pytest.raises(ray.exceptions.PendingCallsLimitExceeded):
+            method.remote(int)
+    gate.open()
+
+    def accepted():
+        try:
+            return call.remote(int) is None
+        except ray.exceptions.PendingCallsLimitExceeded:
+            return False
+
+    eventually(accepted)
+
+
 def test_other_processes_have_their_own_count(ray, gate):
     @ray.remote(max_pending_calls=1, max_concurrency=2)
     class A:

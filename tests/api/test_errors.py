@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import sys
 import threading
@@ -569,6 +570,16 @@ def test_constructor_error_is_an_actor_error_with_the_traceback(ray):
         assert isinstance(error, ray.exceptions.ActorDiedError)
         assert "ValueError: no start" in str(error)
         assert "__init__" in str(error)
+        assert error.actor_init_failed
+
+
+def test_a_death_later_is_no_failed_init(ray):
+    class constructor:
+        def m(self):
+            os._exit(1)
+
+    actor = ray.remote(constructor).remote()
+    assert not catch(ray, actor.m.remote()).actor_init_failed
 
 
 def test_constructor_with_a_failed_argument(ray, fail):

@@ -391,6 +391,31 @@ def test_cancel_of_a_paused_stream(ray, counter, eventually):
     assert counter.value <= 3
 
 
+@pytest.mark.parametrize("concurrency", [1, 2])
+def test_cancel_of_a_paused_stream_of_an_actor(ray, counter, eventually, concurrency):
+    add = counter.add
+
+    @ray.remote(max_concurrency=concurrency)
+    class Source:
+        def items(self):
+            for i in range(5):
+                add()
+                yield i
+
+        def call(self):
+            return "free"
+
+    source = Source.remote()
+    stream = source.items.options(_generator_backpressure_num_objects=1).remote()
+    assert ray.get(next(stream)) == 0
+    eventually(lambda: counter.value == 2)
+    ray.cancel(stream)
+    with pytest.raises(ray.exceptions.TaskCancelledError):
+        ray.get(stream.completed(), timeout=30)
+    assert ray.get(source.call.remote(), timeout=30) == "free"
+    assert counter.value == 2
+
+
 # --- other numbers of returns ---------------------------------------------------------------------
 
 

@@ -214,6 +214,35 @@ def test_nothing_is_left(run_driver, folders, tmp_path):
     assert not os.path.exists(folder)
 
 
+def test_variables_in_variables(ray, monkeypatch):
+    wanted = {"ONE": "/x:${PATH}", "TWO": "<${NOT_SET_ANYWHERE}>", "THREE": "50 $"}
+
+    @ray.remote(runtime_env={"env_vars": wanted})
+    def look():
+        return [os.environ[name] for name in wanted]
+
+    path = ray.get(ray.remote(lambda: os.environ["PATH"]).remote())
+    for _ in range(2):  # of the worker, not of the task before
+        assert ray.get(look.remote()) == [f"/x:{path}", "<>", "50 $"]
+
+    @ray.remote(runtime_env={"env_vars": {"PATH": "/x:${PATH}"}})
+    class Actor:
+        def look(self):
+            return os.environ["PATH"]
+
+    assert ray.get(Actor.remote().look.remote()) == f"/x:{path}"
+
+
+def test_a_runtime_env_is_told_by_class(ray):
+    @ray.remote(runtime_env={"env_vars": {"A": "1"}})
+    def told():
+        return ray.get_runtime_context().runtime_env
+
+    for env in (ray.get_runtime_context().runtime_env, ray.get(told.remote())):
+        assert isinstance(env, ray.runtime_env.RuntimeEnv)
+    assert ray.get(told.remote()).to_dict()["env_vars"]["A"] == "1"
+
+
 def test_a_runtime_env_by_class(ray):
     environment = ray.runtime_env.RuntimeEnv(env_vars={"BY_CLASS": "yes"}, working_dir=None)
     assert isinstance(environment, dict)

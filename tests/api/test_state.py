@@ -394,6 +394,39 @@ def test_objects(ray: ModuleType, state: ModuleType, gate: Gate, eventually: Eve
     ray.get(pending)
 
 
+def test_tasks_without_events(ray: ModuleType, state: ModuleType, eventually: Eventually):
+    @ray.remote(enable_task_events=False)
+    def secret(fail=False):
+        assert not fail
+
+    @ray.remote
+    class Actor:
+        @ray.method(enable_task_events=False)
+        def secret(self):
+            pass
+
+        def public(self):
+            pass
+
+    @ray.remote(enable_task_events=False)
+    class Secret:
+        def secret(self):
+            pass
+
+        @ray.method(enable_task_events=True)
+        def public(self):
+            pass
+
+    actors = [Actor.remote(), Secret.remote()]
+    ray.wait([secret.remote(), secret.remote(True)], num_returns=2)
+    ray.get([actor.secret.remote() for actor in actors])
+    ray.get([actor.public.remote() for actor in actors])
+    eventually(lambda: sum(t.name.endswith(".public") for t in state.list_tasks()) == 2)
+    assert not [task for task in state.list_tasks() if task.name.endswith("secret")]
+    summary = state.summarize_tasks()["cluster"]["summary"]
+    assert not [name for name in summary if name.endswith("secret")]
+
+
 def test_summaries(ray: ModuleType, state: ModuleType, gate: Gate, eventually: Eventually):
     enter = gate.enter
 

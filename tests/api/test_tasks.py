@@ -297,6 +297,19 @@ def test_a_worker_ends_after_max_calls(ray, limit):
     assert max(one_by_one.count(one) for one in one_by_one) <= limit
 
 
+def test_a_worker_with_a_gpu_ends_after_one_task(cluster):
+    """Only then is all memory of the GPU free again; unless told otherwise."""
+    ray = cluster(num_cpus=2, num_gpus=1)
+
+    def own_pid():
+        return os.getpid()
+
+    pid = ray.remote(num_gpus=1)(own_pid)
+    assert len({ray.get(pid.remote()) for _ in range(4)}) == 4
+    pid = ray.remote(num_gpus=1, max_calls=2)(own_pid)
+    assert len({ray.get(pid.remote()) for _ in range(4)}) == 2
+
+
 def test_closure_captures_values(ray):
     factor, table = 3, {"a": [1]}
 
