@@ -32,7 +32,7 @@ PACKAGE = ROOT / "hpcray"
 # The modules whose names are public, in the order of the page; those that are not there are left
 # out. Below `hpcray.util` every module without an underscore is.
 MODULES = ("hpcray", "hpcray.actor", "hpcray.exceptions", "hpcray.runtime_env",
-           "hpcray.runtime_context", "hpcray.experimental", "hpcray.util")
+           "hpcray.runtime_context", "hpcray.futures", "hpcray.experimental", "hpcray.util")
 
 # Public name (or module) -> test file below tests/. A name is that of the module that lists it
 # first. `file#word`: the file shows it by this word, where its own name does not occur.
@@ -76,6 +76,13 @@ TESTS: dict[str, str | None] = {
     "hpcray.exceptions.LaunchError": "launch/test_launch_mpirun.py",
     "hpcray.exceptions.LocalRayletDiedError": None,
     "hpcray.exceptions.ObjectFreedError": None,
+    "hpcray.exceptions.UnserializableException": None,
+    "hpcray.exceptions.OutOfDiskError": None,
+    "hpcray.exceptions.ObjectFetchTimedOutError": None,
+    "hpcray.exceptions.ObjectReconstructionFailedError": None,
+    "hpcray.exceptions.OwnerDiedError": None,
+    "hpcray.exceptions.NodeDiedError": None,
+    "hpcray.exceptions.OutOfMemoryError": None,
     "hpcray.exceptions.RayChannelError": None,
     "hpcray.exceptions.AuthenticationError": None,
     "hpcray.exceptions.ObjectRefStreamEndOfStreamError": None,
@@ -93,6 +100,7 @@ TESTS: dict[str, str | None] = {
     "hpcray.exceptions.TaskError.proctitle": "api/test_errors.py",
     "hpcray.exceptions.TaskPlacementGroupRemoved": None,
     "hpcray.experimental": "api/test_state.py",
+    "hpcray.futures": "util/test_futures.py",
     "hpcray.runtime_env.RuntimeEnv": "api/test_runtime_env.py",
     "hpcray.runtime_context": "api/test_context.py",
     "hpcray.runtime_context.RuntimeContext": "api/test_context.py#get_runtime_context",
@@ -146,10 +154,10 @@ INTERNAL = ("hpcray.util.joblib.backend",)
 OPTION_TESTS: dict[str, str] = {
     "_generator_backpressure_num_objects": "api/test_generators.py",
     "accelerator_type": "api/test_placing.py",
-    "allow_out_of_order_execution": "face/test_options.py",
+    "allow_out_of_order_execution": "api/test_actor_options.py",
     "concurrency_group": "api/test_actor_options.py",
     "concurrency_groups": "api/test_actor_options.py",
-    "enable_task_events": "util/test_names.py",
+    "enable_task_events": "api/test_state.py",
     "get_if_exists": "api/test_named_actors.py",
     "label_selector": "api/test_placing.py",
     "lifetime": "api/test_named_actors.py",
@@ -159,7 +167,7 @@ OPTION_TESTS: dict[str, str] = {
     "max_restarts": "api/test_worker_death.py",
     "max_retries": "api/test_worker_death.py",
     "max_task_retries": "api/test_worker_death.py",
-    "memory": "face/test_options.py",
+    "memory": "api/test_resources.py",
     "name": "api/test_named_actors.py",
     "namespace": "api/test_named_actors.py",
     "num_cpus": "api/test_resources.py",
@@ -171,7 +179,7 @@ OPTION_TESTS: dict[str, str] = {
     "priority": "api/test_placing.py",
     "resources": "api/test_resources.py",
     "retry_exceptions": "api/test_errors.py",
-    "runtime_env": "api/test_tasks.py",
+    "runtime_env": "api/test_runtime_env.py",
     "scheduling_strategy": "mpirun/test_objects_between_ranks.py",
 }
 

@@ -159,7 +159,7 @@ class RuntimeContext:
                 env["working_dir"] = names[WORKING_DIR][-1]
             if PY_MODULE in names:
                 env["py_modules"] = names[PY_MODULE]
-        return RuntimeEnv.checked(env)
+        return RuntimeEnv._checked(env)
 
     def get_runtime_env_string(self) -> str:
         """`runtime_env` as JSON."""

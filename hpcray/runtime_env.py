@@ -21,7 +21,7 @@ class RuntimeEnv(dict[str, Any]):
         super().__init__(check_runtime_env(given))
 
     @classmethod
-    def checked(cls, fields: dict[str, Any]) -> RuntimeEnv:
+    def _checked(cls, fields: dict[str, Any]) -> RuntimeEnv:
         """Of fields that are as they should be."""
         made = cls()
         made.update(fields)
