@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -169,6 +170,13 @@ def check_runtime_env(runtime_env: Mapping[str, Any] | None) -> dict[str, Any]:
         if not key or "=" in key or "\0" in key or "\0" in value:
             raise ValueError(f"runtime_env['env_vars']: {key!r} cannot name or hold a variable")
     return {**checked, "env_vars": dict(env_vars)} if env_vars else checked
+
+
+def expanded(env_vars: Mapping[str, str]) -> dict[str, str]:
+    """Their values with ${NAME} replaced by what this process has; by nothing if it has not (as in
+    Ray)."""
+    return {name: re.sub(r"\$\{\w+\}", "", os.path.expandvars(value))
+            for name, value in env_vars.items()}
 
 
 _RUNTIME_ENV = ("env_vars", "working_dir", "py_modules", "excludes")

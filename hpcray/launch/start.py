@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
+from hpcray.config import expanded
 from hpcray.exceptions import LaunchError
 from hpcray.launch.identity import Launch, identity_fds, read_launch, strip_identity
 
@@ -168,7 +169,7 @@ def _for_node(config: InitConfig) -> dict[str, Any]:
     data["sys_path"] = [os.path.abspath(entry) if entry else os.getcwd() for entry in sys.path]
     data["environ"] = {
         **{k: v for k, v in strip_identity(os.environ).items() if k != "HPCRAY_REDIS_URL"},
-        **(config.runtime_env.get("env_vars") or {}),
+        **expanded(config.runtime_env.get("env_vars") or {}),
     }
     data["script"] = sys.argv[0] if sys.argv else ""
     return data

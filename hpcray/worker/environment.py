@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import shutil
 import sys
 import zipfile
@@ -19,12 +18,6 @@ from hpcray.protocol.messages import WORKING_DIR, Template
 
 if TYPE_CHECKING:
     from hpcray.client.client import Client
-
-
-def expanded(value: str) -> str:
-    """A variable's value with ${NAME} replaced by what this process has; by nothing if it has not
-    (as in Ray)."""
-    return re.sub(r"\$\{\w+\}", "", os.path.expandvars(value)) if "$" in value else value
 
 
 def enter(client: Client, folder: str, template: Template) -> None:

@@ -33,6 +33,7 @@ from hpcray.client.arguments import Placeholder
 from hpcray.client.channel import ChannelClosed, receive_buffer
 from hpcray.client.client import Client
 from hpcray.client.context import TaskContext
+from hpcray.config import expanded
 from hpcray.protocol import ids, messages, values
 from hpcray.protocol.messages import (
     ACTOR_CREATION,
@@ -299,8 +300,7 @@ class Worker:
             else:
                 os.environ[name] = value
         self._replaced = {name: os.environ.get(name) for name, _ in template.env_vars}
-        found = {name: environment.expanded(value) for name, value in template.env_vars}
-        os.environ.update(found)
+        os.environ.update(expanded(dict(template.env_vars)))
 
     def _set_devices(self, devices: tuple[int, ...]) -> None:
         self._devices = devices

@@ -214,7 +214,7 @@ def test_nothing_is_left(run_driver, folders, tmp_path):
     assert not os.path.exists(folder)
 
 
-def test_variables_in_variables(ray, monkeypatch):
+def test_variables_in_variables(ray):
     wanted = {"ONE": "/x:${PATH}", "TWO": "<${NOT_SET_ANYWHERE}>", "THREE": "50 $"}
 
     @ray.remote(runtime_env={"env_vars": wanted})
@@ -231,6 +231,14 @@ def test_variables_in_variables(ray, monkeypatch):
             return os.environ["PATH"]
 
     assert ray.get(Actor.remote().look.remote()) == f"/x:{path}"
+
+
+def test_variables_in_variables_of_the_job(bare_ray, init_options, monkeypatch):
+    monkeypatch.setenv("OF_DRIVER", "driver")
+    wanted = {"ONE": "<${OF_DRIVER}>", "TWO": "<${NOT_SET_ANYWHERE}>"}
+    bare_ray.init(num_cpus=1, **init_options, runtime_env={"env_vars": wanted})
+    look = bare_ray.remote(lambda: [os.environ["ONE"], os.environ["TWO"]])
+    assert bare_ray.get(look.remote()) == ["<driver>", "<>"]
 
 
 def test_a_runtime_env_is_told_by_class(ray):
