@@ -60,8 +60,9 @@ class RayBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc] 
                   **_: Any) -> int:
         count = self.effective_n_jobs(n_jobs)
         self.parallel = parallel
-        options = self._options if ray_remote_args is None else ray_remote_args
-        self._executor = Executor(max_workers=count, **options)
+        if ray_remote_args is not None:
+            self._options = dict(ray_remote_args)  # also for the next call after an error
+        self._executor = Executor(max_workers=count, **self._options)
         return count
 
     def submit(self, func: Any, callback: Callable[[Any], Any] | None = None) -> Future[Any]:
