@@ -173,8 +173,8 @@ def check_runtime_env(runtime_env: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def expanded(env_vars: Mapping[str, str]) -> dict[str, str]:
-    """Their values with ${NAME} replaced by what this process has; by nothing if it has not (as in
-    Ray)."""
+    """Their values with ${NAME} replaced by what this process has; by nothing if it has not. $NAME,
+    too, but that stays if there is none (as in Ray)."""
     return {name: re.sub(r"\$\{\w+\}", "", os.path.expandvars(value))
             for name, value in env_vars.items()}
 
