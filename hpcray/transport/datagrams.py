@@ -1,0 +1,169 @@
+"""One end of a SEQPACKET channel between processes of a host: datagrams, with descriptors.
+
+    send     fits into a datagram ------------------------------> one system call
+             does not: memfd, written, its descriptor travels --> a datagram of 9 bytes
+    receive  recvmsg into the receiver's buffer; what came in a memfd is read from there
+
+So a message of any size is one datagram: it is received as a whole or not at all, in its order,
+and can be taken back unread like any other. Nothing has to be put together again, and several
+senders may share a channel.
+
+Nothing here waits, takes a lock, or raises for what can happen: `send` says how it went, and
+`receive` raises only what ends the channel. It knows nothing of messages.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import errno
+import mmap
+import os
+import socket
+from collections.abc import Sequence
+
+from hpcray.protocol.sizes import DATAGRAM_MAX_BYTES, MESSAGE_MAX_BYTES, RECEIVE_BYTES
+
+SENT = 0
+FULL = 1  # the receiver is slow: when the socket is writable
+SHORT = 2  # no descriptor or memory just now: after a while
+GONE = 3  # the other end is closed
+
+# The first byte of a datagram whose content is in a memfd; no msgpack value begins with it.
+_IN_MEMORY = 0xC1
+_MAX_DESCRIPTORS = 16
+_ANCILLARY_BYTES = socket.CMSG_SPACE(_MAX_DESCRIPTORS * 4)
+# Plain ints: combining the enum members costs a microsecond at each call.
+_SEND_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+_LOOK_FLAGS = int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
+_LOST_FLAGS = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
+_TRUNCATED = int(socket.MSG_TRUNC)
+_FULL_ERRORS = frozenset({errno.EAGAIN, errno.EWOULDBLOCK})
+_SHORT_ERRORS = frozenset({
+    errno.ENOBUFS, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ETOOMANYREFS, errno.ENOSPC})
+_BUFFER_BYTES = 4 * 1024 * 1024
+
+Received = tuple[memoryview, list[int]]
+
+
+class ChannelClosed(Exception):
+    """The other end hung up."""
+
+
+class Malformed(ChannelClosed):
+    """The other end sent what cannot be read: its messages are lost, so the channel ends."""
+
+
+def receive_buffer() -> memoryview:
+    """Room for any datagram. Takes memory only as far as datagrams reach into it: a `bytearray`
+    is zeroed, and its page faults are a good part of a worker's start."""
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    return memoryview(mmap.mmap(-1, RECEIVE_BYTES, flags=private))
+
+
+def enlarge_buffers(sock: socket.socket) -> None:
+    """Ask for much; the kernel gives what the host allows. The default is enough to work."""
+    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
+
+
+def send(sock: socket.socket, data: bytes, descriptors: Sequence[int] = ()) -> int:
+    """Send one datagram: SENT, FULL, SHORT or GONE. Descriptors are duplicated to the receiver."""
+    try:
+        if len(data) > DATAGRAM_MAX_BYTES:
+            return _send_in_memory(sock, data, descriptors)
+        if descriptors:
+            socket.send_fds(sock, [data], descriptors, _SEND_FLAGS)
+        else:
+            sock.send(data, _SEND_FLAGS)
+        return SENT
+    except OSError as error:
+        if error.errno == errno.EMSGSIZE:  # a host with less room than any default
+            return _send_in_memory(sock, data, descriptors)
+        return _outcome(error)
+
+
+def _send_in_memory(sock: socket.socket, data: bytes, descriptors: Sequence[int]) -> int:
+    try:
+        fd = os.memfd_create("hpcray-message", os.MFD_CLOEXEC)
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(fd, view):]
+            head = bytes((_IN_MEMORY,)) + len(data).to_bytes(8, "little")
+            socket.send_fds(sock, [head], (fd, *descriptors), _SEND_FLAGS)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        return _outcome(error)
+    return SENT
+
+
+def _outcome(error: OSError) -> int:
+    if error.errno in _FULL_ERRORS:
+        return FULL
+    if error.errno in _SHORT_ERRORS:
+        return SHORT
+    return GONE
+
+
+def receive(sock: socket.socket, buffer: memoryview) -> Received | None:
+    """The content of one datagram, and the descriptors that came with it; None: there is none now.
+
+    The content may lie in `buffer`: decode it before the next call.
+
+    Raises:
+      ChannelClosed: the other end has hung up.
+      Malformed: a datagram came that is too long, or has lost its descriptors.
+    """
+    try:
+        nbytes, ancillary, flags, _ = sock.recvmsg_into([buffer], _ANCILLARY_BYTES, _LOOK_FLAGS)
+    except BlockingIOError:
+        return None
+    except OSError as error:
+        raise ChannelClosed(str(error)) from None
+    if nbytes == 0:
+        raise ChannelClosed("the other end closed the connection")
+    descriptors = _descriptors(ancillary) if ancillary else []
+    if flags & _LOST_FLAGS:
+        for fd in descriptors:
+            os.close(fd)
+        if flags & _TRUNCATED:
+            raise Malformed(f"a datagram of more than {len(buffer):,} B came")
+        raise Malformed("this process has no file descriptor left for what it was sent; raise the "
+                        "limit (ulimit -n) or close files")
+    if buffer[0] == _IN_MEMORY:
+        return _from_memory(buffer[:nbytes], descriptors), descriptors
+    return buffer[:nbytes], descriptors
+
+
+def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    found: list[int] = []
+    for _level, _kind, data in ancillary:
+        received = array.array("i")
+        received.frombytes(data[: len(data) - len(data) % 4])
+        found.extend(received)
+    return found
+
+
+def _from_memory(head: memoryview, descriptors: list[int]) -> memoryview:
+    """Read, not mapped: whoever sent it could still make it shorter."""
+    if len(head) != 9 or not descriptors:
+        raise Malformed("a datagram came that says it has a descriptor, and has none")
+    fd = descriptors.pop(0)
+    nbytes = int.from_bytes(head[1:], "little")
+    try:
+        if nbytes > MESSAGE_MAX_BYTES + DATAGRAM_MAX_BYTES or os.fstat(fd).st_size != nbytes:
+            raise Malformed(f"a datagram came that says it has {nbytes:,} B, and has not")
+        data = bytearray(nbytes)
+        view = memoryview(data)
+        position = 0
+        while position < nbytes:
+            count = os.preadv(fd, [view[position:]], position)
+            if not count:
+                raise Malformed("a message became shorter while it was read")
+            position += count
+        return view
+    finally:
+        os.close(fd)
