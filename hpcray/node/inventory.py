@@ -202,7 +202,7 @@ class Inventory:
         for rank in range(self._machine.size):
             if rank != self._rank:
                 number = requests.forward(
-                    rank, "state", query, lambda: self._answered(gather))
+                    rank, "state", query, lambda _: self._answered(gather))
                 self._gathers[number] = gather
         self._begin(query, lambda rows: self._pass_on(gather, rows),
                     lambda: self._answered(gather))

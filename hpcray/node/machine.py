@@ -19,6 +19,7 @@ from hpcray.node.actors import Actors
 from hpcray.node.cluster import Cluster, describe
 from hpcray.node.directory import Directory
 from hpcray.node.dispatch import Dispatcher
+from hpcray.node.explain import Explain
 from hpcray.node.inventory import Inventory
 from hpcray.node.ledger import ResourceLedger
 from hpcray.node.memory import NodeMemory
@@ -62,6 +63,7 @@ class Machine:
         self.groups = Groups(self, self.outbox)
         self.requests = Requests(self, self.outbox)
         self.inventory = Inventory(self, self.outbox)
+        self.explain = Explain(self, self.outbox)
         self.directory.on_freed_creation = self.actors.last_handle_gone
         self._foreign_since_s: float | None = None
         self._squeezed = False
@@ -262,6 +264,8 @@ class Machine:
         self.now_s = now_s
         self.dispatcher.tick(now_s)
         self.memory.tick(now_s)
+        if self.explain.open:
+            self.explain.tick(now_s)
         if self.size > 1:
             self._give_back_foreign(now_s)
         self._limit_inline()
@@ -310,7 +314,7 @@ class Machine:
     def wants_ticks(self) -> bool:
         return bool(
             self.dispatcher.piled or self.memory.waiting or self._foreign_since_s is not None
-            or self.cluster.load_is_stale or self.inventory.questions
+            or self.cluster.load_is_stale or self.inventory.questions or self.explain.open
             or self.directory.inline_bytes > self.memory.budget.capacity_bytes // 10
             or (self.size > 1 and (self.dispatcher.queued() or self.cluster.actors_waiting)))
 

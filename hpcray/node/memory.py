@@ -266,6 +266,10 @@ class NodeMemory:
         for pull, _ in self._pulls.values():
             self._outbox.actions.append(pull)
 
+    def awaits(self, object_ids: list[bytes]) -> bool:
+        """Whether a pull of one of these waits for memory."""
+        return any(object_id in self._pulls for object_id in object_ids)
+
     @property
     def waiting(self) -> bool:
         return bool(self._waiting or self._pulls)

@@ -8,6 +8,7 @@ requests keep the asking client's number until the answer comes back. Names:
     create_placement_group  remove_placement_group  placement_groups     groups, at node 0
     kill_actor  actor_handle                                             at the actor's home
     cancel                                                               at the task's home
+    explain {ids}          why objects are not there yet, a sentence each: see node/explain.py
     locations  local_locations                      at the objects' home; at the asker's node
     state                              what there is, at every node: see node/inventory.py
 """
@@ -67,7 +68,7 @@ class Requests:
         self._machine = machine
         self._outbox = outbox
         # Forwarded: our number -> who asked or what to call, or None if nobody waits.
-        self._forwarded: dict[int, Asker | Callable[[], None] | None] = {}
+        self._forwarded: dict[int, Asker | Callable[[PeerReply], None] | None] = {}
         self._count = 0
         self.names = Names()  # used on node 0
         # Names asked for here whose actors are not created yet: (client, its number) -> which.
@@ -99,6 +100,11 @@ class Requests:
         if name == "state":
             self._machine.inventory.asked(client, message)
             return
+        if name == "explain":
+            asker = (self._machine.rank, client, message.request)
+            self._machine.explain.asked(
+                arguments, lambda found: self._deliver(asker, found, None), peer=False)
+            return
         if name == "reserve_name":
             self._reserving[client, message.request] = Reservation(
                 arguments["actor_id"], arguments["namespace"], arguments["name"])
@@ -110,7 +116,8 @@ class Requests:
             self.forward(rank, name, arguments, asker)
 
     def forward(
-        self, rank: int, name: str, arguments: Any, asker: Asker | Callable[[], None] | None
+        self, rank: int, name: str, arguments: Any,
+        asker: Asker | Callable[[PeerReply], None] | None,
     ) -> int:
         """Ask another node; the number its answer will carry."""
         self._count += 1
@@ -132,13 +139,17 @@ class Requests:
     def peer_asked(self, rank: int, message: PeerRequest) -> None:
         if message.name == "state":
             self._machine.inventory.peer_asked(rank, message.request, message.arguments)
+        elif message.name == "explain":
+            self._machine.explain.asked(
+                message.arguments,
+                lambda found: self._deliver((rank, -1, message.request), found, None), peer=True)
         else:
             self._answer(message.name, message.arguments, (rank, -1, message.request))
 
     def peer_answered(self, message: PeerReply) -> None:
         asker = self._forwarded.pop(message.request, None)
         if callable(asker):
-            asker()
+            asker(message)
         elif asker is not None:
             self._deliver(asker, message.result, message.error)
 

@@ -36,6 +36,7 @@ from hpcray.node.journal import Journal
 from hpcray.node.machine import Machine
 from hpcray.node.output import WorkerOutput
 from hpcray.node.pool import WorkerPool, ZygoteLost
+from hpcray.node.processes import process_state
 from hpcray.node.records import DRIVER
 from hpcray.node.transfers import Segments, Transfers
 from hpcray.node.watcher import READ, WRITE, Watcher
@@ -616,6 +617,7 @@ class NodeServer:
         machine = Machine(self.rank, self.size, mine, capacity_bytes, job_id, public)
         for node in nodes:
             machine.cluster.joined(node)
+        machine.explain.process_state = process_state
         self._machine = machine
         self._segments = Segments()
         if self._transport is not None:
