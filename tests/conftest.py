@@ -20,6 +20,8 @@ moment. What it reports it also kills, so that one culprit fails one test and no
 
 `@pytest.mark.leaves_behind("reason")` on a test or a module switches its checks off.
 
+`few_descriptors` plays a host that has none left.
+
 What must not go in: fixtures of a single room; those live in that room's own conftest.
 """
 
@@ -27,6 +29,7 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 import signal
 import sys
 import time
@@ -346,3 +349,26 @@ def no_orphan_left_by_test(request: pytest.FixtureRequest, _watch: Watch) -> Ite
     )
     if left:
         fail(request.node.nodeid, left, _first_seen)
+
+
+@pytest.fixture
+def few_descriptors() -> Iterator[Callable[[int], None]]:
+    """Called with a number, leaves this process so many descriptors from then on."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken: list[int] = []
+
+    def leave(count: int) -> None:
+        if not taken:
+            highest = max(map(int, os.listdir("/proc/self/fd")))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 8, limits[1]))
+        try:
+            while True:
+                taken.append(os.dup(0))
+        except OSError:
+            for _ in range(count):
+                os.close(taken.pop())
+
+    yield leave
+    for fd in taken:
+        os.close(fd)
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)

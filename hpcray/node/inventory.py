@@ -45,7 +45,6 @@ from hpcray.protocol import ids, labels, values
 from hpcray.protocol.messages import (
     ACTOR_CREATION,
     METHOD,
-    ROWS_BYTES,
     TASK,
     UNIT,
     PeerReply,
@@ -55,6 +54,7 @@ from hpcray.protocol.messages import (
     Rows,
     Template,
 )
+from hpcray.protocol.sizes import ROWS_BYTES
 
 if TYPE_CHECKING:
     from hpcray.node.machine import Machine

@@ -68,8 +68,14 @@ class NodeMemory:
     # --- objects ----------------------------------------------------------------------------------
 
     def used(self, location: Located) -> None:
-        """A value was placed there."""
+        """A value was placed there.
+
+        Raises:
+          KeyError, ValueError: there is no such place.
+        """
         segment = location.segment
+        if not 0 <= location.offset <= self.budget.segment(segment).nbytes - location.nbytes:
+            raise ValueError(f"{location} is outside of its segment")
         live = self._live.get(segment, 0)
         if live == 0:
             self.budget.mark_used(segment)
@@ -198,11 +204,12 @@ class NodeMemory:
 
     def returned(self, client: ClientRecord, segment: int) -> None:
         """Its owner gives an empty segment back."""
-        if self._live.get(segment):
-            return  # cannot be: the owner frees ranges only when told
+        if self.budget.segment(segment).owner != client.number or self._live.get(segment):
+            raise ValueError(f"segment {segment} is not its own, or has objects in it")
         self.close(segment)
 
     def open(self, client: ClientRecord, segment: int) -> None:
+        self.budget.segment(segment)  # KeyError: there is none
         self._readers.setdefault(segment, set()).add(client.number)
         self._outbox.actions.append(OpenSegment(client.number, segment))
 

@@ -41,13 +41,12 @@ from typing import Any
 import msgspec
 
 import hpcray
+from hpcray.transport import datagrams
 from hpcray.worker import zygote
 from hpcray.worker.zygote import Exited, Forked, ForkRefused, Ready
 
 # Room for every event: the largest is Ready with its list of problems.
 _EVENT_BYTES = 64 * 1024
-# Far above the largest task datagram; a receive buffer is allocated per call.
-_DATAGRAM_BYTES = 256 * 1024
 # After SIGKILL the kernel needs moments; a zygote in uninterruptible sleep is left to it.
 _KILLED_ZYGOTE_LIMIT_S = 5.0
 
@@ -188,6 +187,7 @@ class WorkerPool:
         self._socket: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
+        self._buffer = datagrams.receive_buffer()
         self._start_zygote()
 
     # --- the zygote -----------------------------------------------------------------------------
@@ -317,38 +317,33 @@ class WorkerPool:
         """Every worker not yet forgotten, the dead included."""
         return list(self._handles)
 
-    def send_task(self, number: int, datagram: bytes) -> bool:
-        """Queue one datagram for the worker; False if its queue is full.
+    def send_task(self, number: int, datagram: bytes) -> int:
+        """Queue one datagram for the worker: SENT, FULL or SHORT (transport/datagrams.py).
 
         Raises:
-          ValueError: empty (it would read as the end), or larger than a socket takes.
+          ValueError: empty (it would read as the end).
         """
         if not datagram:
             raise ValueError("an empty datagram reads as the end of the channel")
-        try:
-            self._handles[number].task_socket.send(datagram)
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            # The duplicate keeps the other end open: a dead worker is no error here.
-            raise ValueError(
-                f"a task datagram of {len(datagram)} B cannot be sent ({error.strerror}); "
-                "large arguments belong into shared memory"
-            ) from error
-        return True
+        outcome = datagrams.send(self._handles[number].task_socket, datagram)
+        # The duplicate keeps the other end open: a dead worker is no error here.
+        assert outcome != datagrams.GONE
+        return outcome
 
     def take_back(self, number: int) -> list[bytes]:
         """The datagrams that the worker has not read, in order; they are the node's again.
 
         Each datagram is received by the worker or returned here, never both and never neither.
         Of a worker that is reading at the same time, those in between may be either's.
+
+        Raises:
+          Malformed: a large one came without its content, as this process is out of descriptors.
         """
         worker_end = self._handles[number].task_socket_worker_end
-        datagrams: list[bytes] = []
-        with contextlib.suppress(BlockingIOError):
-            while datagram := worker_end.recv(_DATAGRAM_BYTES, socket.MSG_DONTWAIT):
-                datagrams.append(datagram)
-        return datagrams
+        taken: list[bytes] = []
+        while (received := datagrams.receive(worker_end, self._buffer)) is not None:
+            taken.append(bytes(received[0]))
+        return taken
 
     def kill(self, number: int) -> None:
         """SIGKILL the worker's process group; Exited follows. Of a dead worker: what it left."""

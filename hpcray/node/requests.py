@@ -22,7 +22,6 @@ from hpcray.node.names import Asker, Names, NotYet, RequestError
 from hpcray.node.outbox import Outbox
 from hpcray.protocol import ids, labels
 from hpcray.protocol.messages import (
-    ROWS_BYTES,
     PeerReply,
     PeerRequest,
     Reply,
@@ -30,6 +29,7 @@ from hpcray.protocol.messages import (
     Rows,
     encode,
 )
+from hpcray.protocol.sizes import ROWS_BYTES
 from hpcray.protocol.values import Failure
 
 if TYPE_CHECKING:

@@ -26,12 +26,13 @@ import signal
 import socket
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from hpcray.node import outbox as out
-from hpcray.node.connections import Connection, Connections, enlarge_buffers
+from hpcray.node.connections import Connection, Connections
 from hpcray.node.journal import Journal
 from hpcray.node.machine import Machine
 from hpcray.node.output import WorkerOutput
@@ -42,6 +43,7 @@ from hpcray.node.transfers import Segments, Transfers
 from hpcray.node.watcher import READ, WRITE, Watcher
 from hpcray.objects.budget import MINIMUM_SEGMENT_BYTES
 from hpcray.protocol import ids, labels, messages, values
+from hpcray.transport import datagrams
 from hpcray.transport.base import (
     DataCancelled,
     DataReceived,
@@ -188,12 +190,14 @@ class NodeServer:
         if machine is not None:
             if now_s >= self._next_tick_s:
                 machine.tick(now_s)
+                self._connections.retry()
                 if self._transfers is not None:
                     self._transfers.tick(now_s)
                 if now_s >= self._next_journal_s:
                     self._next_journal_s = now_s + _JOURNAL_S
                     self._journal.record(machine)
-                fast = machine.wants_ticks or self._journal_pending(machine)
+                fast = (machine.wants_ticks or self._journal_pending(machine)
+                        or self._connections.short)
                 self._next_tick_s = now_s + (_TICK_S if fast else _SLOW_TICK_S)
             elif self._next_tick_s > now_s + _TICK_S:
                 # Something happened: a tick soon sees whether it left work for more.
@@ -266,7 +270,7 @@ class NodeServer:
         number = action.number
         machine.connect(number)
         handle = self._pool.start(number, self._settings)
-        enlarge_buffers(handle.task_socket)
+        datagrams.enlarge_buffers(handle.task_socket)
         self._connections.add(number, handle.client_socket)
         self._watcher.watch(handle.client_socket.fileno(), partial(self._on_client, number))
         for stream, fd in (("stdout", handle.stdout_fd), ("stderr", handle.stderr_fd)):
@@ -280,8 +284,13 @@ class NodeServer:
 
     def _take_back(self, machine: Machine, action: out.TakeBack) -> None:
         if action.number in self._connections.clients:
-            task_ids = self._connections.take_back(action.number)
-            machine.dispatcher.taken_back(action.number, task_ids)
+            try:
+                task_ids = self._connections.take_back(action.number)
+            except datagrams.Malformed as error:
+                # A task is lost, and nobody can say which: all of this worker's have crashed.
+                self._connections.clients[action.number].fail(str(error))
+            else:
+                machine.dispatcher.taken_back(action.number, task_ids)
 
     def _grant_segment(self, machine: Machine, action: out.GrantSegment) -> None:
         if action.client not in self._connections.clients:
@@ -343,6 +352,8 @@ class NodeServer:
         if connection is not None and not self._read_client(connection):
             # A worker that hung up is dying: its exit follows.
             self._watcher.unwatch(connection.socket.fileno())
+            if connection.fault:
+                self._pool.kill(number)
 
     def _read_client(self, connection: Connection) -> bool:
         """Hear what the client sent; False at its end."""
@@ -352,8 +363,17 @@ class NodeServer:
         return True
 
     def _handle(self, number: int, batch: list[Any]) -> None:
-        if self._machine is not None:
+        if self._machine is None:
+            return
+        try:
             self._machine.client_messages(number, batch)
+        except Exception as error:
+            # It named what there is not: a client's affair, and not the node's end. Loud all the
+            # same, as the fault may be ours.
+            traceback.print_exc()
+            connection = self._connections.clients[number]
+            connection.inbox.batches.clear()
+            connection.fail(f"it sent what cannot be handled ({type(error).__name__}: {error})")
 
     def _on_driver(self, _fd: int) -> None:
         connection = self._connections.clients[DRIVER]
@@ -380,6 +400,9 @@ class NodeServer:
     def _driver_gone(self) -> None:
         connection = self._connections.pop(DRIVER)
         assert connection is not None
+        if connection.fault:  # to our own stderr: the driver may not read any more
+            self._output.notice(
+                f"Error: the driver is disconnected and the job ends: {connection.fault}")
         self._watcher.unwatch(connection.socket.fileno())
         connection.socket.close()
         self._driver = None
@@ -422,7 +445,10 @@ class NodeServer:
 
     def _exit_failure(self, event: Exited) -> values.Failure:
         code = event.exit_code
-        if code < 0:
+        connection = self._connections.clients.get(event.number)
+        if connection is not None and connection.fault:
+            how = f"was ended: {connection.fault}"
+        elif code < 0:
             try:
                 name = signal.Signals(-code).name
             except ValueError:

@@ -34,8 +34,6 @@ UNIT = 10_000
 DATAGRAM_MAX_BYTES = 160 * 1024
 # What a receiver has room for: one message alone may be longer than that.
 RECEIVE_BYTES = 512 * 1024
-# What one message of many rows carries, so that it fits.
-ROWS_BYTES = 64 * 1024
 
 
 class _Message(msgspec.Struct, array_like=True, gc=False):

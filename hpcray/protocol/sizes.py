@@ -23,13 +23,13 @@ below MESSAGE_MAX_BYTES, which is checked once more where messages are encoded.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # A datagram stays below what a default socket buffer takes (212,992 B), with room to spare.
 DATAGRAM_MAX_BYTES = 160 * 1024
 # A receiver's buffer: no sender makes a longer datagram.
-RECEIVE_BYTES = DATAGRAM_MAX_BYTES + 4096
+RECEIVE_BYTES = 512 * 1024
 # Small payloads are decoded while the next ones travel, and fit into caches: twice the rate of
 # megabytes for objects of 10-50 kB.
 PAYLOAD_BYTES = 256 * 1024
@@ -47,6 +47,11 @@ ROWS_BYTES = 64 * 1024
 _ID_BYTES = 28
 
 
+# Messages encoded at once: their array header is one byte, so that a slice is joined to others by
+# cutting that off.
+_SLICE = 15
+
+
 def array_header(count: int) -> bytes:
     """What a msgpack array of `count` items begins with."""
     if count < 16:
@@ -58,33 +63,49 @@ def array_header(count: int) -> bytes:
 
 def parts(
     batch: list[Any], encode: Callable[[Any], bytes], limit: int = DATAGRAM_MAX_BYTES
-) -> list[bytes]:
+) -> Iterator[bytes]:
     """The batch as encoded batches of at most `limit` bytes; one of a single message may be longer.
 
-    Each message is encoded once, whatever the number of parts.
+    They are made when they are asked for: until then messages share their values with whoever has
+    them. So the batch must stay as it is.
 
     Raises:
       ValueError: a message is longer than MESSAGE_MAX_BYTES. That is a bug: it should have been
         refused where it was made.
     """
-    found: list[bytes] = []
     group: list[bytes] = []
+    count = 0
     nbytes = 0
-    for message in batch:
-        one = encode(message)
-        if len(one) > MESSAGE_MAX_BYTES:
-            raise ValueError(
-                f"a {type(message).__name__} message of {len(one):,} B exceeds "
-                f"{MESSAGE_MAX_BYTES:,} B")
-        if group and nbytes + len(one) > limit - 5:  # 5: the longest array header
-            found.append(b"".join((array_header(len(group)), *group)))
+    for number, body in _bodies(batch, encode, limit):
+        if group and nbytes + len(body) > limit - 5:  # 5: the longest array header
+            yield b"".join((array_header(count), *group))
             group = []
-            nbytes = 0
-        group.append(one)
-        nbytes += len(one)
+            count = nbytes = 0
+        group.append(body)
+        count += number
+        nbytes += len(body)
     if group:
-        found.append(b"".join((array_header(len(group)), *group)))
-    return found
+        yield b"".join((array_header(count), *group))
+
+
+def _bodies(
+    batch: list[Any], encode: Callable[[Any], bytes], limit: int
+) -> Iterator[tuple[int, bytes]]:
+    """A few messages at a time, encoded and without an array header; each alone if it is large."""
+    for start in range(0, len(batch), _SLICE):
+        some = batch[start : start + _SLICE]
+        encoded = encode(some)
+        if len(encoded) <= limit - 4:
+            yield len(some), encoded[1:]
+            continue
+        del encoded
+        for message in some:
+            one = encode(message)
+            if len(one) > MESSAGE_MAX_BYTES:
+                raise ValueError(
+                    f"a {type(message).__name__} message of {len(one):,} B exceeds "
+                    f"{MESSAGE_MAX_BYTES:,} B")
+            yield 1, one
 
 
 def check_refs(nbytes: int, what: str) -> None:

@@ -74,7 +74,7 @@ def send(sock: socket.socket, data: bytes, descriptors: Sequence[int] = ()) -> i
         if len(data) > DATAGRAM_MAX_BYTES:
             return _send_in_memory(sock, data, descriptors)
         if descriptors:
-            socket.send_fds(sock, [data], descriptors, _SEND_FLAGS)
+            _send_with(sock, data, descriptors)
         else:
             sock.send(data, _SEND_FLAGS)
         return SENT
@@ -92,12 +92,18 @@ def _send_in_memory(sock: socket.socket, data: bytes, descriptors: Sequence[int]
             while view:
                 view = view[os.write(fd, view):]
             head = bytes((_IN_MEMORY,)) + len(data).to_bytes(8, "little")
-            socket.send_fds(sock, [head], (fd, *descriptors), _SEND_FLAGS)
+            _send_with(sock, head, (fd, *descriptors))
         finally:
             os.close(fd)
     except OSError as error:
         return _outcome(error)
     return SENT
+
+
+def _send_with(sock: socket.socket, data: bytes, descriptors: Sequence[int]) -> None:
+    # Not `socket.send_fds`: it ignores the flags it is given.
+    rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))
+    sock.sendmsg([data], [rights], _SEND_FLAGS)
 
 
 def _outcome(error: OSError) -> int:
@@ -133,9 +139,14 @@ def receive(sock: socket.socket, buffer: memoryview) -> Received | None:
             raise Malformed(f"a datagram of more than {len(buffer):,} B came")
         raise Malformed("this process has no file descriptor left for what it was sent; raise the "
                         "limit (ulimit -n) or close files")
-    if buffer[0] == _IN_MEMORY:
+    if buffer[0] != _IN_MEMORY:
+        return buffer[:nbytes], descriptors
+    try:
         return _from_memory(buffer[:nbytes], descriptors), descriptors
-    return buffer[:nbytes], descriptors
+    except (Malformed, OSError, MemoryError) as error:
+        for fd in descriptors:
+            os.close(fd)
+        raise Malformed(f"a message in memory could not be read: {error}") from None
 
 
 def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:

@@ -7,7 +7,7 @@ from typing import Any
 from hpcray.node import outbox as out
 from hpcray.node.inventory import KEPT, SLICE
 from hpcray.node.machine import Machine
-from hpcray.protocol import ids, values
+from hpcray.protocol import ids, sizes, values
 from hpcray.protocol import messages as m
 
 JOB = ids.job_id(1)
@@ -249,4 +249,4 @@ def test_answers_come_in_parts_that_fit_a_datagram() -> None:
         node.machine.end_turn(0.0)
     parts = [x for x in node.machine.outbox.clients[0] if type(x) is m.Rows]
     assert sum(len(part.rows) for part in parts) == 5000 and len(parts) > 1
-    assert max(len(m.encode([part])) for part in parts) < m.DATAGRAM_MAX_BYTES
+    assert max(len(m.encode([part])) for part in parts) < sizes.DATAGRAM_MAX_BYTES

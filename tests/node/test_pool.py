@@ -14,6 +14,8 @@ from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from hpcray.node.pool import (
     PoolEvent,
@@ -22,6 +24,8 @@ from hpcray.node.pool import (
     ZygoteGoneError,
     ZygoteLost,
 )
+from hpcray.protocol.sizes import DATAGRAM_MAX_BYTES
+from hpcray.transport.datagrams import FULL, SENT
 from hpcray.worker.zygote import Exited, Forked, ForkRefused, Ready
 
 TARGETS = str(Path(__file__).parent.parent / "worker")
@@ -106,10 +110,10 @@ def driver() -> Iterator[Driver]:
 
 def test_tasks_reach_a_worker_and_answers_return(driver: Driver) -> None:
     handle = driver.pool.start(1, {"do": "echo"})
-    assert driver.pool.send_task(1, b"before the fork")
+    assert driver.pool.send_task(1, b"before the fork") == SENT
     assert hear(handle) == "up"
     assert hear(handle) == b"before the fork"
-    assert driver.pool.send_task(1, b"exit")
+    assert driver.pool.send_task(1, b"exit") == SENT
     exited = driver.wait_for(Exited)
     assert (exited.number, exited.exit_code) == (1, 0)
     assert driver.wait_for(Forked).pid == exited.pid == handle.pid
@@ -118,20 +122,37 @@ def test_tasks_reach_a_worker_and_answers_return(driver: Driver) -> None:
         driver.pool.forget(1)
 
 
-def test_full_channel_is_false_and_everything_can_be_taken_back(driver: Driver) -> None:
+def test_a_full_channel_says_so_and_everything_can_be_taken_back(driver: Driver) -> None:
     driver.pool.start(1, {"do": "stubborn"})
     sent = 0
-    while driver.pool.send_task(1, b"%06d" % sent + bytes(2000)):
+    while (outcome := driver.pool.send_task(1, b"%06d" % sent + bytes(2000))) == SENT:
         sent += 1
+    assert outcome == FULL
     assert sent > 10
     taken = driver.pool.take_back(1)
     assert [int(datagram[:6]) for datagram in taken] == list(range(sent))
     assert driver.pool.take_back(1) == []
-    assert driver.pool.send_task(1, b"again")
-    with pytest.raises(ValueError, match="shared memory"):
-        driver.pool.send_task(1, bytes(1 << 20))
+    assert driver.pool.send_task(1, b"again") == SENT
     with pytest.raises(ValueError, match="empty"):
         driver.pool.send_task(1, b"")
+
+
+@given(lengths=st.lists(
+    st.sampled_from([1, 1000, *(DATAGRAM_MAX_BYTES + n for n in (-1, 0, 1)), 3_000_000]),
+    max_size=6))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None,
+          max_examples=20)
+def test_datagrams_of_any_size_are_taken_back_whole(driver: Driver, lengths: list[int]) -> None:
+    if 1 not in driver.pool.numbers():
+        driver.pool.start(1, {"do": "stubborn"})
+    before = descriptors()
+    sent = [bytes([65 + index]) * length for index, length in enumerate(lengths)]
+    taken = []
+    for datagram in sent:
+        while driver.pool.send_task(1, datagram) == FULL:
+            taken += driver.pool.take_back(1)
+    assert taken + driver.pool.take_back(1) == sent
+    assert descriptors() == before
 
 
 def test_each_datagram_is_received_exactly_once_by_worker_or_node(driver: Driver) -> None:
@@ -139,11 +160,11 @@ def test_each_datagram_is_received_exactly_once_by_worker_or_node(driver: Driver
     taken: list[int] = []
     total = 60_000
     for number in range(total):
-        while not driver.pool.send_task(1, b"%d" % number):
+        while driver.pool.send_task(1, b"%d" % number) == FULL:
             taken += map(int, driver.pool.take_back(1))
         if number % 37 == 0:
             taken += map(int, driver.pool.take_back(1))
-    while not driver.pool.send_task(1, b"exit"):
+    while driver.pool.send_task(1, b"exit") == FULL:
         taken += map(int, driver.pool.take_back(1))
     packed = bytearray()
     while len(packed) < 8 or len(packed) < 8 + int.from_bytes(packed[:8], "little"):
