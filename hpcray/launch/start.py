@@ -16,7 +16,9 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 # A node ends its workers, its peers and MPI within this; after that it is killed.
 _END_S = 5.0
 _HUNG_S = 0.5
+# A start that takes longer says what it waits for.
+_PATIENCE_S = 10.0
 
 
 class _Node:
@@ -139,7 +143,8 @@ def connect(config: InitConfig) -> Client:
     _session_count += 1
     client = Client(node.socket.dup(), is_driver=True)
     try:
-        client.start(config.start_timeout_s + 5, _for_node(config))
+        with _late_ranks_told(node.launch):
+            client.start(config.start_timeout_s + 5, _for_node(config))
     except LaunchError as error:
         client.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -159,6 +164,23 @@ def connect(config: InitConfig) -> Client:
 
     client.begin_task(ids.driver_task_id(client.rank, client.job_id), 0)
     return client
+
+
+@contextlib.contextmanager
+def _late_ranks_told(launch: Launch) -> Iterator[None]:
+    """While the node starts: after some seconds say what it waits for. The node itself cannot, as
+    MPI_Init returns only when the last rank has come."""
+    told = threading.Timer(_PATIENCE_S, lambda: print(
+        f"hpcray: the start has taken {_PATIENCE_S:g} s so far: rank 0 waits until "
+        f"all {launch.size} ranks of the job have come (their hosts may be slow to start Python).",
+        file=sys.stderr, flush=True))
+    told.daemon = True
+    if launch.size > 1:
+        told.start()
+    try:
+        yield
+    finally:
+        told.cancel()
 
 
 def _for_node(config: InitConfig) -> dict[str, Any]:

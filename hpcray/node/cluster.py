@@ -265,6 +265,10 @@ class Cluster:
             waiting = self._actors_waiting[task.template.resources] = deque()
         waiting.append(task)
 
+    def actors_to_place(self) -> list[tuple[Shape, deque[TaskRecord]]]:
+        """Actors that no node has had room for, by what they need."""
+        return list(self._actors_waiting.items())
+
     def _actors_granted(self, message: Grant) -> bool:
         waiting = self._actors_waiting.get(message.shape)
         slots = message.slots
@@ -481,7 +485,7 @@ class Cluster:
         if self.scheduler is None:
             self._outbox.peers[SCHEDULER_RANK].append(message)
         elif type(message) is Load:
-            self.scheduler.load(self._rank, message)
+            self.scheduler.load(self._rank, message, self._machine.now_s)
         elif type(message) is GrantUnused:
             self.scheduler.unused(self._rank, message)
         else:
@@ -489,9 +493,11 @@ class Cluster:
 
 
 class NodeView:
-    __slots__ = ("actors", "free", "labels", "met", "queued", "recent", "reported", "total")
+    __slots__ = ("actors", "free", "heard_s", "labels", "met", "queued", "recent", "reported",
+                 "total")
 
     def __init__(self, node: Joined) -> None:
+        self.heard_s = 0.0  # when it last told its load
         self.total = dict(node.resources)
         self.reported = dict(self.total)  # free, as it last said
         self.free = dict(self.total)  # less what was granted since
@@ -527,9 +533,10 @@ class GlobalScheduler:
                     if may_run(view.labels, name):
                         view.met[name] = view.total[name] = view.free[name] = labels.OFFERED
 
-    def load(self, rank: int, message: Load) -> None:
+    def load(self, rank: int, message: Load, now_s: float = 0.0) -> None:
         view = self.views.get(rank)
         if view is not None:
+            view.heard_s = now_s
             view.reported = dict(message.free)
             view.free = {**view.reported, **view.met}
             view.queued = message.queued

@@ -169,6 +169,11 @@ class Dispatcher:
     def queued(self) -> int:
         return sum(len(queue.tasks) for queue in self.queues.values())
 
+    @property
+    def starting(self) -> bool:
+        """Workers have been forked and have not said hello."""
+        return self._starting > 0
+
     # --- workers come and go ----------------------------------------------------------------------
 
     def start_workers(self, count: int) -> None:

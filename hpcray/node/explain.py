@@ -277,9 +277,12 @@ class Explain:
             if any(name in names and not (worker.blocked and name.startswith("CPU"))
                    for name, _ in worker.shape):
                 found.append(self.who(worker))
-        found += ["a placement group" for bundles in self._machine.bundles.held.values()
-                  if any(name in names for _, shape, _ in bundles for name, _ in shape)]
-        return found
+        return found + self.groups_with(names)
+
+    def groups_with(self, names: set[str]) -> list[str]:
+        """Placement groups that hold some of these resources here."""
+        return ["a placement group" for bundles in self._machine.bundles.held.values()
+                if any(name in names for _, shape, _ in bundles for name, _ in shape)]
 
     def who(self, worker: Worker) -> str:
         """What a worker is for."""

@@ -29,6 +29,7 @@ from hpcray.node.records import DRIVER, WAIT_LOCAL, WAIT_READY, WAIT_VALUE, Clie
 from hpcray.node.requests import Requests
 from hpcray.node.streams import Streams
 from hpcray.node.tasks import Tasks
+from hpcray.node.waiting import Waiting
 from hpcray.protocol import ids, values
 from hpcray.protocol import messages as m
 
@@ -64,6 +65,7 @@ class Machine:
         self.requests = Requests(self, self.outbox)
         self.inventory = Inventory(self, self.outbox)
         self.explain = Explain(self, self.outbox)
+        self.waiting = Waiting(self, self.outbox)
         self.directory.on_freed_creation = self.actors.last_handle_gone
         self._foreign_since_s: float | None = None
         self._squeezed = False
@@ -230,7 +232,7 @@ class Machine:
 
     def _load(self, rank: int, message: m.Load) -> None:
         if self.cluster.scheduler is not None:
-            self.cluster.scheduler.load(rank, message)
+            self.cluster.scheduler.load(rank, message, self.now_s)
             self.groups.resources_changed()
 
     def _demand(self, rank: int, message: m.Demand) -> None:
@@ -270,6 +272,7 @@ class Machine:
             self._give_back_foreign(now_s)
         self._limit_inline()
         self._report_impossible()
+        self.waiting.tick(now_s)
 
     def _limit_inline(self) -> None:
         """Inline values may fill a tenth of the store's budget; beyond, larger ones go to it."""

@@ -238,6 +238,10 @@ class Groups:
 
     # --- reserving --------------------------------------------------------------------------------
 
+    def to_place(self) -> list[Group]:
+        """Groups that wait for room, though some day there may be enough."""
+        return [group for group in self._pending.values() if not group.reported]
+
     def resources_changed(self) -> None:
         """A node has told a load: what did not fit may fit now."""
         self._changed = True

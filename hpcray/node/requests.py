@@ -9,6 +9,7 @@ requests keep the asking client's number until the answer comes back. Names:
     kill_actor  actor_handle                                             at the actor's home
     cancel                                                               at the task's home
     explain {ids}          why objects are not there yet, a sentence each: see node/explain.py
+    holdings {names}       of resources: what is free when tasks have ended, who keeps the rest
     locations  local_locations                      at the objects' home; at the asker's node
     state                              what there is, at every node: see node/inventory.py
 """
@@ -90,6 +91,7 @@ class Requests:
             "placement_groups": machine.groups.table,
             "locations": lambda arguments: self._machine.inventory.locations(arguments),
             "local_locations": lambda arguments: self._machine.inventory.locations(arguments),
+            "holdings": lambda arguments: self._machine.waiting.holdings(arguments["names"]),
             "statistics": lambda _: self._machine.statistics(),
         }
 

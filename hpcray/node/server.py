@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import os
 import secrets
 import shutil
@@ -40,9 +41,10 @@ from hpcray.node.pool import WorkerPool, ZygoteLost
 from hpcray.node.processes import process_state
 from hpcray.node.records import DRIVER
 from hpcray.node.transfers import Segments, Transfers
+from hpcray.node.waiting import PATIENCE_S
 from hpcray.node.watcher import READ, WRITE, Watcher
 from hpcray.objects.budget import MINIMUM_SEGMENT_BYTES
-from hpcray.protocol import ids, labels, messages, values
+from hpcray.protocol import ids, labels, messages, values, words
 from hpcray.transport import datagrams
 from hpcray.transport.base import (
     DataCancelled,
@@ -111,6 +113,8 @@ class NodeServer:
         self._next_due_s = 0.0
         self._next_journal_s = 0.0
         self._end_deadline_s: float | None = None
+        # When ranks that have not joined are told of, once.
+        self._late_s = time.monotonic() + PATIENCE_S
         self._ending_park = False
         self._stop_reason: str | None = None
         self._to_peers: dict[int, list[Any]] = {}
@@ -207,6 +211,8 @@ class NodeServer:
                 machine.end_turn(now_s)
                 if not self._carry_out(machine):
                     break
+        elif self._state == JOINING and self.rank == 0 and now_s > self._late_s:
+            self._tell_late()
         if self._output.deadline_s is not None:
             self._output.tick(now_s)
         self._flush_peers()
@@ -598,6 +604,16 @@ class NodeServer:
             self._begin_if_complete()
         else:
             self._to_peer(0, [self._me])
+
+    def _tell_late(self) -> None:
+        """The driver waits, and some rank has not joined: which."""
+        missing = [str(rank) for rank in range(self.size) if rank not in self._joined]
+        if self._config is not None and missing:
+            self._late_s = math.inf
+            self._output.notice(
+                f"Warning: the job has waited for {PATIENCE_S:g} s for rank{'s'[:len(missing) > 1]}"
+                f" {words.listed(missing, 8)} to join; {'they have' if missing[1:] else 'it has'} "
+                "come through MPI_Init, and may be stopped or starting slowly.")
 
     def _begin_if_complete(self) -> None:
         """Node 0: everybody is here and the driver has said what it wants."""

@@ -62,8 +62,8 @@ PURE = ("protocol.", "objects.allocator", "objects.budget", "transport.peers", "
         "transport.transfers", "transport.base", "control.schema", "control.address",
         *(f"node.{name}" for name in (
             "machine", "directory", "holders", "tasks", "dispatch", "ledger", "actors", "cluster",
-            "inventory", "memory", "names", "placement", "requests", "explain", "records", "outbox",
-            "streams")))
+            "inventory", "memory", "names", "placement", "requests", "explain", "waiting",
+            "records", "outbox", "streams")))
 WORLD = {"socket", "select", "selectors", "threading", "time", "os", "signal", "subprocess", "mmap",
          "multiprocessing", "asyncio", "ctypes", "fcntl", "pathlib", "random", "secrets", "mpi4py"}
 

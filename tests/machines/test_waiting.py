@@ -1,4 +1,5 @@
-"""Explain: one sentence per object that is not there yet, from the records, on one node or two."""
+"""Explain: one sentence per object that is not there yet, from the records, on one node or two.
+Waiting: what is stuck is said once, what is a matter of time never."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from typing import Any
 
 from hpcray.node import outbox as out
 from hpcray.node.machine import Machine
-from hpcray.protocol import ids, words
+from hpcray.protocol import ids, values, words
 from hpcray.protocol import messages as m
 
 JOB = ids.job_id(1)
@@ -96,9 +97,20 @@ class Nodes:
 
     def tick(self, seconds: float) -> None:
         self.now_s += seconds
-        for machine in self.machines:
-            machine.tick(self.now_s)
+        for rank, machine in enumerate(self.machines):
+            if rank not in self.silent:
+                machine.tick(self.now_s)
         self.turn()
+
+    def wait(self, seconds: int) -> list[str]:
+        """What is said meanwhile."""
+        for _ in range(seconds):
+            self.tick(1.0)
+        said = []
+        for machine in self.machines:
+            said += machine.outbox.notices
+            machine.outbox.notices.clear()
+        return said
 
     def explain(self, *object_ids: bytes) -> list[str] | None:
         self.machines[0].outbox.clients.clear()
@@ -189,3 +201,133 @@ def test_amounts_for_people() -> None:
     assert words.amounts((("CPU", 5000), ("memory", 25276538880 * m.UNIT))) == (
         "0.5 CPU and 23.5 GiB of memory")
     assert words.counted(["a", "a", "b", "c", "d", "e"]) == "a x2, b, c and 2 more"
+
+
+# --- what waits for long ------------------------------------------------------------------------
+
+KEEPS = ("An actor keeps its resources until it ends: start with more of them, or give actors less "
+         "(num_cpus=0).")
+
+
+def test_tasks_behind_actors_are_told_once() -> None:
+    nodes = Nodes()
+    for _ in range(2):
+        nodes.done(ids.creation_object_id(nodes.actor()))
+    nodes.submit("f")
+    nodes.submit("f")
+    assert nodes.wait(9) == []
+    assert nodes.wait(3) == ["Warning: task f and 1 more have waited for 10 s for 1 CPU, held by "
+                             f"actor Counter x2. {KEEPS}"]
+    nodes.submit("f")
+    assert nodes.wait(60) == []
+
+
+def test_what_got_on_is_told_again_if_it_is_stuck_again() -> None:
+    nodes = Nodes()
+    one, _ = (nodes.actor() for _ in range(2))
+    for actor_id in (one, _):
+        nodes.done(ids.creation_object_id(actor_id))
+    nodes.submit("f")
+    assert len(nodes.wait(12)) == 1
+    worker = next(iter(nodes.machines[0].dispatcher.workers))
+    nodes.machines[0].worker_exited(worker, values.Failure("WorkerCrashedError", "x"))
+    nodes.turn()
+    assert nodes.wait(2) == []
+    nodes.submit("f")
+    assert nodes.wait(30) == []  # behind a task, which ends
+
+
+def test_an_actor_that_finds_no_room() -> None:
+    nodes = Nodes()
+    for _ in range(2):
+        nodes.done(ids.creation_object_id(nodes.actor()))
+    nodes.actor()
+    assert nodes.wait(12) == [
+        f"Warning: actor Counter has waited for 10 s for 1 CPU, held by actor Counter x2. {KEEPS}"]
+
+
+def test_long_tasks_are_no_reason() -> None:
+    nodes = Nodes()
+    for _ in range(5):
+        nodes.submit("f")
+    assert nodes.wait(100) == []
+
+
+def test_what_can_never_run_is_told_as_that() -> None:
+    nodes = Nodes()
+    nodes.submit("b")
+    said = nodes.wait(20)
+    assert len(said) == 1 and "which no node of this job can ever offer" in said[0]
+
+
+def test_a_task_that_holds_what_it_waits_for() -> None:
+    nodes = Nodes()
+    nodes.tell(0, 0, m.DefineTemplate(m.Template(
+        b"d" * 16, b"f" * 16, m.TASK, "disk", resources=(("disk", m.UNIT),))))
+    ledger = nodes.machines[0].dispatcher.ledger
+    ledger.total["disk"] = ledger.free["disk"] = m.UNIT
+    nodes.machines[0].cluster.totals()[0]["disk"] = m.UNIT
+    outer = nodes.submit("d")
+    inner = nodes.submit("d")
+    worker = nodes.runs[ids.task_of_object(outer)][1]
+    assert nodes.wait(12) == []
+    nodes.tell(0, worker, m.Get(inner), m.Blocked(()))
+    assert nodes.wait(22) == ["Warning: task disk has waited for 10 s for 1 disk, held by task "
+                              "disk, which waits for it."]
+
+
+def test_over_ranks_it_is_stuck_only_if_no_rank_can() -> None:
+    nodes = Nodes(2)
+    actors = [nodes.actor() for _ in range(4)]
+    for actor_id in actors:
+        nodes.done(ids.creation_object_id(actor_id))
+    nodes.submit("f")
+    assert nodes.wait(12) == ["Warning: task f has waited for 10 s for 1 CPU, held by actor "
+                              f"Counter x2 on rank 0 and actor Counter x2 on rank 1. {KEEPS}"]
+    nodes = Nodes(2)
+    for actor_id in [nodes.actor() for _ in range(3)]:
+        nodes.done(ids.creation_object_id(actor_id))
+    for _ in range(3):
+        nodes.submit("f")
+    assert nodes.wait(40) == []  # the fourth CPU runs tasks
+
+
+def test_a_placement_group_that_finds_no_room() -> None:
+    nodes = Nodes()
+    nodes.done(ids.creation_object_id(nodes.actor()))
+    nodes.tell(0, 0, m.Request(1, "create_placement_group", {
+        "group": b"p" * 16, "name": "pair", "strategy": "PACK",
+        "bundles": [{"CPU": m.UNIT}, {"CPU": m.UNIT}]}))
+    assert nodes.wait(12) == ["Warning: placement group pair (2 bundles, PACK) has waited for 10 s "
+                              f"for 1 CPU x2, held by actor Counter. {KEEPS}"]
+
+
+def test_a_stopped_process() -> None:
+    nodes = Nodes()
+    state = {1: "S"}
+    nodes.machines[0].explain.process_state = lambda pid: state.get(pid, "")
+    nodes.submit("f")
+    assert nodes.wait(30) == []
+    state[1] = "T"
+    assert nodes.wait(13) == [
+        "Warning: task f has not gone on for 10 s: its process (pid 1 on rank 0) was stopped by a "
+        "signal, and goes on after `kill -CONT 1`."]
+
+
+def test_a_silent_rank() -> None:
+    nodes = Nodes(2)
+    assert nodes.wait(30) == []
+    nodes.silent.add(1)
+    assert nodes.wait(13) == [
+        "Warning: nothing has been heard of rank 1 (host, pid 1) for 10 s: its process is stopped "
+        "or its host is overloaded, and what runs there is waited for."]
+    assert nodes.wait(30) == []
+
+
+def test_a_node_that_was_stopped_itself_blames_nobody() -> None:
+    nodes = Nodes(2)
+    nodes.wait(3)
+    nodes.silent.add(1)
+    nodes.tick(3600.0)
+    nodes.silent.clear()
+    assert nodes.wait(20) == []

@@ -1,0 +1,298 @@
+"""What has waited for long, said once in one sentence: for what, and what holds it. Pure.
+
+    once a second: queues, actors to be placed, groups, running workers, silent ranks
+        --the same thing waits for 10 s--> can it still begin by itself?
+              yes: look again in 10 s          no: one notice per cause, until the cause is gone
+
+What waits its turn behind tasks that run is not stuck: they end. It is stuck if no node could
+start it even when all running tasks had ended, because actors and placement groups hold what it
+needs. The other nodes are asked for that. A process that is stopped and a rank that is silent are
+told as such.
+
+Costs nothing per task: the records are read on the slow tick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from hpcray.node.explain import name_of
+from hpcray.node.ledger import Shape, is_group_shape
+from hpcray.node.outbox import Outbox
+from hpcray.node.placement import Group, choose
+from hpcray.node.records import QUEUED, TaskRecord
+from hpcray.protocol import ids, labels, words
+
+if TYPE_CHECKING:
+    from hpcray.node.dispatch import ShapeQueue, Worker
+    from hpcray.node.machine import Machine
+
+PATIENCE_S = 10.0
+_LOOK_S = 1.0
+# Looks further apart than this: this node itself was stopped, and nothing can be said of others.
+_PAUSE_S = 5.0
+# Tasks of a queue looked at for one that a holder of its resources waits for.
+_LOOKED_AT = 1000
+
+Key = tuple[Any, ...]
+
+
+class Wait:
+    """Something that waits: since when the same has been first in line, and whether it was told."""
+
+    __slots__ = ("said", "sign", "since_s")
+
+    def __init__(self, sign: Any, since_s: float) -> None:
+        self.sign = sign
+        self.since_s = since_s
+        self.said = False
+
+
+class Candidate(NamedTuple):
+    key: Key
+    sign: Any  # changes when it gets on
+    look: Callable[[Wait], None]  # whether it is stuck; then `_say`
+
+
+class Waiting:
+    def __init__(self, machine: Machine, outbox: Outbox) -> None:
+        self._machine = machine
+        self._outbox = outbox
+        self._rank = machine.rank
+        self._waits: dict[Key, Wait] = {}
+        self._last_s = 0.0
+        # What each worker ran at the last look.
+        self._ran: dict[int, bytes] = {}
+
+    def tick(self, now_s: float) -> None:
+        """Look, if it is time."""
+        elapsed_s = now_s - self._last_s
+        if elapsed_s < _LOOK_S:
+            return
+        if elapsed_s > _PAUSE_S:
+            self._waits.clear()
+        self._last_s = now_s
+        waits: dict[Key, Wait] = {}
+        due = []
+        for key, sign, look in self._candidates():
+            wait = self._waits.get(key)
+            if wait is None or (wait.sign != sign and not wait.said):
+                wait = Wait(sign, now_s)
+            waits[key] = wait
+            if not wait.said and now_s - wait.since_s >= PATIENCE_S:
+                wait.since_s = now_s
+                due.append((wait, look))
+        self._waits = waits
+        for wait, look in due:
+            look(wait)
+
+    def _say(self, wait: Wait, text: str) -> None:
+        if not wait.said and any(other is wait for other in self._waits.values()):
+            wait.said = True
+            self._outbox.notices.append(f"Warning: {text}")
+
+    def _candidates(self) -> Iterator[Candidate]:
+        machine = self._machine
+        for (shape, creation), queue in machine.dispatcher.queues.items():
+            task = self._first(queue.tasks)
+            if task is not None and not queue.starved:
+                yield Candidate(("queue", shape, creation), task.task_id,
+                                partial(self._look_at_queue, queue))
+        for shape, tasks in machine.cluster.actors_to_place():
+            task = self._first(tasks)
+            if task is not None:
+                yield Candidate(("actors", shape), task.task_id,
+                                partial(self._look_at, shape, tasks))
+        for group in machine.groups.to_place():
+            yield Candidate(("group", group.group), None,
+                            partial(self._look_at_group, group))
+        yield from self._stopped()
+        yield from self._silent()
+
+    @staticmethod
+    def _first(tasks: Iterable[TaskRecord]) -> TaskRecord | None:
+        return next((t for t in tasks if t.state == QUEUED and not t.cancelled), None)
+
+    # --- tasks and actors -------------------------------------------------------------------------
+
+    def _look_at_queue(self, queue: ShapeQueue, wait: Wait) -> None:
+        dispatcher = self._machine.dispatcher
+        task = self._first(queue.tasks)
+        if task is None or (task.home != self._rank and task.template.rank < 0):
+            return  # others' tasks go back to their home
+        if dispatcher.ledger.fits(queue.shape):
+            if dispatcher.starting:
+                self._say(wait, f"{_who(task, queue.tasks)} waited for {PATIENCE_S:g} s for a "
+                          f"worker process, which has not started on rank {self._rank}.")
+            return
+        self._look_at(queue.shape, queue.tasks, wait, bound=task.template.rank >= 0)
+
+    def _look_at(
+        self, shape: Shape, tasks: Iterable[TaskRecord], wait: Wait, *, bound: bool = False
+    ) -> None:
+        """Whether any node could start the first of `tasks` once its running tasks have ended."""
+        needed = tuple(pair for pair in shape if not labels.is_condition(pair[0]))
+        awaited = self._waited_for(tasks)
+
+        def heard(found: dict[int, tuple[dict[str, int], list[str]]]) -> None:
+            able = [rank for rank in found if rank in eligible]
+            if not able or any(_covers(found[rank][0], needed) for rank in able):
+                return  # reported as impossible, or a matter of time
+            task = self._first(tasks)
+            if task is not None:
+                lacking = tuple(pair for pair in needed
+                                if all(found[rank][0].get(pair[0], 0) < pair[1] for rank in able))
+                self._say(wait, f"{_who(task, tasks)} waited for {PATIENCE_S:g} s for "
+                          f"{words.amounts(lacking or needed)}{self._held(found, able)}")
+
+        cluster = self._machine.cluster
+        eligible = {rank for rank, total in cluster.totals().items()
+                    if (rank == self._rank or not bound)
+                    and (is_group_shape(shape) or _covers(total, shape))}
+        own = self.holdings([name for name, _ in needed], awaited)
+        if self._rank in eligible and _covers(own[0], needed):
+            return
+        self._ask(own, eligible, [name for name, _ in needed], heard)
+
+    def _waited_for(self, tasks: Iterable[TaskRecord]) -> set[int]:
+        """Clients that wait in `get` for one of these tasks."""
+        records = self._machine.directory.records
+        found: set[int] = set()
+        for task in islice(tasks, _LOOKED_AT):
+            record = records.get(task.task_id + ids.FIRST_RETURN)
+            waiters = None if record is None else record.waiters
+            if waiters is not None:
+                found.update(code >> 2 for code in (
+                    waiters if type(waiters) is list else (waiters,)))
+        return found
+
+    def holdings(
+        self, names: list[str], awaited: set[int] | None = None
+    ) -> tuple[dict[str, int], list[str]]:
+        """Of these resources: what this node has when its running tasks have ended, and who keeps
+        the rest. A task that waits for one of those in question (`awaited`) does not end."""
+        machine = self._machine
+        have = {name: machine.dispatcher.ledger.free.get(name, 0) for name in names}
+        keepers = []
+        for worker in machine.dispatcher.workers.values():
+            held = [(name, value) for name, value in worker.shape
+                    if name in have and not (worker.blocked and name.startswith("CPU"))]
+            if not held:
+                continue
+            hosted = machine.actors.hosted.get(worker.actor_id)
+            if hosted is not None and hosted.alive:
+                keepers.append(machine.explain.who(worker))
+            elif awaited and worker.blocked and worker.number in awaited:
+                keepers.append(f"{machine.explain.who(worker)}, which waits for it")
+            else:
+                for name, value in held:
+                    have[name] += value
+        keepers += machine.explain.groups_with(set(names))
+        return have, keepers
+
+    def _ask(
+        self, own: tuple[dict[str, int], list[str]], eligible: set[int], names: list[str],
+        heard: Callable[[dict[int, tuple[dict[str, int], list[str]]]], None],
+    ) -> None:
+        found = {self._rank: own}
+        missing = eligible - {self._rank}
+        if not missing:
+            heard(found)
+        for rank in sorted(missing):
+            def answered(reply: Any, rank: int = rank) -> None:
+                missing.discard(rank)
+                if reply.result is not None:
+                    found[rank] = (reply.result[0], reply.result[1])
+                if not missing:
+                    heard(found)
+
+            self._machine.requests.forward(rank, "holdings", {"names": names}, answered)
+
+    def _held(
+        self, found: dict[int, tuple[dict[str, int], list[str]]], able: list[int]
+    ) -> str:
+        parts = []
+        for rank in able:
+            if found[rank][1]:
+                where = f" on rank {rank}" if self._machine.size > 1 else ""
+                parts.append(f"{words.counted(found[rank][1], 3)}{where}")
+        if not parts:
+            return "."
+        text = f", held by {words.listed(parts, 3)}."
+        if "actor " in text:
+            text += (" An actor keeps its resources until it ends: start with more of them, or "
+                     "give actors less (num_cpus=0).")
+        return text
+
+    # --- placement groups -------------------------------------------------------------------------
+
+    def _look_at_group(self, group: Group, wait: Wait) -> None:
+        names = sorted({name for bundle in group.bundles for name, _ in bundle
+                        if not labels.is_condition(name)})
+
+        def heard(found: dict[int, tuple[dict[str, int], list[str]]]) -> None:
+            bundles = [tuple(pair for pair in bundle if not labels.is_condition(pair[0]))
+                       for bundle in group.bundles]
+            if choose(bundles, group.strategy, {r: dict(f[0]) for r, f in found.items()}) is None:
+                self._say(wait, f"placement group {group.name or group.group.hex()} "
+                          f"({len(bundles)} bundles, {group.strategy}) has waited for "
+                          f"{PATIENCE_S:g} s for {_names(bundles)}{self._held(found, list(found))}")
+
+        self._ask(self.holdings(names), set(self._machine.cluster.totals()), names, heard)
+
+    # --- processes and ranks ----------------------------------------------------------------------
+
+    def _stopped(self) -> Iterator[Candidate]:
+        """Workers that run the same as at the last look, and are stopped."""
+        machine = self._machine
+        before, self._ran = self._ran, {}
+        for number, worker in machine.dispatcher.workers.items():
+            hosted = machine.actors.hosted.get(worker.actor_id)
+            task = (worker.datagrams[0][0] if worker.datagrams else
+                    None if hosted is None else next(iter(hosted.in_flight.values()), None))
+            if task is None:
+                continue
+            self._ran[number] = task.task_id
+            if (before.get(number) == task.task_id
+                    and machine.explain.process_state(worker.pid) == "T"):
+                yield Candidate(
+                    ("stopped", number), task.task_id,
+                    partial(self._say_stopped, task, worker))
+
+    def _say_stopped(self, task: TaskRecord, worker: Worker, wait: Wait) -> None:
+        self._say(wait, f"{name_of(task.template)} has not gone on for {PATIENCE_S:g} s: its "
+                  f"process (pid {worker.pid} on rank {self._rank}) was stopped by a signal, and "
+                  f"goes on after `kill -CONT {worker.pid}`.")
+
+    def _silent(self) -> Iterator[Candidate]:
+        """On the scheduler's rank, which hears of every node once a second."""
+        scheduler = self._machine.cluster.scheduler
+        if scheduler is None:
+            return
+        for rank, view in scheduler.views.items():
+            if rank != self._rank:
+                yield Candidate(("silent", rank), view.heard_s,
+                                partial(self._say_silent, rank))
+
+    def _say_silent(self, rank: int, wait: Wait) -> None:
+        node = self._machine.cluster.nodes[rank]
+        self._say(wait, f"nothing has been heard of rank {rank} ({node.host}, pid {node.pid}) for "
+                  f"{PATIENCE_S:g} s: its process is stopped or its host is overloaded, and what "
+                  "runs there is waited for.")
+
+
+def _who(task: TaskRecord, tasks: Iterable[TaskRecord]) -> str:
+    more = sum(1 for other in tasks if not other.cancelled) - 1
+    return f"{name_of(task.template)} and {more} more have" if more > 0 else (
+        f"{name_of(task.template)} has")
+
+
+def _names(bundles: list[Shape]) -> str:
+    return words.counted([words.amounts(bundle) for bundle in bundles])
+
+
+def _covers(have: dict[str, int], shape: Shape) -> bool:
+    return all(have.get(name, 0) >= amount for name, amount in shape)
