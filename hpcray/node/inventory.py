@@ -514,7 +514,10 @@ class Inventory:
             return self.task_state(task)
         if ids.is_creation_object(record.object_id):
             return "NIL"
-        failed = record.value is not None and values.is_error(record.value)
+        if record.value is not None:
+            return "FAILED" if values.is_error(record.value) else "FINISHED"
+        # Of what lies in shared memory nobody here has read the first byte.
+        failed = ids.task_of_object(record.object_id) in self._failed
         return "FAILED" if failed else "FINISHED"
 
     def object_attempt(self, record: ObjectRecord) -> int:

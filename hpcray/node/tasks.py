@@ -16,7 +16,7 @@ TK-2  its record's count on every ref it names is one, for as long as it is in `
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hpcray.node.outbox import Introduce, IntroduceActor, KillWorker, Outbox
 from hpcray.node.records import (
@@ -65,6 +65,13 @@ if TYPE_CHECKING:
 _RUN_INLINE_BYTES = 100 * 1024
 # Lineage kept per flush: at more than this the control store gets a sample.
 _LINEAGE_PER_FLUSH = 256
+
+
+class ErrorAt(NamedTuple):
+    """A large error in the shared memory of another node."""
+
+    rank: int
+    nbytes: int
 
 
 class Tasks:
@@ -399,18 +406,31 @@ class Tasks:
 
     def failed(self, client: ClientRecord, message: Failed) -> None:
         task = self.records.get(message.task_id)
+        error = message.error
         if task is None or task.worker != client.number:
+            self._forget_error(message.task_id, error)
             return
+        template = task.template
+        if type(error) is Located and (
+                template.return_count != 1 or template.stream or template.kind == ACTOR_CREATION):
+            raise ValueError(f"the error of {template.name} has to be inline")
         self._ran(task, message.run_us)
-        self.statistics[task.template.template_id].raised += 1
-        if task.template.kind == ACTOR_CREATION:
-            self._machine.actors.creation_failed(task, message.error)
+        self.statistics[template.template_id].raised += 1
+        if template.kind == ACTOR_CREATION:
+            assert isinstance(error, bytes)
+            self._machine.actors.creation_failed(task, error)
             return
         if task.home == self._rank:
-            self.raised(task, message.error, message.retry)
-        else:
-            self._report(task, client, TaskFailed(
-                task.task_id, task.attempt, message.run_us, message.error, message.retry))
+            self.raised(task, error, message.retry)
+            return
+        nbytes = 0
+        if type(error) is Located:
+            nbytes = error.nbytes
+            self._machine.directory.keep_foreign(task.task_id + ids.FIRST_RETURN, error)
+            error = b""
+        assert isinstance(error, bytes)
+        self._report(task, client, TaskFailed(
+            task.task_id, task.attempt, message.run_us, error, message.retry, nbytes))
 
     def _ran(self, task: TaskRecord, run_us: int) -> None:
         self.statistics[task.template.template_id].add(run_us)
@@ -499,12 +519,17 @@ class Tasks:
 
     def peer_failed(self, rank: int, message: TaskFailed) -> None:
         task = self._current(rank, message)
-        if task is not None:
-            self._machine.cluster.finished(rank, task)
-            if task.template.kind == ACTOR_CREATION:
-                self._machine.actors.creation_failed_at_home(task, message.error)
-            else:
-                self.raised(task, message.error, message.retry)
+        error: bytes | ErrorAt = message.error
+        if message.nbytes:
+            error = ErrorAt(rank, message.nbytes)
+        if task is None:
+            self._forget_error(message.task_id, error)
+            return
+        self._machine.cluster.finished(rank, task)
+        if task.template.kind == ACTOR_CREATION:
+            self._machine.actors.creation_failed_at_home(task, message.error)
+        else:
+            self.raised(task, error, message.retry)
 
     def peer_crashed(self, rank: int, message: TaskCrashed) -> None:
         task = self._current(rank, message)
@@ -544,18 +569,28 @@ class Tasks:
             return None
         return task
 
-    def raised(self, task: TaskRecord, error: bytes, retry: bool) -> None:
+    def raised(self, task: TaskRecord, error: bytes | Located | ErrorAt, retry: bool) -> None:
         """The task raised; retried only if it asks for that."""
         if retry and task.retries_left != 0 and not task.cancelled:
+            self._forget_error(task.task_id, error)
             self._count_retry(task)
             if task.template.kind == METHOD:
                 self._machine.actors.call_again(task)
             else:
                 self._requeue(task)
         elif task.cancelled:
+            self._forget_error(task.task_id, error)
             self.fail(task, values.pack_failure(cancelled_failure(task)))
         else:
             self.fail(task, error)
+
+    def _forget_error(self, task_id: bytes, error: bytes | Located | ErrorAt) -> None:
+        """Nobody will see it."""
+        if type(error) is Located:
+            self._machine.memory.used(error)
+            self._machine.memory.free(error)
+        elif type(error) is ErrorAt:
+            self._machine.directory.spare_copy(task_id + ids.FIRST_RETURN, error.rank)
 
     def crashed(self, task: TaskRecord, failure: values.Failure, *, started: bool) -> None:
         """A system failure took the task down."""
@@ -591,10 +626,20 @@ class Tasks:
         else:
             self._machine.dispatcher.enqueue(task, front=True)
 
-    def fail(self, task: TaskRecord, error: bytes) -> None:
+    def fail(self, task: TaskRecord, error: bytes | Located | ErrorAt) -> None:
         """Deliver an error as the value of every return."""
-        for index in range(task.template.return_count):
-            self._machine.directory.resolve_inline(ids.return_id(task.task_id, index), error)
+        directory = self._machine.directory
+        if isinstance(error, bytes):
+            for index in range(task.template.return_count):
+                directory.resolve_inline(ids.return_id(task.task_id, index), error)
+        else:  # of one return
+            object_id = task.task_id + ids.FIRST_RETURN
+            if isinstance(error, Located):
+                directory.resolve_located(object_id, error)
+            else:
+                directory.resolve_peer_return(
+                    object_id, PeerReturn(b"", error.nbytes), error.rank)
+            error = bytes((values.ERROR,))  # all that a node needs to know of it
         if task.template.stream == STREAM:
             self._machine.streams.failed(task, error)
         if task.task_id in self.records:

@@ -249,12 +249,16 @@ class DoneMany(_Message, tag=17):
 
 
 class Failed(_Message, tag=18):
-    """The task raised. `error` is an ERROR (or, passed on, FAILURE) value for all its returns."""
+    """The task raised. `error` is an ERROR (or, passed on, FAILURE) value for all its returns.
+
+    A large one lies in shared memory if the task has one return, and neither is a stream nor
+    creates an actor.
+    """
 
     task_id: bytes
     attempt: int
     run_us: int
-    error: bytes
+    error: bytes | Located
     retry: bool = False  # its retry_exceptions cover this error
 
 
@@ -644,8 +648,9 @@ class TaskFailed(_Message, tag=12):
     task_id: bytes
     attempt: int
     run_us: int
-    error: bytes
+    error: bytes  # empty: the executor keeps `nbytes` in its shared memory, as of a PeerReturn
     retry: bool
+    nbytes: int = 0
 
 
 class TaskCrashed(_Message, tag=13):

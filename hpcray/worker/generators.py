@@ -155,6 +155,7 @@ class _Outputs:
             self._run, self._template.name, self._began_s, error, self._template)
         if failed.retry:
             raise error
+        assert isinstance(failed.error, bytes)  # a stream's is inline
         return failed.error
 
 
