@@ -187,8 +187,9 @@ def shutdown(_exiting_interpreter: bool = False) -> None:
     end_session(0)
 
 
-def end_session(status: int) -> None:
-    """`shutdown` by a driver that knows how it ends: `status` is its exit status."""
+def end_session(status: int, *, for_good: bool = False) -> None:
+    """`shutdown` by a driver that knows how it ends: `status` is its exit status, and `for_good`
+    says that it begins no other session."""
     with _starting:
         client = references.client_or_none()
         if client is None:
@@ -201,7 +202,7 @@ def end_session(status: int) -> None:
         context.set_process_context(context.TaskContext())
         from hpcray.launch import start
 
-        start.disconnect(client, status)
+        start.disconnect(client, status, for_good=for_good)
 
 
 def is_initialized() -> bool:
@@ -257,7 +258,7 @@ def _at_exit() -> None:
     if client is None or not client.is_driver:
         return
     try:
-        end_session(_exit_status())
+        end_session(_exit_status(), for_good=True)
     except Exception as error:  # the interpreter would print a traceback nobody can act on
         print(f"hpcray: the session did not end in good order: {error}", file=sys.stderr)
 

@@ -207,15 +207,23 @@ class Client:
         self.futures.complete()  # with the error of the wait that can no longer be answered
         self.memory.close()
 
-    def end_job(self, status: int, *, park: bool, timeout_s: float) -> bool:
-        """Tell the node that the driver is done and wait until the job is gone."""
+    def end_job(
+        self, status: int, *, park: bool, look_s: float, is_stuck: Callable[[], bool]
+    ) -> bool:
+        """Tell the node that the driver is done and wait until the job is gone.
+
+        `is_stuck` is asked every `look_s`; once it says so the node is given up: False.
+        """
         with self._lock:
             if self._lost is not None:
                 return False
             self._channel.outbox.append(messages.EndJob(status, park))
             try:
                 self._flush()
-                return self._wait(self._ended, time.monotonic() + timeout_s)
+                while not self._wait(self._ended, time.monotonic() + look_s):
+                    if is_stuck():
+                        return False
+                return True
             except exceptions.RaySystemError:
                 return False
 

@@ -230,28 +230,44 @@ class ControlWriter:
                 self._commands, self._round_trips, self._losses, self._dropped_lineage,
                 self._dropped_events, self._refused)
 
+    def start_close(self) -> None:
+        """Write what is queued, then end the thread: see `ended`, `give_up`, `close`."""
+        with self._lock:
+            self._closing = True
+            self._wake.notify_all()
+
+    @property
+    def ended(self) -> bool:
+        return not self._thread.is_alive()
+
+    def give_up(self) -> None:
+        """Do not write any more. The thread ends by itself, in a moment unless Redis hangs."""
+        with self._lock:
+            self._abandoned = True
+            self._wake.notify_all()
+        current = self._connection
+        if current is not None:
+            current.disconnect()  # ends a send or a read that the thread is in
+
     def close(self, timeout_s: float) -> bool:
         """Write what is queued, then end the thread. True if everything was stored.
 
         Returns after `timeout_s` and the time to notice at most, whatever Redis does.
         """
-        with self._lock:
-            self._closing = True
-            self._wake.notify_all()
+        self.start_close()
         self._thread.join(timeout_s)
         if self._thread.is_alive():
-            with self._lock:
-                self._abandoned = True
-                self._wake.notify_all()
-            current = self._connection
-            if current is not None:
-                current.disconnect()  # ends a send or a read that the thread is in
+            self.give_up()
             self._thread.join(connection.ANSWER_TIMEOUT_S + connection.CONNECT_TIMEOUT_S)
+        self.close_report()
+        return not (self._abandoned or self._dropped_lineage or self._dropped_events)
+
+    def close_report(self) -> None:
+        """Close `fileno()`; what is reported later is lost."""
         with self._lock:
             if self._report_fd >= 0:
                 os.close(self._report_fd)
                 self._report_fd = -1
-        return not (self._abandoned or self._dropped_lineage or self._dropped_events)
 
     def _put_fact(self, key: bytes, name: bytes, value: bytes | None) -> None:
         self._put_facts({(key, name): value})

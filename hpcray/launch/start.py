@@ -26,13 +26,18 @@ import msgspec
 from hpcray.config import expanded
 from hpcray.exceptions import LaunchError
 from hpcray.launch.identity import Launch, identity_fds, read_launch, strip_identity
+from hpcray.launch.progress import cpu_progress, is_stopped
+from hpcray.transport.patience import Patience
 
 if TYPE_CHECKING:
     from hpcray.client.client import Client
     from hpcray.config import InitConfig
 
-# A node ends its workers, its peers and MPI within this; after that it is killed.
-_END_S = 5.0
+# While the node ends its workers, its peers and MPI, it is looked at this often. It has limits of
+# its own for whatever it waits for; it is killed if it is stopped or sleeps on beyond all of them.
+_LOOK_S = 0.5
+_STOPPED_S = 5.0
+_ASLEEP_S = 150.0
 _HUNG_S = 0.5
 # A start that takes longer says what it waits for.
 _PATIENCE_S = 10.0
@@ -206,22 +211,42 @@ def _refuse_initialised_mpi() -> None:
             "init().")
 
 
-def disconnect(client: Client, status: int) -> None:
-    """End the driver's job. A node under MPI is parked for the next `connect`."""
+class _Watch:
+    """Whether a node that is to end still gets there. No limit of time: a machine may be loaded."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._stopped = Patience(_STOPPED_S)
+        self._asleep = Patience(_ASLEEP_S)
+
+    def is_stuck(self) -> bool:
+        now_s = time.monotonic()
+        progress = cpu_progress(self._pid)
+        stopped = self._stopped.look(now_s, progress) and is_stopped(self._pid)
+        return self._asleep.look(now_s, progress) or stopped
+
+
+def disconnect(client: Client, status: int, *, for_good: bool) -> None:
+    """End the driver's job. A node under MPI is parked for the next `connect`, if there may be one.
+    """
     node = _node
-    park = node is not None and node.launch.mode == "mpi" and client.lost is None
-    ended = client.end_job(status, park=park, timeout_s=_END_S)
+    park = node is not None and node.launch.mode == "mpi" and client.lost is None and not for_good
+    watch = _Watch(0 if node is None else node.process.pid)
+    ended = client.end_job(status, park=park, look_s=_LOOK_S, is_stuck=watch.is_stuck)
     client.close()
     if node is None:
         return
     node.in_use = False
     if not park or not ended:
-        # One that did not end the job in time hangs: it has had its chance.
-        _end_node(_END_S if ended else _HUNG_S)
+        # One that did not end the job hangs: it has had its chance.
+        _end_node(None if ended else _HUNG_S)
 
 
-def _end_node(timeout_s: float = _END_S) -> None:
-    """End the node and wait for it; kill it if it does not end. At exit, or after `disconnect`."""
+def _end_node(limit_s: float | None = None) -> None:
+    """End the node and wait for it, at exit or after `disconnect`; kill it if it hangs.
+
+    `limit_s`: kill it if it is not gone by then, whatever it does.
+    """
     node = _node
     if node is None:
         return
@@ -230,18 +255,26 @@ def _end_node(timeout_s: float = _END_S) -> None:
 
     with contextlib.suppress(OSError):
         node.socket.send(messages.encode([messages.EndJob(0, False)]), socket.MSG_DONTWAIT)
-    deadline_s = time.monotonic() + timeout_s
+        node.socket.shutdown(socket.SHUT_RD)  # it must not wait for us to read what it says
+    watch = _Watch(node.process.pid)
     try:
-        node.process.wait(timeout_s)
-    except subprocess.TimeoutExpired:
-        print(f"hpcray: the node (pid {node.process.pid}) did not end within {_END_S:g} s: "
-              "killing it", file=sys.stderr)
-        node.process.kill()
-        node.process.wait()
+        while True:
+            try:
+                node.process.wait(_LOOK_S if limit_s is None else limit_s)
+                break
+            except subprocess.TimeoutExpired:
+                if limit_s is None and not watch.is_stuck():
+                    continue
+            print(f"hpcray: the node (pid {node.process.pid}) is stopped or hangs, and does not "
+                  "end: killing it", file=sys.stderr)
+            node.process.kill()
+            node.process.wait()
+            break
     except KeyboardInterrupt:
         # A second Ctrl-C while we wait: the node sees the closed socket and ends by itself.
         node.socket.close()
-        node.process.wait(max(deadline_s - time.monotonic(), 0.5))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            node.process.wait(_STOPPED_S)
         raise
     finally:
         node.socket.close()

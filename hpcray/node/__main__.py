@@ -27,9 +27,10 @@ from hpcray.protocol.labels import ACCELERATOR, HOST, parse_labels
 from hpcray.protocol.messages import UNIT, Joined
 from hpcray.transport.base import Transport
 
-_CLOSE_S = 5.0
+# At the end of MPI, another rank may give no sign of life for so long.
+_CLOSE_S = 10.0
 # A job that fails may have lost a rank, and then nothing is to be waited for.
-_FAILED_CLOSE_S = 1.0
+_FAILED_CLOSE_S = 2.0
 _EXIT_S = 5.0
 
 # Files the MPI library keeps in /dev/shm and would leave there if this process were killed.
@@ -92,7 +93,6 @@ def main() -> int:
         status = server.run()
     finally:
         server.close()
-        journal.close()
     if transport is not None:
         if server.left_behind:
             # MPI could only be ended together with them.
@@ -101,6 +101,8 @@ def main() -> int:
                   f"{launch.rank} leaves without MPI_Finalize", file=sys.stderr, flush=True)
             _abandon(status or 1)
         transport.close(_CLOSE_S if status == 0 else _FAILED_CLOSE_S)
+    # Last, because it may take seconds that nobody else is to wait for.
+    journal.close()
     return status
 
 

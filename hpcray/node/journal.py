@@ -20,12 +20,14 @@ from hpcray.control.schema import ActorRecord, JobRecord, NodeRecord
 from hpcray.control.sidecar import Sidecar, new_password, spawn_sidecar
 from hpcray.exceptions import LaunchError
 from hpcray.protocol.messages import UNIT, Joined
+from hpcray.transport.patience import Patience
 
 if TYPE_CHECKING:
     from hpcray.control.writer import ControlWriter
     from hpcray.node.machine import Machine
 
-_CLOSE_S = 1.0
+# At the end, Redis may be silent for so long before the rest is dropped.
+_END_S = 1.0
 _encode = msgspec.msgpack.Encoder().encode
 
 
@@ -36,6 +38,7 @@ class Journal:
         self._sidecar: Sidecar | None = None
         self._address: ControlAddress | None = None
         self._writer: ControlWriter | None = None
+        self._patience = Patience(_END_S)
         self._rank = 0
 
     def start_store(self, url: str, bind_address: str | None) -> None:
@@ -116,13 +119,27 @@ class Journal:
             for line in writer.reports():
                 self._notice(f"Warning: {line}")
 
-    def end(self, machine: Machine) -> None:
-        writer, self._writer = self._writer, None
+    def start_end(self, machine: Machine) -> None:
+        """The job is over: write what is queued and the end. Then call `ended`."""
+        self._patience = Patience(_END_S)
+        if self._writer is not None:
+            if machine.rank == 0:
+                self._writer.write_job_finished("finished", time.time(), range(machine.size))
+            self._writer.start_close()
+
+    def ended(self, now_s: float) -> bool:
+        """Whether nothing more is to be waited for: all is written, or Redis does not answer."""
+        writer = self._writer
         if writer is None:
-            return
-        if machine.rank == 0:
-            writer.write_job_finished("finished", time.time(), range(machine.size))
-        writer.close(_CLOSE_S)
+            return True
+        if not writer.ended:
+            known = writer.statistics()
+            if not self._patience.look(now_s, (known.round_trips, known.queued_bytes)):
+                return False
+            writer.give_up()
+        writer.close_report()
+        self._writer = None
+        return True
 
     def close(self) -> None:
         if self._sidecar is not None:

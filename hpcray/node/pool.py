@@ -386,17 +386,30 @@ class WorkerPool:
             cleanup_paths=self._cleanup_paths,
         )
 
+    def start_close(self, grace_s: float) -> None:
+        """Have the zygote end all workers and itself; ZygoteLost follows. Then call `close`.
+
+        Workers get SIGTERM, and SIGKILL after `grace_s`.
+        """
+        self._closed = True
+        if self._socket is not None:
+            _close_outgoing(self._outgoing)
+            self._send(_Outgoing(_encode(zygote.StopRequest(grace_s))))
+
+    @property
+    def closed(self) -> bool:
+        """No worker is started any more; `start_close` or `close` was called."""
+        return self._closed
+
     def close(self, timeout_s: float) -> None:
         """End the zygote and all workers, and close everything. Idempotent.
 
         Workers get SIGTERM, and SIGKILL after half of the time; after all of it the zygote is
         killed, which kills its workers. What they have not read or we have not read is lost.
         """
-        self._closed = True
+        if not self._closed:
+            self.start_close(timeout_s / 2)
         deadline_s = time.monotonic() + timeout_s
-        if self._socket is not None:
-            _close_outgoing(self._outgoing)
-            self._send(_Outgoing(_encode(zygote.StopRequest(timeout_s / 2))))
         # The socket stays open until the zygote has closed its end: it must not take an orderly
         # end for our death, and what it reports on the way are pids we may have to kill.
         while self._socket is not None:

@@ -12,7 +12,7 @@ no descriptor to wait for; not at all while data is moving.
 The job's life at a node:
 
     JOINING --Joined to node 0--> (node 0: all joined and driver's Hello --Begin-->) RUNNING
-    RUNNING --driver ends or is gone: Ending--> workers ended --> Ended --> PARKED or LEAVING
+    RUNNING --driver ends or is gone: Ending--> ENDING --> PARKED, or LEFT (see `_continue_ending`)
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from hpcray.launch.progress import cpu_progress
 from hpcray.node import outbox as out
 from hpcray.node.connections import Connection, Connections
 from hpcray.node.journal import Journal
@@ -54,6 +55,7 @@ from hpcray.transport.base import (
     Received,
     Transport,
 )
+from hpcray.transport.patience import Patience
 from hpcray.worker.zygote import Exited, ForkRefused, Ready
 
 _TICK_S = 0.01
@@ -64,8 +66,16 @@ _JOURNAL_S = 0.1
 # most likely at once. (since, sleep) in seconds; epoll alone knows milliseconds only.
 _MPI_WAITS_S = ((0.001, 0.00005), (0.01, 0.0002), (1.0, 0.001), (10.0, 0.005))
 _MPI_QUIET_WAIT_S = 0.01
-# A peer that has not ended its workers by then is left behind.
-_END_TIMEOUT_S = 3.0
+# A rank that gives no sign of life for so long at the end is left behind. After a failure the
+# launcher is killing ranks already.
+_SILENT_S = 10.0
+_FAILED_SILENT_S = 2.0
+# Workers have so long between SIGTERM and SIGKILL, and a zygote that gets no further may take so
+# long to end them.
+_GRACE_S = 1.0
+_ZYGOTE_SILENT_S = 3.0
+# The journal's thread ends without an event.
+_ENDING_TICK_S = 0.005
 _SPIN_S = 0.0002
 
 JOINING, RUNNING, ENDING, PARKED, LEFT = range(5)
@@ -112,11 +122,15 @@ class NodeServer:
         # Until then a turn without events would do nothing.
         self._next_due_s = 0.0
         self._next_journal_s = 0.0
-        self._end_deadline_s: float | None = None
         # When ranks that have not joined are told of, once.
         self._late_s = time.monotonic() + PATIENCE_S
         self._ending_park = False
-        self._stop_reason: str | None = None
+        self._ended_own = False
+        self._told_end = False
+        self._next_look_s = 0.0
+        self._patience: dict[int, Patience] = {}
+        self._zygote_patience = Patience(_ZYGOTE_SILENT_S)
+        self._stop_reason = ""
         self._to_peers: dict[int, list[Any]] = {}
         self.exit_status = 0
         self._watcher.watch(pool.fileno(), self._on_zygote)
@@ -140,8 +154,9 @@ class NodeServer:
         gc.set_threshold(100_000, 20, 100)
         wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
-        signal.signal(signal.SIGTERM, lambda *_: self._terminate("SIGTERM"))
-        self._watcher.watch(wake_read, lambda fd: self._drain(fd))
+        # What a signal means is decided between two turns, by its number in the pipe.
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        self._watcher.watch(wake_read, self._on_signal)
         self._join()
         transport = self._transport
         watcher = self._watcher
@@ -222,8 +237,8 @@ class NodeServer:
         due_s = now_s + _SLOW_TICK_S if machine is None else self._next_tick_s
         if self._output.deadline_s is not None:
             due_s = min(due_s, max(self._output.deadline_s, now_s + 0.001))
-        if self._end_deadline_s is not None:
-            due_s = min(due_s, self._end_deadline_s)
+        if self._state == ENDING:
+            due_s = now_s + _ENDING_TICK_S
         if machine is not None and machine.inventory.questions:
             due_s = now_s  # a slice of the answer every turn
         self._next_due_s = due_s
@@ -259,6 +274,8 @@ class NodeServer:
         while box.actions:
             actions, box.actions = box.actions, []
             for action in actions:
+                if self._machine is not machine:
+                    return False  # the one before has ended the job
                 again = True
                 _ACTIONS[type(action)](self, machine, action)
         if box.notices:
@@ -348,10 +365,10 @@ class NodeServer:
 
     # --- what happens on this host ----------------------------------------------------------------
 
-    @staticmethod
-    def _drain(fd: int) -> None:
+    def _on_signal(self, fd: int) -> None:
         with contextlib.suppress(BlockingIOError):
-            os.read(fd, 4096)
+            if signal.SIGTERM in os.read(fd, 4096):
+                self._terminate("SIGTERM")
 
     def _on_client(self, number: int, _fd: int) -> None:
         connection = self._connections.clients.get(number)
@@ -412,7 +429,8 @@ class NodeServer:
         self._watcher.unwatch(connection.socket.fileno())
         connection.socket.close()
         self._driver = None
-        self.exit_status = self.exit_status or 1  # it did not say that it ends
+        if self._state != ENDING:
+            self.exit_status = self.exit_status or 1  # it did not say that it ends
         self._end_job(park=False)
 
     def _on_zygote(self, _fd: int) -> None:
@@ -425,6 +443,8 @@ class NodeServer:
             elif isinstance(event, Ready):
                 for problem in event.problems:
                     self._output.notice(f"Warning: {problem}")
+            elif isinstance(event, ZygoteLost) and self._pool.closed:
+                self._watcher.unwatch(self._zygote_fd)
             elif isinstance(event, ZygoteLost):
                 failure = values.Failure(
                     "WorkerCrashedError", "the process that starts workers on this node died "
@@ -432,9 +452,8 @@ class NodeServer:
                 self._dead.extend((number, failure) for number in event.numbers)
                 self._output.notice(f"Warning: {failure.message}; starting a new one")
                 self._watcher.unwatch(self._zygote_fd)
-                if self._state in (RUNNING, JOINING, PARKED):
-                    self._pool.restart_zygote()
-                    self._watch_zygote()
+                self._pool.restart_zygote()
+                self._watch_zygote()
         if self._zygote_fd == self._pool.fileno():
             self._watch_zygote()
 
@@ -565,9 +584,13 @@ class NodeServer:
             elif kind is messages.Ended:
                 self._ended.add(message.rank)
                 if self.rank == 0 and self._state == RUNNING and epoch == self._epoch:
-                    self._peer_left(message.rank)
+                    self._peer_left(message)
+            elif kind is messages.Leave:
+                self._state = LEFT
             elif kind is messages.PeerOutput:
                 self._output.from_peer(rank, message)
+            elif kind is messages.Notice and self._machine is None:
+                self._output.notice(message.text)
             elif kind is messages.PullRefused:
                 if self._transfers is not None:
                     self._transfers.refused(message.transfer)
@@ -590,9 +613,10 @@ class NodeServer:
         self.exit_status = 1
         self._end_job(park=False)
 
-    def _peer_left(self, rank: int) -> None:
-        """It ended on its own: its launcher told it to (SIGTERM)."""
-        self._output.notice(f"Error: rank {rank} was told to end (SIGTERM); the job ends")
+    def _peer_left(self, message: messages.Ended) -> None:
+        """It ended on its own: somebody told it to."""
+        self._output.notice(
+            f"Error: rank {message.rank} was told to end ({message.reason}); the job ends")
         self.exit_status = 1
         self._end_job(park=False)
 
@@ -667,6 +691,9 @@ class NodeServer:
         # Workers unpack runtime environments there; it is there only if one did.
         self._packages = os.path.join(
             tempfile.gettempdir(), f"hpcray-packages-{session['node_ids'][self.rank]}")
+        if self._pool.closed:  # by the end of an earlier job
+            self._pool = self._connections.pool = self._pool.again()
+            self._watch_zygote()
         self._pool.set_cleanup_folder(self._packages)
         environ = {**self._journal.worker_environ, **config.get("environ", {})}
         self._settings = {
@@ -694,37 +721,34 @@ class NodeServer:
             if not park:
                 self._ending_park = False
             return
-        was_running = self._state
+        if self._state == PARKED and park:
+            return  # node 0 said it twice
         self._state = ENDING
         self._ending_park = park
-        self._end_deadline_s = time.monotonic() + _END_TIMEOUT_S
-        self._ended = {r for r in self._ended if r != self.rank}
+        self._ended_own = self._told_end = False
+        self._next_look_s = 0.0
+        self._patience.clear()
         if self.rank == 0:
             for rank in range(1, self.size):
                 self._to_peer(rank, [messages.Ending(park)])
         self._flush_peers()
-        if was_running == RUNNING:
-            self._end_workers(park=park)
+        if not park:
+            self.drop_shared_files()
+        if self._machine is not None:
+            self._forget_job(self._machine)
+        if not self._pool.closed:
+            self._zygote_patience = Patience(_ZYGOTE_SILENT_S)
+            self._pool.start_close(_GRACE_S)
 
-    def _end_workers(self, *, park: bool) -> None:
-        machine = self._machine
-        assert machine is not None
+    def _forget_job(self, machine: Machine) -> None:
         for number in list(self._connections.clients):
             if number == DRIVER:
                 continue
             connection = self._connections.pop(number)
             assert connection is not None
             self._detach(connection)
-        self._watcher.unwatch(self._zygote_fd)
-        if not park:
-            self.drop_shared_files()
-        self._pool.close(2.0)
-        shutil.rmtree(self._packages, ignore_errors=True)
-        if park:
-            self._pool = self._connections.pool = self._pool.again()
-            self._watch_zygote()
         self._journal.record(machine)
-        self._journal.end(machine)
+        self._journal.start_end(machine)
         self._output.flush()
         self._machine = None
         self._transfers = None
@@ -742,25 +766,79 @@ class NodeServer:
         self._watcher.close()
 
     def _continue_ending(self, now_s: float) -> None:
-        """Until every peer has ended, or its time is up."""
-        assert self._end_deadline_s is not None
-        if self.rank != 0:
-            self._to_peer(0, [messages.Ended(self.rank)])
-            self._flush_peers()
-            self._finish_ending()
-        else:
-            missing = tuple(r for r in range(1, self.size) if r not in self._ended)
-            if not missing or now_s >= self._end_deadline_s:
-                self.left_behind = missing
-                self._finish_ending()
+        """Take the next step, if what it waits for is there. Nothing here blocks.
 
-    def _finish_ending(self) -> None:
-        self._end_deadline_s = None
+            own workers and journal ended --> rank r: Ended --> PARKED, or until Leave --> LEFT
+                                          --> node 0: all Ended --> JobEnded --> PARKED, or
+                                              driver has read all --> Leave to all --> LEFT
+
+        Whoever gives no sign of life for a while is left behind.
+        """
+        if not self._own_end(now_s):
+            return
+        if self.rank != 0:
+            self._ask_again(now_s, (0,), messages.Ended(self.rank, self._stop_reason))
+            if self._ending_park:
+                self._state = PARKED
+            return
+        missing = tuple(r for r in range(1, self.size) if r not in self._ended)
+        if missing:
+            self._ask_again(now_s, missing, messages.Ending(self._ending_park))
+            return
+        if not self._told_end:
+            self._told_end = True
+            self._connections.send(DRIVER, [messages.JobEnded()])
+        driver = self._connections.clients.get(DRIVER)
+        if not self._ending_park and driver is not None and driver.backlog:
+            return  # it is slow to print what it gets; its end would be seen
         self._ended.clear()
         self._early.clear()
         self._config = None
-        self._connections.send(DRIVER, [messages.JobEnded()])
-        self._state = PARKED if self._ending_park else LEFT
+        if self._ending_park:
+            self._state = PARKED
+            return
+        for rank in range(1, self.size):
+            self._to_peer(rank, [messages.Leave()])
+        self._flush_peers()
+        self._state = LEFT
+
+    def _own_end(self, now_s: float) -> bool:
+        """Whether this node's workers are gone and its journal is written."""
+        if self._ended_own:
+            return True
+        if self._pool.fileno() >= 0:
+            if not self._zygote_patience.look(now_s, cpu_progress(self._pool.zygote_pid)):
+                return False
+            self._watcher.unwatch(self._zygote_fd)
+        if not self._journal.ended(now_s):
+            return False
+        self._pool.close(0.0)  # kills a zygote that hangs
+        if self._packages:
+            shutil.rmtree(self._packages, ignore_errors=True)
+        self._ended_own = True
+        return True
+
+    def _ask_again(self, now_s: float, ranks: tuple[int, ...], message: Any) -> None:
+        """Say it to those we wait for: what they answer, be it an acknowledgement, is a sign of
+        life. Without any, leave them behind."""
+        if now_s < self._next_look_s:
+            return
+        assert self._transport is not None
+        limit_s = _FAILED_SILENT_S if self.exit_status else _SILENT_S
+        self._next_look_s = now_s + Patience(limit_s).look_s
+        silent = []
+        for rank in ranks:
+            patience = self._patience.setdefault(rank, Patience(limit_s))
+            patience.limit_s = limit_s
+            if patience.look(now_s, self._transport.heard(rank)):
+                silent.append(rank)
+            else:
+                self._to_peer(rank, [message])
+        self._flush_peers()
+        if silent:
+            self.left_behind = tuple(silent)
+            self._connections.send(DRIVER, [messages.JobEnded()])
+            self._state = LEFT
 
 
 def _decode_joined(data: bytes) -> messages.Joined:

@@ -577,7 +577,14 @@ class Ending(_Message, tag=3):
 
 
 class Ended(_Message, tag=4):
+    """To node 0: that rank's processes of the job are gone. `reason`, if it was not told to end."""
+
     rank: int
+    reason: str = ""
+
+
+class Leave(_Message, tag=47):
+    """Node 0: everybody has ended, and the driver has heard all; end MPI and go."""
 
 
 class TemplateDef(_Message, tag=5):
@@ -906,7 +913,7 @@ class ActorAt(_Message, tag=81):
 
 
 ToPeer = (
-    Joined | Begin | Ending | Ended | TemplateDef | FetchFunction | FunctionDef | Assign
+    Joined | Begin | Ending | Ended | Leave | TemplateDef | FetchFunction | FunctionDef | Assign
     | AssignCall
     | TaskDone | TaskDoneMany | TaskFailed | TaskCrashed | TaskReturned | HolderAdd | HolderAdded
     | HolderDrop | HandedOver | Want | ObjectReady | PullRequest | PullRefused | CopyAdded

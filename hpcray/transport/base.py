@@ -72,18 +72,19 @@ class TransportError(Exception):
 
 
 class CloseTimeout(TransportError):
-    """`close` could not drain in time; `waiting_for` holds the ranks that did not take part."""
+    """Nothing moved at the end any more; `waiting_for` holds the ranks that did not take part."""
 
-    def __init__(self, timeout_s: float, waiting_for: tuple[int, ...]) -> None:
-        super().__init__(timeout_s, waiting_for)
-        self.timeout_s = timeout_s
+    def __init__(self, limit_s: float, waiting_for: tuple[int, ...]) -> None:
+        super().__init__(limit_s, waiting_for)
+        self.limit_s = limit_s
         self.waiting_for = waiting_for
 
     def __str__(self) -> str:
         ranks = ", ".join(map(str, self.waiting_for[:16])) or "none"
         return (
-            f"the network did not drain within {self.timeout_s:g} s; still waiting for rank(s) "
-            f"{ranks}. Every rank must call close(); a rank that hangs must be declared lost first"
+            f"the network did not drain: nothing moved for {self.limit_s:g} s; still waiting for "
+            f"rank(s) {ranks}. Every rank must call close(); a rank that hangs must be declared "
+            "lost first"
         )
 
 
@@ -139,8 +140,12 @@ class Transport(Protocol):
     def busy(self) -> bool:
         """Whether data is under way, so that the caller should poll again without waiting."""
 
-    def close(self, timeout_s: float) -> None:
+    def heard(self, rank: int) -> int:
+        """A number that grows with everything `rank` sends us or acknowledges."""
+
+    def close(self, limit_s: float) -> None:
         """Deliver what is queued, take what peers still send (and discard it), let go.
 
-        Every living rank calls it. Lost peers are not waited for. May raise CloseTimeout.
+        Every living rank calls it. Lost peers are not waited for. Raises CloseTimeout if nothing
+        moves for `limit_s`.
         """

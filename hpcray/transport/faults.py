@@ -127,15 +127,18 @@ class FaultyTransport:
     def declare_lost(self, rank: int, reason: str) -> None:
         self.inner.declare_lost(rank, reason)
 
+    def heard(self, rank: int) -> int:
+        return self.inner.heard(rank)
+
     def busy(self) -> bool:
         return bool(self._delayed) or self.inner.busy()
 
-    def close(self, timeout_s: float) -> None:
+    def close(self, limit_s: float) -> None:
         for rank, waiting in self._delayed.items():
             for _, payload in waiting:
                 self.inner.send(rank, payload)
         self._delayed.clear()
-        self.inner.close(timeout_s)
+        self.inner.close(limit_s)
 
     def _rule_for(self, rank: int, payload: bytes) -> Rule | None:
         for rule in self.rules:

@@ -185,11 +185,14 @@ class LoopbackTransport:
         if rank != self.rank and rank not in self._peers.lost:
             self.doomed.append((rank, reason))
 
+    def heard(self, rank: int) -> int:
+        return self._peers.heard(rank)
+
     def busy(self) -> bool:
         return bool(self._receives or self._sends)
 
-    def close(self, timeout_s: float) -> None:
-        """Never waits, whatever `timeout_s`: the others' polls drain this rank."""
+    def close(self, limit_s: float) -> None:
+        """Never waits, whatever `limit_s`: the others' polls drain this rank."""
         if self.closed or not self.alive:
             return
         for rank, transfer in list(self._receives):

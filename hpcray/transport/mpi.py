@@ -49,6 +49,7 @@ from hpcray.transport.base import (  # noqa: E402
     TransportError,
     TransportEvent,
 )
+from hpcray.transport.patience import Patience  # noqa: E402
 from hpcray.transport.peers import Outgoing, Peers  # noqa: E402
 from hpcray.transport.transfers import (  # noqa: E402
     ChunkCursor,
@@ -86,6 +87,11 @@ DATA_NS_PER_POLL = 200_000
 # Open MPI 5.0 sometimes (1 in 10 on a loaded machine) stays in MPI_Finalize for ever after a rank
 # has died. By then the survivors have drained among themselves, so nothing is lost by leaving.
 FINALIZE_AFTER_LOSS_S = 5.0
+# Otherwise it only waits for ranks that are on their way. On a loaded machine that takes seconds,
+# and nothing tells from outside how far they are: long enough for that, and yet an end.
+FINALIZE_S = 120.0
+# Between two polls of a rank that has nothing to do but to wait for the others' end.
+_DRAIN_WAIT_S = 0.0002
 
 # Frames up to here land in one reused buffer: an allocation less on nearly every frame.
 REUSED_BUFFER_BYTES = 64 << 10
@@ -444,6 +450,9 @@ class MpiTransport:
         if chunks is not None:
             chunks.cancel()
 
+    def heard(self, rank: int) -> int:
+        return self._peers.heard(rank)
+
     def busy(self) -> bool:
         return bool(self._live or self._frames_in or self._frames_out)
 
@@ -552,51 +561,48 @@ class MpiTransport:
             if chunks.rank == rank:
                 chunks.abandon()
 
-    def close(self, timeout_s: float, *, finalize: bool = True) -> None:
+    def close(self, limit_s: float, *, finalize: bool = True) -> None:
         """Drain with every living rank, then end MPI (`finalize`) or only this transport.
 
-        With `finalize` the process is ended (SIGALRM) if draining or MPI_Finalize takes longer
-        than `timeout_s` each (a peer that hangs would keep the latter for ever); without,
-        CloseTimeout is raised.
-        A second call does nothing.
+        Raises:
+          CloseTimeout: nothing moved for `limit_s`, and somebody still has not closed.
+
+        After the draining every rank is known to be there and to come along, so MPI_Finalize gets
+        FINALIZE_S; if it does not return then, this process is ended (SIGALRM). A second call does
+        nothing.
         """
         if self._closed:
             return
         self._closed = True
+        self._drain(limit_s)
         if not finalize:
-            self._drain(timeout_s)
             self._free()
             return
+        finalize_s = FINALIZE_AFTER_LOSS_S if self._peers.lost else FINALIZE_S
         message = (
-            f"hpcray: rank {self.rank} could not end MPI within {timeout_s:g} s; some rank "
-            "hangs or has left without closing. Ending this process without MPI_Finalize"
+            f"hpcray: rank {self.rank} has delivered everything, but MPI_Finalize does not "
+            f"return after {finalize_s:g} s. Ending this process without it"
         )
-        _under_watchdog(timeout_s, message, self._drain_and_free)
-        finalize_s = timeout_s
-        if self._peers.lost:
-            finalize_s = min(timeout_s, FINALIZE_AFTER_LOSS_S)
-            message = (
-                f"hpcray: rank {self.rank} has delivered everything, but MPI_Finalize does not "
-                "return after the death of a rank. Ending this process without it"
-            )
-        _under_watchdog(finalize_s, message, MPI.Finalize)
+        _under_watchdog(finalize_s, message, self._free_and_finalize)
 
-    def _drain_and_free(self) -> None:
-        self._drain(None)
+    def _free_and_finalize(self) -> None:
         self._free()
+        MPI.Finalize()
 
-    def _drain(self, timeout_s: float | None) -> None:
-        """Poll, discarding payloads, until both directions of every peer are empty."""
-        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+    def _drain(self, limit_s: float) -> None:
+        """Poll, discarding payloads, until nothing is under way between any two ranks."""
         for rank, transfer in list(self._receives):
             self.cancel_receive(rank, transfer)
         self._start(self._peers.close(), self._pending)
-        while (waiting_for := self._undrained()) or self._frames_out:
-            if deadline_s is not None and time.monotonic() > deadline_s:
-                raise CloseTimeout(timeout_s or 0.0, tuple(waiting_for))
+        patience = Patience(limit_s)
+        while (waiting_for := self._undrained()) or self._frames_out or self._frames_in:
             self.poll()
+            moved = (self._peers.heard_from_all(), len(self._frames_out), len(self._frames_in),
+                     sum(chunks.cursor.offset - len(chunks.requests) for chunks in self._live))
+            if patience.look(time.monotonic(), moved):
+                raise CloseTimeout(limit_s, tuple(waiting_for))
             # The peers may share our core; they have to run for this to end.
-            time.sleep(0)
+            time.sleep(_DRAIN_WAIT_S)
 
     def _undrained(self) -> list[int]:
         lost = self._peers.lost

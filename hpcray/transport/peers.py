@@ -22,6 +22,15 @@ PC-3  queued_bytes == the sum of the lengths in the queue.
 
 `Peers` is the same for all peers of a rank, and decides which frames leave when. It keeps
 sets of rank numbers, whose iteration order does not depend on hash seeds.
+
+The end (`close`) must not leave a message under way when MPI is finalised, and a rank cannot know
+who is still sending to it. So everybody reports to the *hub*, the lowest living rank:
+
+    each rank   everything I have sent to anybody was handled  --LAST-->  hub
+    hub         all have said so, and so can I                 --LAST-->  everybody
+
+That is 2 (n - 1) frames for n ranks. Rejected: a last frame from everybody to everybody, which is
+a million of them for 1,000 ranks.
 """
 
 from __future__ import annotations
@@ -91,14 +100,9 @@ class Peer:
         return bool(self.queue) or (self.wants_last and not self.last_sent)
 
     @property
-    def drained(self) -> bool:
-        """Closed both ways: the peer has everything, and nothing more comes from it."""
-        return (
-            self.last_sent
-            and self.closed_by_peer
-            and self.sent == self.acknowledged_by_peer
-            and not self.owed
-        )
+    def settled(self) -> bool:
+        """The peer has handled everything it was sent."""
+        return self.sent == self.acknowledged_by_peer and not self.has_frame
 
     def next_frame(self) -> bytes | None:
         """The next numbered frame, or None if there is nothing or the window is full."""
@@ -206,6 +210,8 @@ class Peers:
         self._owing_since_last_poll: set[int] = set()
         self._to_self: list[bytes] = []
         self._to_self_flushed: list[bytes] = []
+        self._closing = False
+        self._released = False  # a hub that is lost by now had said that all is over
 
     def send(self, rank: int, payload: bytes) -> None:
         if len(payload) > MAX_PAYLOAD_BYTES:
@@ -256,11 +262,12 @@ class Peers:
             own = self._to_self_flushed
             self._to_self_flushed = []
             events += [Received(self.rank, payload) for payload in own]
+        settling = self._settle() if self._closing else []
         if not self._stalled and not self._owing:
             if self._owing_since_last_poll:
                 self._owing_since_last_poll = set()
-            return []
-        frames: list[Outgoing] = []
+            return settling
+        frames = settling
         if self._stalled:
             for rank in list(self._stalled):
                 self._send_window(rank, frames)
@@ -275,7 +282,10 @@ class Peers:
         if rank in self.lost or rank == self.rank:
             return None
         self.lost[rank] = reason
-        self._peers.pop(rank, None)
+        peer = self._peers.pop(rank, None)
+        # A last word from a lower rank came from a hub.
+        if peer is not None and peer.closed_by_peer and rank < self.rank:
+            self._released = True
         for ranks in (
             self._unflushed, self._stalled, self._owing, self._owing_since_last_poll
         ):
@@ -283,17 +293,51 @@ class Peers:
         return PeerLost(rank, reason)
 
     def close(self) -> list[Outgoing]:
-        """Tell every living peer that nothing follows what is queued for it."""
-        for rank in range(self.size):
-            if rank != self.rank and rank not in self.lost:
-                self._peer(rank).close()
-                self._unflushed.add(rank)
-        return self.flush()
+        """Begin the end: what is queued leaves, and from here on polls settle it with the hub."""
+        self._closing = True
+        return [*self.flush(), *self._settle()]
 
     def undrained(self) -> list[int]:
-        """After `close`: the living peers that still owe us something, or we them."""
-        return [r for r in range(self.size)
-                if r != self.rank and r not in self.lost and not self._peer(r).drained]
+        """After `close`: the living peers we wait for; none once nothing is under way any more."""
+        waiting = [rank for rank, peer in self._peers.items() if not peer.settled or peer.owed]
+        if not waiting and not self._released:
+            hub = self._hub()
+            waiting = [rank for rank in (self._others() if hub == self.rank else [hub])
+                       if not self._peer(rank).closed_by_peer]
+        if not waiting and self._hub() == self.rank:
+            waiting = [rank for rank in self._others() if not self._peer(rank).last_sent]
+        return sorted(waiting)
+
+    def _settle(self) -> list[Outgoing]:
+        """Say LAST to the hub, or as the hub to everybody, once it is true."""
+        if not all(peer.settled for peer in self._peers.values()):
+            return []
+        hub = self._hub()
+        others = self._others() if hub == self.rank else [hub]
+        if hub == self.rank and not self._released and not all(
+                self._peer(rank).closed_by_peer for rank in others):
+            return []
+        frames: list[Outgoing] = []
+        for rank in others:
+            peer = self._peer(rank)
+            if not peer.wants_last:
+                peer.close()
+                self._send_window(rank, frames)
+        return frames
+
+    def _hub(self) -> int:
+        return next(rank for rank in range(self.size) if rank not in self.lost)
+
+    def _others(self) -> list[int]:
+        return [rank for rank in range(self.size) if rank != self.rank and rank not in self.lost]
+
+    def heard(self, rank: int) -> int:
+        """A number that grows with everything the peer sends or acknowledges."""
+        peer = self._peers.get(rank)
+        return 0 if peer is None else peer.handled + peer.acknowledged_by_peer
+
+    def heard_from_all(self) -> int:
+        return sum(peer.handled + peer.acknowledged_by_peer for peer in self._peers.values())
 
     @property
     def idle(self) -> bool:

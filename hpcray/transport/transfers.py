@@ -57,6 +57,10 @@ class ChunkCursor:
     def exhausted(self) -> bool:
         return self._started and self._offset >= self._nbytes
 
+    @property
+    def offset(self) -> int:
+        return self._offset
+
     def take(self) -> tuple[int, int]:
         start = self._offset
         self._offset = min(start + self._chunk_bytes, self._nbytes)

@@ -1,7 +1,7 @@
 """Ranks that do not play along: `mpirun -n 2 python mpi_endings.py absent|silent`.
 
 absent  rank 1 never calls MPI_Init; rank 0 must give up with one clear line.
-silent  rank 1 never closes; rank 0 must name it, then leave MPI_Finalize unentered.
+silent  rank 1 never closes; rank 0 must name it, and leave MPI_Finalize unentered.
 
 Started by test_mpi_launch.py, which ends rank 1 with the job.
 """

@@ -150,4 +150,4 @@ def test_a_rank_that_never_closes_is_named_and_left() -> None:
     status, output = mpirun(2, "mpi_endings.py", "silent", timeout_s=90)
     assert status != 0
     assert "still waiting for rank(s) 1. Every rank must call close()" in output
-    assert "rank 0 could not end MPI within 1 s" in output
+    assert "nothing moved for 1 s" in output

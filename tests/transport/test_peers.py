@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from hpcray.transport.base import PeerLost, Received, TransportEvent
 from hpcray.transport.frames import MAX_PAYLOAD_BYTES, Frame, FrameError, decode, encode
-from hpcray.transport.peers import COALESCE_BYTES, WINDOW, Peer, Peers
+from hpcray.transport.peers import COALESCE_BYTES, WINDOW, Outgoing, Peer, Peers
 
 A, B = 0, 1
 
@@ -241,3 +241,74 @@ def test_too_large_a_payload_is_refused() -> None:
 
     with pytest.raises(ValueError, match="object store"):
         Peers(A, 2).send(B, Huge())
+
+
+class Ranks:
+    """Several `Peers` and the wires between them; frames may be dropped with a dead rank."""
+
+    def __init__(self, size: int) -> None:
+        self.ends = {rank: Peers(rank, size) for rank in range(size)}
+        self.wires: list[tuple[int, int, bytes]] = []
+        self.received: list[tuple[int, bytes]] = []
+        self.frames = 0
+
+    def put(self, source: int, frames: list[Outgoing]) -> None:
+        self.frames += sum(1 for _, frame in frames if decode(frame).number)
+        self.wires += [(source, rank, frame) for rank, frame in frames]
+
+    def close(self, rank: int) -> None:
+        self.put(rank, self.ends[rank].close())
+
+    def lose(self, rank: int) -> None:
+        del self.ends[rank]
+        self.wires = [wire for wire in self.wires if rank not in wire[:2]]
+        for end in self.ends.values():
+            end.lose(rank, "killed")
+
+    def run(self, turns: int = 40) -> list[int]:
+        """-> the ranks that are not done afterwards."""
+        for _ in range(turns):
+            wires, self.wires = self.wires, []
+            for rank, end in self.ends.items():
+                events: list[TransportEvent] = []
+                for source, target, frame in wires:
+                    if target == rank:
+                        end.arrived(source, frame, events)
+                self.received += [(rank, e.payload) for e in events if isinstance(e, Received)]
+                self.put(rank, end.end_poll(events))
+                end.validate()
+        return [rank for rank, end in self.ends.items() if end.undrained()]
+
+
+def test_the_end_of_many_ranks_takes_two_frames_each() -> None:
+    ranks = Ranks(50)
+    for rank in range(50):
+        ranks.close(rank)
+    assert ranks.run() == []
+    assert ranks.frames == 2 * 49
+
+
+def test_nobody_is_done_while_something_is_under_way() -> None:
+    """Rank 1 closes without knowing that rank 2 is about to send to it."""
+    ranks = Ranks(3)
+    ranks.close(0)
+    ranks.close(1)
+    assert ranks.run() == [0, 1, 2]
+    ranks.ends[2].send(1, b"late")
+    ranks.put(2, ranks.ends[2].flush())
+    assert ranks.run() == [0, 1, 2]
+    assert ranks.ends[0].undrained() == [2], "it names whom it waits for"
+    ranks.close(2)
+    assert ranks.run() == []
+    assert ranks.received == [(1, b"late")]
+
+
+@pytest.mark.parametrize("turns", range(6))
+def test_the_end_without_a_hub(turns: int) -> None:
+    """Rank 0 is lost at some moment of the end: rank 1 does its work."""
+    ranks = Ranks(4)
+    for rank in range(4):
+        ranks.close(rank)
+    ranks.run(turns)
+    ranks.lose(0)
+    assert ranks.run() == []
