@@ -28,6 +28,7 @@ import socket
 import tempfile
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -45,7 +46,7 @@ from hpcray.node.transfers import Segments, Transfers
 from hpcray.node.waiting import PATIENCE_S
 from hpcray.node.watcher import READ, WRITE, Watcher
 from hpcray.objects.budget import MINIMUM_SEGMENT_BYTES
-from hpcray.protocol import ids, labels, messages, values, words
+from hpcray.protocol import ids, labels, messages, sizes, values, words
 from hpcray.transport import datagrams
 from hpcray.transport.base import (
     DataCancelled,
@@ -77,6 +78,10 @@ _ZYGOTE_SILENT_S = 3.0
 # The journal's thread ends without an event.
 _ENDING_TICK_S = 0.005
 _SPIN_S = 0.0002
+# Up to so many messages for a peer are encoded at once.
+_SMALL_BATCH = 64
+# Encoded ahead for a slow peer.
+_AHEAD_BYTES = 2 * 1024 * 1024
 
 JOINING, RUNNING, ENDING, PARKED, LEFT = range(5)
 
@@ -131,7 +136,9 @@ class NodeServer:
         self._patience: dict[int, Patience] = {}
         self._zygote_patience = Patience(_ZYGOTE_SILENT_S)
         self._stop_reason = ""
-        self._to_peers: dict[int, list[Any]] = {}
+        self._to_peers: dict[int, list[Any]] = {}  # of this turn
+        # What waits for slow peers, as messages: they share their values with the records.
+        self._unsent: dict[int, deque[Any]] = {}
         self.exit_status = 0
         self._watcher.watch(pool.fileno(), self._on_zygote)
         self._zygote_fd = pool.fileno()
@@ -169,6 +176,8 @@ class NodeServer:
                     self._on_transport(event)
                     self._last_mpi_s = now_s
                     events = True
+                if self._unsent:
+                    self._flush_peers()
                 if self._transfers is not None and self._transfers.copying:
                     self._transfers.copy_some(now_s)
                 elif not events and now_s < self._next_due_s and self._state == RUNNING:
@@ -543,13 +552,42 @@ class NodeServer:
             self._to_peers.clear()
             return
         if self._to_peers:
-            # The epoch keeps what was sent in one job from being heard in the next.
-            prefix = self._epoch.to_bytes(4, "little")
             self._last_mpi_s = time.monotonic()  # an answer may come at once
             for rank, batch in self._to_peers.items():
-                transport.send(rank, prefix + messages.encode(batch))
+                if rank in self._unsent:
+                    self._unsent[rank].extend(batch)
+                elif len(batch) <= _SMALL_BATCH:
+                    self._send_to_peer(rank, batch)
+                else:
+                    self._unsent[rank] = deque(batch)
             self._to_peers.clear()
+        if self._unsent:
+            self._send_unsent()
         transport.flush()
+
+    def _send_to_peer(self, rank: int, batch: list[Any]) -> None:
+        assert self._transport is not None
+        # The epoch keeps what was sent in one job from being heard in the next.
+        prefix = self._epoch.to_bytes(4, "little")
+        encoded = messages.encode(batch)
+        if len(encoded) <= sizes.PAYLOAD_BYTES:
+            self._transport.send(rank, prefix + encoded)
+            return
+        for payload in sizes.parts(batch, messages.encode, sizes.PAYLOAD_BYTES):
+            self._transport.send(rank, prefix + payload)
+
+    def _send_unsent(self) -> None:
+        """As much as is worth having ready for each peer that is slow."""
+        assert self._transport is not None
+        # At the end little is left, and this loop may be over before the peer has room.
+        ahead_bytes = _AHEAD_BYTES if self._state in (JOINING, RUNNING) else 1 << 60
+        for rank, unsent in list(self._unsent.items()):
+            while unsent and self._transport.queued_bytes(rank) < ahead_bytes:
+                self._send_to_peer(
+                    rank, [unsent.popleft() for _ in range(min(_SMALL_BATCH, len(unsent)))])
+                self._last_mpi_s = time.monotonic()
+            if not unsent:
+                del self._unsent[rank]
 
     def _on_transport(self, event: Any) -> None:
         if type(event) is Received:
@@ -728,6 +766,11 @@ class NodeServer:
         self._ended_own = self._told_end = False
         self._next_look_s = 0.0
         self._patience.clear()
+        # Nobody needs what has not been sent, but for what people are to see.
+        for rank, unsent in self._unsent.items():
+            self._unsent[rank] = deque(
+                message for message in unsent
+                if type(message) in (messages.PeerOutput, messages.Notice))
         if self.rank == 0:
             for rank in range(1, self.size):
                 self._to_peer(rank, [messages.Ending(park)])

@@ -109,6 +109,10 @@ class Transport(Protocol):
         What the window holds back leaves from a later `poll`, or with what a later flush adds.
         """
 
+    def queued_bytes(self, rank: int) -> int:
+        """Payloads for `rank` that wait for its window. A sender of much waits until it is little:
+        what it has not given to `send` yet takes no memory here."""
+
     def poll(self) -> list[TransportEvent]:
         """Make progress and return what happened. Work per call is bounded."""
 

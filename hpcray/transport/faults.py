@@ -104,6 +104,9 @@ class FaultyTransport:
     def flush(self) -> None:
         self.inner.flush()
 
+    def queued_bytes(self, rank: int) -> int:
+        return self.inner.queued_bytes(rank)
+
     def poll(self) -> list[TransportEvent]:
         self._polls += 1
         if self._delayed:

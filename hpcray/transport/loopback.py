@@ -130,6 +130,9 @@ class LoopbackTransport:
         if self.alive:
             self._carry(self._peers.flush())
 
+    def queued_bytes(self, rank: int) -> int:
+        return self._peers.queued_bytes(rank)
+
     def poll(self) -> list[TransportEvent]:
         self._network.drain_closed()
         if not self.alive or self.closed:

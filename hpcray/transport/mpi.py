@@ -353,6 +353,9 @@ class MpiTransport:
         if frames:
             self._start(frames, self._pending)
 
+    def queued_bytes(self, rank: int) -> int:
+        return self._peers.queued_bytes(rank)
+
     def poll(self) -> list[TransportEvent]:
         events, self._pending = self._pending, []
         self._receive_frames(events)

@@ -38,6 +38,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+from hpcray.protocol.sizes import PAYLOAD_BYTES
 from hpcray.transport.base import PeerLost, Received, TransportEvent
 from hpcray.transport.frames import (
     FLAG_LAST,
@@ -51,9 +52,8 @@ from hpcray.transport.frames import (
 # Two: one frame travels while the next one fills; a third would only hide a slow peer.
 WINDOW = 2
 
-# Coalescing stops here, so that no frame occupies the loop or the network for long. Somewhat
-# arbitrary: about 100 us at memory speed, and thousands of typical messages.
-COALESCE_BYTES = 1 << 20
+# Coalescing stops here: a frame is decoded while the next one travels, and fits into caches.
+COALESCE_BYTES = PAYLOAD_BYTES
 
 Outgoing = tuple[int, bytes]  # rank, frame
 
@@ -225,6 +225,10 @@ class Peers:
             peer = self._peers.get(rank) or self._peer(rank)
             peer.push(payload)
             self._unflushed.add(rank)
+
+    def queued_bytes(self, rank: int) -> int:
+        peer = self._peers.get(rank)
+        return 0 if peer is None else peer.queued_bytes
 
     def flush(self) -> list[Outgoing]:
         """What leaves now: queued payloads, and acknowledgements a peer may be waiting for."""

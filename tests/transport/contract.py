@@ -94,6 +94,21 @@ def large_payloads_both_ways(node: Node) -> Program:
         assert node.received[r] == [content(n, r) for n in sizes]
 
 
+def what_waits_for_a_window_is_told(node: Node) -> Program:
+    """A sender that waits while much is queued has little queued at any time, and gets through."""
+    limit = 4 * MIB
+    if node.rank == 0:
+        assert node.transport.queued_bytes(1) == 0
+        for number in range(200):
+            yield from until(lambda: node.transport.queued_bytes(1) < limit)
+            node.transport.send(1, bytes([number]) * 200_000)
+            assert node.transport.queued_bytes(1) < limit + 200_000
+        yield from until(lambda: node.transport.queued_bytes(1) == 0)
+    elif node.rank == 1:
+        yield from until(lambda: len(node.received[0]) == 200)
+        assert [payload[0] for payload in node.received[0]] == list(range(200))
+
+
 def ping_pong(node: Node) -> Program:
     if node.rank > 1:
         return
@@ -292,6 +307,7 @@ def declared_lost(node: Node) -> Program:
 SCENARIOS: list[Scenario] = [
     in_order_exactly_once,
     large_payloads_both_ways,
+    what_waits_for_a_window_is_told,
     ping_pong,
     one_way_stream,
     transfer_sizes,
