@@ -137,7 +137,7 @@ class Client:
         # Called between two reads of a wait; may raise (a worker's cancelled task).
         self.check_interrupt: Callable[[], None] | None = None
         # A worker gives its CPU back around a wait; set by worker/main.
-        self.before_wait: Callable[[], bool] | None = None
+        self.before_wait: Callable[[Waiter], bool] | None = None
         self.after_wait: Callable[[], None] | None = None
         # Values up to this size travel in messages; the node lowers it when they fill its memory.
         self.inline_max_bytes = values.INLINE_MAX_BYTES
@@ -463,6 +463,7 @@ class Client:
         self, table: dict[bytes, Any], absent: Sequence[bytes], waiter: Waiter,
         deadline: float | None,
     ) -> bool:
+        waiter.ids = absent
         for id_ in absent:
             other = table.get(id_)
             if other is None:
@@ -733,7 +734,7 @@ class Client:
                         self._read_available()
                     return waiter.remaining <= 0
                 if giving_back and not gave_back and self.before_wait is not None:
-                    gave_back = self.before_wait()
+                    gave_back = self.before_wait(waiter)
                     if gave_back:
                         self._flush()
                         continue

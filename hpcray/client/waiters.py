@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 
 class Waiter:
-    """A thread (or future) waiting for `remaining` things."""
+    """A thread (or future) waiting for `remaining` things: of these objects, if it is for some."""
 
-    __slots__ = ("remaining", "result")
+    __slots__ = ("ids", "remaining", "result")
 
     def __init__(self, remaining: int) -> None:
+        self.ids: Sequence[bytes] = ()
         self.remaining = remaining
         self.result: Any = None
 

@@ -9,6 +9,13 @@ another. A datagram holds as many tasks as fit into 1 ms; a second one is prefet
 tasks known to be short. What a worker has not read can be taken back at any time, so one slow
 task holds nobody.
 
+A worker that blocks in `get` gives its CPU back; what it waits for goes first in the queue. If
+tasks of one function block on all its CPUs, the next ones of it would most likely block as well:
+further workers for them are started one by one, after a pause that doubles (`BackOff`). Tasks of
+other functions are not held back, nor are the few that a blocked task waits for, nor a recursive
+function's own: so nested tasks go on, and a thousand blocked tasks do not become a thousand
+processes.
+
 Invariants, checked by `validate`:
 
 DP-1  free + the shapes of all leases (less what blocked workers gave back) == total.
@@ -23,13 +30,15 @@ from __future__ import annotations
 import enum
 from bisect import bisect_left, bisect_right
 from collections import deque
+from collections.abc import Iterable
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from hpcray.node.ledger import ResourceLedger, Shape, cpu_part, is_group_shape, without_cpu
 from hpcray.node.outbox import KillWorker, Outbox, StartWorker, TakeBack
-from hpcray.node.records import QUEUED, TaskRecord
-from hpcray.protocol import values
-from hpcray.protocol.messages import ACTOR_CREATION, METHOD, Stop, Template
+from hpcray.node.records import QUEUED, WAITING, TaskRecord
+from hpcray.protocol import ids, values
+from hpcray.protocol.messages import ACTOR_CREATION, METHOD, TASK, Stop, Template
 
 if TYPE_CHECKING:
     from hpcray.node.machine import Machine
@@ -42,6 +51,13 @@ _PREFETCH_MAX_US = 5_000
 _SLOW_S = 0.01
 # Idle workers beyond the number of CPUs live this long.
 _IDLE_WORKER_S = 5.0
+# Pauses between further workers for a function whose tasks block: the first, and the longest.
+_BACK_OFF_S = 0.2
+_BACK_OFF_MAX_S = 1.0
+# How far from the end of a queue a task that somebody waits for is looked for.
+_LOOK_BACK = 1000
+# How far into a queue the place of a task that comes back is looked for.
+_LOOK_AHEAD = 256
 # Forks under way at once; a fork takes 1-3 ms and the zygote does them one by one.
 _STARTING_MAX = 16
 
@@ -92,8 +108,37 @@ class ShapeQueue:
         self.ranked = False  # has seen a priority: kept in order (DP-4)
 
 
+class BackOff:
+    """When the next worker may run one more task of a function whose tasks block."""
+
+    __slots__ = ("next_s", "pause_s")
+
+    def __init__(self, now_s: float) -> None:
+        self.pause_s = _BACK_OFF_S
+        self.next_s = now_s + self.pause_s
+
+    def used(self, now_s: float) -> None:
+        self.pause_s = min(2 * self.pause_s, _BACK_OFF_MAX_S)
+        self.next_s = now_s + self.pause_s
+
+
 def _urgency(task: TaskRecord) -> int:
     return -task.template.priority
+
+
+def _place(task: TaskRecord, first: Iterable[TaskRecord]) -> int:
+    """Where a task that comes back belongs among the first in a queue: behind those that the same
+    parent submitted earlier."""
+    prefix = task.task_id[:12]
+    number = int.from_bytes(task.task_id[12:16], "little")
+    place = 0
+    for other in islice(first, _LOOK_AHEAD):
+        other_id = other.task_id
+        if (other_id[:12] != prefix or int.from_bytes(other_id[12:16], "little") > number
+                or other.template.priority != task.template.priority):
+            break
+        place += 1
+    return place
 
 
 def _head_urgency(queue: ShapeQueue) -> int:
@@ -118,6 +163,13 @@ class Dispatcher:
         self._dirty = False
         # Some task has a priority: queues take turns by it.
         self._ranked = False
+        # Leased workers that wait in `get`; by template, when more of its tasks may start; and
+        # tasks that some of them wait for, which are not held back.
+        self._blocked: dict[int, Worker] = {}
+        self._back_offs: dict[bytes, BackOff] = {}
+        self._needed: set[bytes] = set()
+        # Some queue waits for the end of a pause.
+        self.pausing = False
         # How many forked workers died before they said hello, in a row.
         self._stillborn = 0
 
@@ -133,7 +185,8 @@ class Dispatcher:
         if queue.ranked or template.priority:
             self._insert(queue, task, front)
         elif front:
-            queue.tasks.appendleft(task)
+            tasks = queue.tasks
+            tasks.insert(_place(task, tasks), task)
         else:
             queue.tasks.append(task)
         self._dirty = True
@@ -150,7 +203,10 @@ class Dispatcher:
         tasks = queue.tasks
         queue.ranked = self._ranked = True
         bisect = bisect_left if front else bisect_right
-        tasks.insert(bisect(tasks, -task.template.priority, key=_urgency), task)
+        at = bisect(tasks, -task.template.priority, key=_urgency)
+        if front:
+            at += _place(task, islice(tasks, at, None))
+        tasks.insert(at, task)
 
     def fetched(self, task: TaskRecord) -> None:
         """Its dependencies have arrived: it was next, it is next."""
@@ -230,6 +286,7 @@ class Dispatcher:
         if worker.blocked:
             shape = without_cpu(shape)
             worker.blocked = False
+            self._forget_blocked(worker)
         if worker.shape or worker.devices:
             self.ledger.release(shape, worker.devices)
         worker.shape = ()
@@ -243,7 +300,7 @@ class Dispatcher:
         """Give work to whoever can take it. Once per turn of the loop."""
         if not (self._dirty or self._drained):
             return
-        self._dirty = False
+        self._dirty = self.pausing = False
         busy = [queue for queue in self.queues.values() if queue.tasks]
         if len(busy) > 1:
             # Nobody keeps a lease while others wait: everyone takes turns.
@@ -278,6 +335,8 @@ class Dispatcher:
                 if worker.retiring:
                     self._end_lease(worker, now_s)
                 elif not worker.datagrams and worker.state is WorkerState.LEASED:
+                    if self._blocked and not self._allowed(queue, now_s):
+                        return  # the lease ends
                     self._fill(queue, worker, now_s)
             elif not worker.datagrams:
                 self._end_lease(worker, now_s)
@@ -304,6 +363,8 @@ class Dispatcher:
         """Lease an idle worker for the queue and give it work; False if nothing could start."""
         if not self._idle or not self.ledger.fits(queue.shape):
             return False
+        if self._blocked and not self._allowed(queue, now_s):
+            return False
         worker = self._take_idle(queue)
         if worker is None:
             return False
@@ -313,11 +374,37 @@ class Dispatcher:
         worker.slow = False
         if not queue.creation:
             queue.leased[worker.number] = worker
+        if self._back_offs:
+            back_off = self._back_offs.get(queue.tasks[0].template.template_id)
+            if back_off is not None:
+                back_off.used(now_s)
         if not self._fill(queue, worker, now_s):
             self._unlease(worker)
             self._make_idle(worker, now_s)
             return bool(queue.tasks)
         return True
+
+    def _allowed(self, queue: ShapeQueue, now_s: float) -> int:
+        """How many more workers may run what is first in the queue, as far as tasks block."""
+        task = queue.tasks[0]
+        if queue.creation:
+            return _STARTING_MAX
+        if task.task_id in self._needed:
+            return 1
+        template_id = task.template.template_id
+        same = [worker for worker in queue.leased.values()
+                if worker.datagrams
+                and worker.datagrams[0][0].template.template_id == template_id]
+        blocked = any(worker.blocked for worker in same)
+        room = self.ledger.slots_in_all(queue.shape) - len(same)
+        if not blocked or room > 0:
+            self._back_offs.pop(template_id, None)
+            return room if blocked else _STARTING_MAX
+        back_off = self._back_offs.get(template_id)
+        if back_off is None:
+            back_off = self._back_offs[template_id] = BackOff(now_s)
+        self.pausing = True
+        return int(now_s >= back_off.next_s)
 
     def _take_idle(self, queue: ShapeQueue) -> Worker | None:
         """An idle worker for the first task: one in its runtime environment, or in none yet."""
@@ -397,6 +484,8 @@ class Dispatcher:
             if any(worker.environment in (b"", wanted_in) for worker in self._idle):
                 return
         wanted = min(len(queue.tasks), self.ledger.slots(queue.shape), _STARTING_MAX)
+        if self._blocked:
+            wanted = min(wanted, self._allowed(queue, self._machine.now_s))
         if self._stillborn >= 3:
             wanted = min(wanted, 1)
         if self._starting < wanted:
@@ -426,6 +515,8 @@ class Dispatcher:
 
     def finished(self, task: TaskRecord) -> None:
         """A task of this node's workers has an outcome."""
+        if self._needed:
+            self._needed.discard(task.task_id)
         worker = self.workers.get(task.worker)
         if worker is None or not worker.datagrams:
             return
@@ -463,30 +554,82 @@ class Dispatcher:
             worker.slow = False
         worker.datagrams = deque(datagram for datagram in worker.datagrams if datagram)
 
-    def blocked(self, number: int, unstarted: tuple[bytes, ...]) -> None:
-        """The worker waits: it gives back its CPU and everything it has not started."""
+    def blocked(self, number: int, unstarted: tuple[bytes, ...], waits: bytes = b"") -> None:
+        """The worker waits: it gives back its CPU and everything it has not started.
+
+        If all it waits for is here, the answers are on their way to it, and it keeps its CPU.
+        """
         worker = self.workers.get(number)
         if worker is None or worker.blocked or worker.state not in (
             WorkerState.LEASED, WorkerState.ACTOR
         ):
             return
+        if unstarted:
+            self._take_all(worker, unstarted)
+            self._dirty = True
+        if waits and self._all_here(waits):
+            return
         worker.blocked = True
         self.ledger.release(cpu_part(worker.shape))
-        if unstarted:
-            wanted = set(unstarted)
-            for datagram in worker.datagrams:
-                for task in [t for t in datagram if t.task_id in wanted]:
-                    datagram.remove(task)
-                    self._take(task)
-            self._drop_empty(worker)
+        if worker.state is WorkerState.LEASED:
+            self._blocked[number] = worker
+            if waits:
+                self._bring_forward(worker, waits)
         if len(worker.datagrams) > 1 and not worker.actor_id:
             self._outbox.actions.append(TakeBack(number))
         self._dirty = True
+
+    def _all_here(self, waits: bytes) -> bool:
+        directory = self._machine.directory
+        for object_id in ids.split_ids(waits):
+            record = directory.records.get(object_id)
+            if record is None or not directory.is_local(record):
+                return False
+        return True
+
+    def _bring_forward(self, worker: Worker, waits: bytes) -> None:
+        """What a blocked worker waits for goes first, and what that waits for before it."""
+        records = self._machine.tasks.records
+        own = worker.datagrams[0][0].template if worker.datagrams else None
+        pending = ids.split_ids(waits)
+        few = len(pending) <= self.ledger.slots_in_all(worker.shape)
+        for _ in range(_LOOK_BACK):
+            if not pending:
+                return
+            task = records.get(ids.task_of_object(pending.pop()))
+            if task is None or task.template.kind != TASK or task.home != self._machine.rank:
+                continue
+            if task.state == WAITING:
+                pending += ids.split_ids(task.refs[: task.dep_count * 28])
+                continue
+            if own is task.template or few:
+                self._needed.add(task.task_id)  # if it was sent already, it may come back unread
+            if task.state == QUEUED:
+                self._put_first(task)
+
+    def _put_first(self, task: TaskRecord) -> None:
+        """Before others of its priority, if it is not far from the end: it was submitted lately."""
+        queue = self._queue_of.get(task.template.template_id)
+        if queue is None:
+            return
+        tasks = queue.tasks
+        for back in range(1, min(len(tasks), _LOOK_BACK) + 1):
+            if tasks[-back] is task:
+                del tasks[-back]
+                at = bisect_left(tasks, _urgency(task), key=_urgency) if queue.ranked else 0
+                tasks.insert(at, task)
+                return
+
+    def _forget_blocked(self, worker: Worker) -> None:
+        if self._blocked.pop(worker.number, None) is not None and not self._blocked:
+            self._back_offs.clear()
+            self._needed.clear()
 
     def unblocked(self, number: int) -> None:
         worker = self.workers.get(number)
         if worker is not None and worker.blocked:
             worker.blocked = False
+            self._forget_blocked(worker)
             self.ledger.take_back(cpu_part(worker.shape))
 
     def taken_back(self, number: int, task_ids: list[bytes]) -> None:
@@ -494,17 +637,21 @@ class Dispatcher:
         worker = self.workers.get(number)
         if worker is None:
             return
-        wanted = set(task_ids)
-        for datagram in list(worker.datagrams):
-            for task in reversed([t for t in datagram if t.task_id in wanted]):
-                datagram.remove(task)
-                self._take(task)
-        self._drop_empty(worker)
+        self._take_all(worker, task_ids)
         if len(worker.datagrams) < 2:
             self.piled.pop(number, None)
         if not worker.datagrams and worker.state is WorkerState.LEASED:
             self._drained[number] = worker
         self._dirty = True
+
+    def _take_all(self, worker: Worker, task_ids: Iterable[bytes]) -> None:
+        """Back to the front of their queues, in their order."""
+        wanted = set(task_ids)
+        for datagram in reversed(worker.datagrams):
+            for task in reversed([t for t in datagram if t.task_id in wanted]):
+                datagram.remove(task)
+                self._take(task)
+        self._drop_empty(worker)
 
     def _take(self, task: TaskRecord) -> None:
         self._machine.tasks.unrun(task)
@@ -521,6 +668,8 @@ class Dispatcher:
             if not worker.slow and now_s - worker.sent_s > _SLOW_S:
                 worker.slow = True
                 self._outbox.actions.append(TakeBack(worker.number))
+        if self.pausing:
+            self._dirty = True
         cpus = max(self.ledger.total.get("CPU", 0) // 10_000, 1)
         while len(self._idle) > cpus and now_s - self._idle[0].idle_since_s > _IDLE_WORKER_S:
             worker = self._idle.popleft()

@@ -44,6 +44,10 @@ class ResourceLedger:
         return min((max(self.free.get(name, 0), 0) // amount for name, amount in shape),
                    default=1000)
 
+    def slots_in_all(self, shape: Shape) -> int:
+        """How many of `shape` would fit if nobody held anything."""
+        return min((self.total.get(name, 0) // amount for name, amount in shape), default=1 << 30)
+
     def acquire(self, shape: Shape) -> tuple[int, ...]:
         """Take `shape` (the caller asked `fits`); the GPU indices it got."""
         devices = self._pick(shape) or ()

@@ -316,7 +316,8 @@ class Machine:
     @property
     def wants_ticks(self) -> bool:
         return bool(
-            self.dispatcher.piled or self.memory.waiting or self._foreign_since_s is not None
+            self.dispatcher.piled or self.dispatcher.pausing or self.memory.waiting
+            or self._foreign_since_s is not None
             or self.cluster.load_is_stale or self.inventory.questions or self.explain.open
             or self.directory.inline_bytes > self.memory.budget.capacity_bytes // 10
             or (self.size > 1 and (self.dispatcher.queued() or self.cluster.actors_waiting)))
@@ -363,7 +364,7 @@ class Machine:
             m.DoneMany: self.tasks.done_many,
             m.Failed: self.tasks.failed,
             m.Blocked: lambda client, message: self.dispatcher.blocked(
-                client.number, message.unstarted),
+                client.number, message.unstarted, message.waits),
             m.Unblocked: lambda client, _: self.dispatcher.unblocked(client.number),
             m.SegmentRequest: lambda client, message: self.memory.request(
                 client, message.nbytes, self.now_s),

@@ -266,6 +266,7 @@ class Blocked(_Message, tag=19):
     """The worker waits in get/wait: it gives back its CPU and what it had read but not started."""
 
     unstarted: tuple[bytes, ...] = ()
+    waits: bytes = b""  # joined ids of all it waits for; empty: unknown, or too many
 
 
 class Unblocked(_Message, tag=20):

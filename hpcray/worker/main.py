@@ -33,6 +33,7 @@ from hpcray.client.arguments import Placeholder
 from hpcray.client.channel import ChannelClosed, receive_buffer
 from hpcray.client.client import Client
 from hpcray.client.context import TaskContext
+from hpcray.client.waiters import Waiter
 from hpcray.config import expanded
 from hpcray.protocol import ids, messages, values
 from hpcray.protocol.messages import (
@@ -58,6 +59,8 @@ from hpcray.worker.zygote import INTERRUPT_SIGNAL
 _WELCOME_S = 60.0
 # Outcomes do not wait longer than this for the rest of their datagram.
 _FLUSH_S = 0.001
+# What a blocked worker waits for is told if it is at most so many objects.
+_TOLD_IDS = 256
 
 
 class Loaded:
@@ -518,18 +521,20 @@ class Worker:
 
     # --- waiting ----------------------------------------------------------------------------------
 
-    def _before_wait(self) -> bool:
+    def _before_wait(self, waiter: Waiter) -> bool:
         """By the client, with its lock held, before the running task really waits."""
         if threading.get_ident() != self._main:
             return False
+        ids = waiter.ids
+        waits = b"".join(ids) if len(ids) <= _TOLD_IDS else b""
         if self.actor is not None:
-            self.client._channel.outbox.append(Blocked())  # its calls stay its own
+            self.client._channel.outbox.append(Blocked((), waits))  # its calls stay its own
             return True
         unstarted = tuple(item.task_id for item in self._queue if type(item) is Run)
         stops = [item for item in self._queue if type(item) is Stop]
         self._queue.clear()
         self._queue.extend(stops)
-        self.client._channel.outbox.append(Blocked(unstarted))
+        self.client._channel.outbox.append(Blocked(unstarted, waits))
         return True
 
     def _after_wait(self) -> None:

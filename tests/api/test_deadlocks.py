@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 
@@ -157,3 +159,42 @@ def test_a_thousand_tasks_blocked_on_one(ray, gate, counter, eventually):
     eventually(lambda: counter.value > 10)  # each gives its CPU to the next
     gate.open()
     assert ray.get(refs) == [7] * 1000
+
+
+def test_blocked_tasks_do_not_become_as_many_processes(one_cpu):
+    ray = one_cpu
+
+    @ray.remote(num_cpus=0)
+    class Count:
+        def __init__(self):
+            self.now = self.most = 0
+
+        def add(self, n):
+            self.now += n
+            self.most = max(self.most, self.now)
+            return self.most
+
+    leaf = ray.remote(lambda: 1)
+    count = Count.remote()
+
+    @ray.remote
+    def outer(count):
+        ray.get(count.add.remote(1))
+        ray.get(leaf.remote())
+        return ray.get(count.add.remote(-1))
+
+    ray.get([outer.remote(count) for _ in range(100)])
+    # 2 on an idle machine; on a slow one more pauses pass, and each lets one more begin.
+    assert ray.get(count.add.remote(0)) < 20
+
+
+def test_get_of_what_is_here_starts_no_process(cluster):
+    ray = cluster(num_cpus=2)
+    refs = [ray.put(bytearray(1 << 20)) for _ in range(10)]
+
+    @ray.remote
+    def consume(refs):
+        ray.get(refs)
+        return os.getpid()
+
+    assert len(set(ray.get([consume.remote(refs) for _ in range(20)]))) <= 2

@@ -162,7 +162,12 @@ class DispatcherMachine(RuleBasedStateMachine):
         worker.blocked = True
         unstarted = tuple(item.task_id for item in worker.queue if type(item) is m.Run)
         worker.queue = deque(item for item in worker.queue if type(item) is m.Stop)
-        self.tell(self.number, m.Blocked(unstarted))
+        running = worker.running
+        assert running is not None
+        others = [t for t in self.retries if t != running.task_id]
+        waits = data.draw(st.lists(st.sampled_from(others), max_size=3)) if others else []
+        self.tell(self.number, m.Blocked(
+            unstarted, b"".join(t + ids.FIRST_RETURN for t in waits)))
         self.turn()
 
     @precondition(lambda self: self.workers)
@@ -218,7 +223,8 @@ class DispatcherMachine(RuleBasedStateMachine):
         dispatcher = self.machine.dispatcher
         if any(w.state is WorkerState.IDLE for w in dispatcher.workers.values()):
             for queue in dispatcher.queues.values():
-                assert not queue.tasks or not dispatcher.ledger.fits(queue.shape)
+                assert (not queue.tasks or not dispatcher.ledger.fits(queue.shape)
+                        or dispatcher.pausing)
 
     def teardown(self) -> None:
         """Let everybody work: all tasks end, everything is free."""
@@ -256,3 +262,115 @@ class DispatcherMachine(RuleBasedStateMachine):
 
 
 TestDispatcher = DispatcherMachine.TestCase
+
+
+class Blocking:
+    """A node whose workers run one task each and block when told; time stands still."""
+
+    def __init__(self, cpus: int) -> None:
+        self.machine = DispatcherMachine()
+        m_ = self.machine.machine
+        m_.dispatcher.ledger.total["CPU"] = m_.dispatcher.ledger.free["CPU"] = cpus * m.UNIT
+
+    def submit(self, kind: int, count: int = 1) -> list[bytes]:
+        before = set(self.machine.retries)
+        self.machine.submit(kind, count)  # type: ignore[call-arg]
+        self.settle()
+        return [t for t in self.machine.retries if t not in before]
+
+    def settle(self) -> None:
+        machine = self.machine
+        for _ in range(100):
+            if machine.starting:
+                machine.hello()
+            for number, worker in machine.workers.items():
+                if worker.unread and not worker.running:
+                    machine.number = number
+                    worker.queue.extend(worker.unread.popleft())
+                    machine.run_next(worker)
+
+    def running(self) -> dict[bytes, int]:
+        return {w.running.task_id: n for n, w in self.machine.workers.items() if w.running}
+
+    def block(self, task: bytes, *waits: bytes) -> None:
+        number = self.running()[task]
+        worker = self.machine.workers[number]
+        worker.blocked = True
+        unstarted = tuple(item.task_id for item in worker.queue if type(item) is m.Run)
+        worker.queue.clear()
+        self.machine.tell(number, m.Blocked(
+            unstarted, b"".join(t + ids.FIRST_RETURN for t in waits)))
+        self.machine.turn()
+        self.settle()
+
+    def done(self, task: bytes) -> None:
+        number = self.running()[task]
+        worker = self.machine.workers[number]
+        if worker.blocked:
+            worker.blocked = False
+            self.machine.tell(number, m.Unblocked())
+        worker.running = None
+        self.machine.tell(number, m.Done(task, 0, 50, b"\0"))
+        self.machine.turn()
+        self.settle()
+
+    def after(self, seconds: float) -> None:
+        self.machine.time_passes(seconds)  # type: ignore[call-arg]
+        self.settle()
+
+
+def test_a_function_whose_tasks_block_gets_further_workers_one_by_one() -> None:
+    node = Blocking(cpus=1)
+    outer = node.submit(0, 100)
+    begun = []
+    for pause_s in (0.2, 0.4, 0.8, 1.0, 1.0):
+        [running] = [t for t in node.running() if t not in begun]
+        begun.append(running)
+        node.block(running)  # until something comes from elsewhere
+        node.after(pause_s - 0.01)
+        assert set(node.running()) == set(begun), "too early"
+        node.after(0.011)
+    assert begun == outer[: len(begun)], "in the order of submission"
+
+
+def test_what_a_blocked_task_waits_for_runs_at_once_and_first() -> None:
+    node = Blocking(cpus=1)
+    first, *_ = node.submit(0, 100)
+    [child] = node.submit(1)
+    node.block(first, child)
+    assert set(node.running()) == {first, child}
+    node.done(child)
+    assert child not in node.running()
+
+
+def test_a_recursive_function_is_not_held_back() -> None:
+    node = Blocking(cpus=1)
+    [task] = node.submit(0)
+    chain = [task]
+    for _ in range(30):
+        [child] = node.submit(0)
+        node.block(chain[-1], child)
+        chain.append(child)
+    assert set(node.running()) == set(chain)
+
+
+def test_what_waits_for_what_is_here_keeps_its_cpu() -> None:
+    node = Blocking(cpus=1)
+    [done] = node.submit(0)
+    node.done(done)
+    first, second = node.submit(0, 2)
+    node.block(first, done)
+    assert set(node.running()) == {first} and len(node.machine.workers) == 1
+    node.block(first, done, second)
+    assert set(node.running()) == {first, second}
+
+
+def test_what_comes_back_unstarted_keeps_its_order() -> None:
+    node = Blocking(cpus=1)
+    [known] = node.submit(0)
+    node.done(known)  # short: the next ones are sent in batches
+    first, *rest = node.submit(0, 40)
+    assert len(node.machine.workers[node.running()[first]].queue) > 5
+    node.block(first)
+    queued = [t.task_id for q in node.machine.machine.dispatcher.queues.values() for t in q.tasks]
+    assert queued == rest

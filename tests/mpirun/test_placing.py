@@ -120,3 +120,21 @@ print("priority", flush=True)
     output = job.finish(timeout_s=90)
     for done in ("labels", "spread", "affinity", "priority"):
         assert f"{done}\n" in output, output
+
+
+def test_equal_tasks_start_in_the_order_of_their_submission(start: Start):
+    job = start(HEAD + """
+@ray.remote
+def work(i):
+    began = time.time()
+    time.sleep(0.1)
+    return began, i
+
+start(num_cpus=1)
+ray.get([work.remote(-1) for _ in range(4)])  # both ranks have workers
+order = [i for _, i in sorted(ray.get([work.remote(i) for i in range(40)]))]
+# Two begin at a time, one on each rank.
+assert all(abs(i - place) <= 2 for place, i in enumerate(order)), order
+print("in order")
+""", ranks=2)
+    assert "in order" in job.finish()
