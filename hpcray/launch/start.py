@@ -2,7 +2,8 @@
 
     single    driver --spawn--> node                      ended by shutdown()
     mpi       rank 0: driver --spawn--> node (does MPI_Init in the rank's name)
-              others: exec'd into nodes                   parked by shutdown(), ended at exit
+              others: exec'd into keepers, which spawn    parked by shutdown(), ended at exit
+              their nodes and say how they died
 
 Everything a node is to know before it starts goes in its environment; what `init` says goes with
 the driver's Hello, because with `hpcray run` the nodes are up before the script runs.
@@ -67,12 +68,15 @@ def start_early() -> None:
 
 
 def become_node() -> NoReturn:
-    """Turn this process into its rank's node. Nothing of the script runs afterwards."""
+    """Turn this process into its rank's node (and the node's keeper). Nothing of the script runs
+    afterwards."""
     sys.stdout.flush()
     sys.stderr.flush()
     environ = dict(os.environ)
     _add_package_path(environ)
-    os.execve(sys.executable, [sys.executable, "-P", "-m", "hpcray.node"], environ)
+    keeper = os.path.join(os.path.dirname(os.path.abspath(__file__)), "keeper.py")
+    told = [str(number) for number in (read_launch(environ).rank, *identity_fds(environ))]
+    os.execve(sys.executable, [sys.executable, "-I", "-S", keeper, *told], environ)
 
 
 def _add_package_path(environ: dict[str, str]) -> None:

@@ -1,6 +1,6 @@
 """A node: one MPI rank, or the only node of a plain `python script.py`.
 
-Run by `launch.start` (with the driver's socket) or in place of a rank (`exec`). The order matters:
+Run by `launch.start` (with the driver's socket) or by `launch.keeper`. The order matters:
 what forks or execs comes before MPI_Init, because forking after it breaks some fabrics.
 
     resources --> sidecar (node 0) --> zygote --> MPI_Init --> serve --> MPI_Finalize
@@ -13,10 +13,11 @@ import contextlib
 import faulthandler
 import os
 import secrets
+import signal
 import socket
 import sys
 import traceback
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from hpcray.launch.identity import read_launch, strip_identity
 from hpcray.launch.resources import detect_resources, widen_affinity
@@ -25,13 +26,17 @@ from hpcray.node.pool import WorkerPool
 from hpcray.node.server import NodeServer
 from hpcray.protocol.labels import ACCELERATOR, HOST, parse_labels
 from hpcray.protocol.messages import UNIT, Joined
-from hpcray.transport.base import Transport
+from hpcray.transport.base import TransportError
+
+if TYPE_CHECKING:
+    from hpcray.transport.mpi import MpiTransport
 
 # At the end of MPI, another rank may give no sign of life for so long.
 _CLOSE_S = 10.0
 # A job that fails may have lost a rank, and then nothing is to be waited for.
 _FAILED_CLOSE_S = 2.0
 _EXIT_S = 5.0
+_PR_SET_PDEATHSIG = 1
 
 # Files the MPI library keeps in /dev/shm and would leave there if this process were killed.
 _shared_files: list[str] = []
@@ -40,7 +45,10 @@ _shared_files: list[str] = []
 def main() -> int:
     parser = argparse.ArgumentParser(prog="hpcray.node")
     parser.add_argument("--driver-fd", type=int, default=-1)
+    parser.add_argument("--keeper-pid", type=int, default=0)
     arguments = parser.parse_args()
+    if arguments.keeper_pid:
+        _die_with(arguments.keeper_pid)
     driver = None
     if arguments.driver_fd >= 0:
         driver = socket.socket(fileno=arguments.driver_fd)
@@ -60,13 +68,13 @@ def main() -> int:
             environ.get("HPCRAY_REDIS_URL", ""), found.node_ip if several_hosts else None)
     preload = [name for name in environ.get("HPCRAY_PRELOAD", "").split(",") if name]
     pool = WorkerPool(worker_environ, preload)
-    transport: Transport | None = None
+    transport: MpiTransport | None = None
     spin = False
     if launch.mode == "mpi":
-        from hpcray.transport.mpi import MpiTransport, start_mpi
+        from hpcray.transport import mpi
 
         timeout_s = float(environ.get("HPCRAY_START_TIMEOUT_S", "300"))
-        transport = MpiTransport(start_mpi(timeout_s))
+        transport = mpi.MpiTransport(mpi.start_mpi(timeout_s))
         _shared_files.extend(_find_shared_files())
         pool.set_cleanup_paths(_shared_files)
         cores = len(os.sched_getaffinity(0))
@@ -94,16 +102,37 @@ def main() -> int:
     finally:
         server.close()
     if transport is not None:
-        if server.left_behind:
-            # MPI could only be ended together with them.
+        if server.left_behind and status == 0:
             ranks = ", ".join(map(str, server.left_behind))
-            print(f"hpcray: rank {ranks} did not end with the job (dead or hanging); rank "
-                  f"{launch.rank} leaves without MPI_Finalize", file=sys.stderr, flush=True)
+            several = "s" if len(server.left_behind) > 1 else ""
+            print(f"hpcray: rank{several} {ranks} did not end with the job, dead or hanging: no "
+                  f"sign of life for 10 s. Rank {launch.rank} leaves without MPI_Finalize",
+                  file=sys.stderr, flush=True)
+        if server.left_behind:
+            _abandon(status or 1)  # MPI could only be ended together with them
+        try:
+            if status == 0:
+                transport.close(_CLOSE_S)
+            else:
+                transport.close(_FAILED_CLOSE_S, failed=True)
+        except TransportError as error:
+            # After a failure the launcher is killing the others, and the cause has been told.
+            if status == 0:
+                print(f"hpcray: rank {launch.rank} could not end MPI: {error}", file=sys.stderr,
+                      flush=True)
             _abandon(status or 1)
-        transport.close(_CLOSE_S if status == 0 else _FAILED_CLOSE_S)
     # Last, because it may take seconds that nobody else is to wait for.
     journal.close()
     return status
+
+
+def _die_with(parent_pid: int) -> None:
+    """Be killed when the keeper is: a launcher that kills a rank means its node."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:  # it was quicker
+        os._exit(1)
 
 
 def _find_shared_files() -> list[str]:
@@ -145,6 +174,11 @@ if __name__ == "__main__":
         code = main()
     except SystemExit:
         raise
+    except TransportError as error:
+        print(f"hpcray: a node (pid {os.getpid()}) cannot go on: {error}", file=sys.stderr,
+              flush=True)
+        _drop_shared_files()
+        _abandon(70)
     except BaseException:
         # A half-dead rank would hang the others: say what happened and leave at once.
         print(f"hpcray: the node (pid {os.getpid()}) failed:", file=sys.stderr)

@@ -136,6 +136,7 @@ class NodeServer:
         self._patience: dict[int, Patience] = {}
         self._zygote_patience = Patience(_ZYGOTE_SILENT_S)
         self._stop_reason = ""
+        self._left = ""
         self._to_peers: dict[int, list[Any]] = {}  # of this turn
         # What waits for slow peers, as messages: they share their values with the records.
         self._unsent: dict[int, deque[Any]] = {}
@@ -440,6 +441,12 @@ class NodeServer:
         self._driver = None
         if self._state != ENDING:
             self.exit_status = self.exit_status or 1  # it did not say that it ends
+            if self._transport is not None and self._state == RUNNING:
+                # Without a launcher its parent sees how it ended. Here nobody says anything at
+                # Ctrl-C, at a time limit or at a SIGTERM: the launcher ends all ranks by signals.
+                self._output.notice(
+                    "hpcray: the driver has ended without shutdown(): it was killed, or the "
+                    "launcher ended the job (Ctrl-C, SIGTERM, a time limit)")
         self._end_job(park=False)
 
     def _on_zygote(self, _fd: int) -> None:
@@ -652,9 +659,9 @@ class NodeServer:
         self._end_job(park=False)
 
     def _peer_left(self, message: messages.Ended) -> None:
-        """It ended on its own: somebody told it to."""
-        self._output.notice(
-            f"Error: rank {message.rank} was told to end ({message.reason}); the job ends")
+        """It ended on its own: somebody told it to. If that was the launcher, it is telling all of
+        us, and the driver is gone before we could say which of the ranks was the first."""
+        self._left = f"Error: rank {message.rank} was told to end ({message.reason}); the job ends"
         self.exit_status = 1
         self._end_job(park=False)
 
@@ -830,6 +837,8 @@ class NodeServer:
             return
         if not self._told_end:
             self._told_end = True
+            if self._left and DRIVER in self._connections.clients:
+                self._output.notice(self._left)
             self._connections.send(DRIVER, [messages.JobEnded()])
         driver = self._connections.clients.get(DRIVER)
         if not self._ending_park and driver is not None and driver.backlog:

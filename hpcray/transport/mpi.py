@@ -144,16 +144,18 @@ def start_mpi(start_timeout_s: float, *, force_funneled: bool = True) -> MPI.Int
 
 def _under_watchdog(timeout_s: float, message: str, action: Callable[[], object]) -> None:
     """Run `action`; if it takes longer, print `message` and a traceback, and end this process.
+    Without a message: end it silently.
 
     faulthandler runs without the GIL but prints only a traceback, so the message travels as the
     file name of a frame in it. The end is by SIGALRM, which needs no GIL either: of a rank that
     exits within MPI_Init, MPICH's mpirun takes no notice once in a while, and leaves the others.
     """
-    faulthandler.dump_traceback_later(timeout_s, file=2)
+    if message:
+        faulthandler.dump_traceback_later(timeout_s, file=2)
     before = signal.signal(signal.SIGALRM, signal.SIG_DFL)
     due_s, every_s = signal.setitimer(signal.ITIMER_REAL, timeout_s + _PRINT_S)
     try:
-        exec(compile("action()", message, "exec"), {"action": action})
+        exec(compile("action()", message or "?", "exec"), {"action": action})
     finally:
         signal.setitimer(signal.ITIMER_REAL, due_s, every_s)
         signal.signal(signal.SIGALRM, before)
@@ -564,8 +566,10 @@ class MpiTransport:
             if chunks.rank == rank:
                 chunks.abandon()
 
-    def close(self, limit_s: float, *, finalize: bool = True) -> None:
+    def close(self, limit_s: float, *, finalize: bool = True, failed: bool = False) -> None:
         """Drain with every living rank, then end MPI (`finalize`) or only this transport.
+
+        `failed`: the launcher may be killing the others, so nobody is waited for long.
 
         Raises:
           CloseTimeout: nothing moved for `limit_s`, and somebody still has not closed.
@@ -586,6 +590,8 @@ class MpiTransport:
             f"hpcray: rank {self.rank} has delivered everything, but MPI_Finalize does not "
             f"return after {finalize_s:g} s. Ending this process without it"
         )
+        if failed:
+            finalize_s, message = limit_s, ""  # why the job failed has been said
         _under_watchdog(finalize_s, message, self._free_and_finalize)
 
     def _free_and_finalize(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 
 import pytest
@@ -52,7 +53,7 @@ ray.get(refs)
 
 
 @pytest.mark.parametrize(("role", "rank", "number"), [
-    ("node", 0, signal.SIGKILL), ("node", 1, signal.SIGKILL), ("node", 1, signal.SIGTERM),
+    ("node", 0, signal.SIGKILL), ("node", 1, signal.SIGTERM), ("keeper", 1, signal.SIGKILL),
     ("driver", None, signal.SIGKILL), ("driver", None, signal.SIGINT),
     ("launcher", None, signal.SIGTERM), ("launcher", None, signal.SIGINT),
     ("launcher", None, signal.SIGKILL),
@@ -62,10 +63,21 @@ def test_a_death_ends_the_job(start: Start, role: str, rank: int | None, number:
     job.expect("pending")
     job.kill(role, rank, number)
     output = job.finish(status=None, timeout_s=5)
-    if (role, rank, number) == ("node", 1, signal.SIGKILL):
-        assert "rank 1 did not end with the job" in output
+    assert "hpcray.node" not in output and "hpcray/node" not in output, "no traceback of ours"
     if (role, rank, number) == ("node", 1, signal.SIGTERM):
         assert "rank 1 was told to end (SIGTERM)" in output
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_lost_rank_is_named_and_no_other(start: Start, number: int):
+    """Though the launcher ends all of them, and MPICH's by SIGKILL."""
+    job = start(PENDING, ranks=3)
+    job.expect("pending")
+    pid = job.kill("node", 1, number)
+    output = job.finish(status=None, timeout_s=8)
+    said = [line for line in output.splitlines() if re.search(r"hpcray.*\brank", line)]
+    assert len(said) == 1, output
+    assert f"rank 1 (pid {pid} on" in said[0] and signal.Signals(number).name in said[0]
 
 
 def test_ctrl_c_at_a_terminal(start: Start):

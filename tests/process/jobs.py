@@ -44,8 +44,8 @@ class Member:
     """One process of the job."""
 
     pid: int
-    role: str  # launcher, driver, node, zygote, worker, server, guard, other
-    rank: int  # of a node
+    role: str  # launcher, driver, keeper, node, zygote, worker, server, ...
+    rank: int  # of a node or a keeper
     command: str
 
 
@@ -218,7 +218,7 @@ class Job:
         raise AssertionError
 
     def rank_of(self, member: Member) -> int:
-        if member.role == "node":
+        if member.role in ("node", "keeper"):
             return member.rank
         nodes = {m.pid: m.rank for m in self.members() if m.role == "node"}
         pid = member.pid
@@ -265,8 +265,8 @@ def _describe(pid: int, command: str, environ: str) -> Member:
     rank = -1
     if name == "hpcray:zygote" or "hpcray.worker.zygote" in command:
         role = "zygote" if not re.fullmatch(r"hpcray:w\d+", name) else "worker"
-    elif "-m hpcray.node" in command:
-        role = "node"
+    elif "-m hpcray.node" in command or "launch/keeper.py" in command:
+        role = "node" if "-m hpcray.node" in command else "keeper"
         match = re.search(r"(?:OMPI_COMM_WORLD_RANK|PMI_RANK)=(\d+)", environ)
         rank = int(match[1]) if match else 0
     elif "hpcray-control-guard" in command:
