@@ -60,6 +60,13 @@ _LOOK_BACK = 1000
 _LOOK_AHEAD = 256
 # Forks under way at once; a fork takes 1-3 ms and the zygote does them one by one.
 _STARTING_MAX = 16
+# Workers that could not be started are asked for again, later and later. What waits for them fails
+# when nobody that could have run it has been there for so long.
+_FIRST_DELAY_S = 0.05
+_LAST_DELAY_S = 2.0
+_REFUSED_S = 10.0
+# Workers kept for tasks when no more can be started: actors would take every one.
+_KEPT_MAX = 4
 
 
 class WorkerState(enum.Enum):
@@ -72,13 +79,13 @@ class WorkerState(enum.Enum):
 
 class Worker:
     __slots__ = (
-        "actor_id", "blocked", "calls", "datagrams", "devices", "environment", "idle_since_s",
-        "number", "pid", "retiring",
-        "sent_s", "shape", "slow", "state",
+        "actor_id", "blocked", "calls", "datagrams", "devices", "environment", "for_tasks",
+        "idle_since_s", "number", "pid", "retiring", "sent_s", "shape", "slow", "state",
     )
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, for_tasks: bool) -> None:
         self.number = number
+        self.for_tasks = for_tasks  # what it was started for; it runs what comes
         self.pid = 0
         self.state = WorkerState.STARTING
         self.shape: Shape = ()
@@ -172,6 +179,13 @@ class Dispatcher:
         self.pausing = False
         # How many forked workers died before they said hello, in a row.
         self._stillborn = 0
+        # Why no worker can be started now; "": nothing is known against it.
+        self.refused = ""
+        self._refused_since_s = 0.0
+        # When to ask again, and how long after that: for an actor's worker and for tasks'.
+        self._retry_s = [0.0, 0.0]
+        self._delay_s = [_FIRST_DELAY_S, _FIRST_DELAY_S]
+        self._reasons_told: set[str] = set()
 
     # --- tasks in ---------------------------------------------------------------------------------
 
@@ -232,19 +246,20 @@ class Dispatcher:
 
     # --- workers come and go ----------------------------------------------------------------------
 
-    def start_workers(self, count: int) -> None:
+    def start_workers(self, count: int, *, for_tasks: bool = True) -> None:
         for _ in range(count):
             self._worker_count += 1
             number = self._worker_count
-            self.workers[number] = Worker(number)
+            self.workers[number] = Worker(number, for_tasks)
             self._starting += 1
-            self._outbox.actions.append(StartWorker(number))
+            self._outbox.actions.append(StartWorker(number, for_tasks))
 
     def worker_ready(self, number: int, pid: int, now_s: float) -> None:
         worker = self.workers[number]
         worker.pid = pid
         self._starting -= 1
         self._stillborn = 0
+        self._refused_since_s = now_s
         self._make_idle(worker, now_s)
 
     def _make_idle(self, worker: Worker, now_s: float) -> None:
@@ -262,9 +277,11 @@ class Dispatcher:
         if worker.state is WorkerState.STARTING:
             self._starting -= 1
             self._stillborn += 1
-            if self._stillborn == 3:
-                self._outbox.notices.append(
-                    f"workers die as they start: {failure.message}; see the output above for why")
+            if self._stillborn >= 3:
+                self._refuse("workers die as they start, see their output above for why",
+                             failure.message, worker.for_tasks)
+        elif self.refused:
+            self._retry_s = [0.0, 0.0]  # its place is free
         if worker in self._idle:
             self._idle.remove(worker)
         self.piled.pop(number, None)
@@ -280,6 +297,63 @@ class Dispatcher:
             first = False
         self._unlease(worker)
         self._dirty = True
+
+    def worker_refused(self, number: int, reason: str, details: str) -> None:
+        """It could not be started. `reason`: what is missing, and what to do about it."""
+        worker = self.workers.pop(number, None)
+        if worker is not None:
+            self._starting -= 1
+            self._refuse(reason, details, worker.for_tasks)
+
+    def _refuse(self, reason: str, details: str, for_tasks: bool) -> None:
+        now_s = self._machine.now_s
+        if not self.refused:
+            self._refused_since_s = now_s
+            self._delay_s = [_FIRST_DELAY_S, _FIRST_DELAY_S]
+        self.refused = reason
+        if now_s >= self._retry_s[for_tasks]:  # the first of those that were started together
+            delay_s = self._delay_s[for_tasks]
+            self._retry_s[for_tasks] = now_s + delay_s
+            self._delay_s[for_tasks] = min(2 * delay_s, _LAST_DELAY_S)
+        if reason not in self._reasons_told:
+            self._reasons_told.add(reason)
+            self._outbox.notices.append(
+                f"Warning: rank {self._machine.rank} cannot start another worker: {reason} "
+                f"({details}). What waits for one waits until others end.")
+
+    def _retry_refused(self, now_s: float) -> None:
+        """On the tick: look whether workers can be started by now; fail what waits in vain."""
+        if not any(queue.tasks for queue in self.queues.values()):
+            self.refused = ""  # unknown, until somebody wants one
+            return
+        if now_s >= min(self._retry_s):
+            self._dirty = True
+        if any(worker.state in (WorkerState.IDLE, WorkerState.LEASED) and not worker.blocked
+               for worker in self.workers.values()):
+            self._refused_since_s = now_s
+        elif now_s - self._refused_since_s > _REFUSED_S:
+            self._refused_since_s = now_s
+            self._fail_refused()
+
+    def _fail_refused(self) -> None:
+        """No worker is there that could ever run what waits. Actors' turn comes when one ends."""
+        actors = any(worker.state is WorkerState.ACTOR for worker in self.workers.values())
+        for queue in self.queues.values():
+            if not (queue.creation and actors) and self.ledger.fits(queue.shape):
+                tasks, queue.tasks = queue.tasks, deque()
+                for task in tasks:
+                    if not task.cancelled:
+                        self._machine.tasks.refuse(task, (
+                            f"no worker could be started for it on rank {self._machine.rank} for "
+                            f"{_REFUSED_S:g} s: {self.refused}"))
+
+    def _kept_for_tasks(self, queue: ShapeQueue) -> bool:
+        """Whether the workers that are left are for others than this queue."""
+        if not (self.refused and queue.creation):
+            return False
+        kept = min(max(self.ledger.total.get("CPU", 0) // 10_000, 1), _KEPT_MAX)
+        actors = len(self._machine.actors.hosted)
+        return len(self.workers) - self._starting - actors <= kept
 
     def _unlease(self, worker: Worker) -> None:
         shape = worker.shape
@@ -361,7 +435,7 @@ class Dispatcher:
 
     def _lease_one(self, queue: ShapeQueue, now_s: float) -> bool:
         """Lease an idle worker for the queue and give it work; False if nothing could start."""
-        if not self._idle or not self.ledger.fits(queue.shape):
+        if not self._idle or not self.ledger.fits(queue.shape) or self._kept_for_tasks(queue):
             return False
         if self._blocked and not self._allowed(queue, now_s):
             return False
@@ -479,17 +553,20 @@ class Dispatcher:
 
     def _start_for(self, queue: ShapeQueue) -> None:
         """Fork workers if that is what is missing."""
-        if self._idle:
+        for_tasks = not queue.creation
+        if self.refused and self._machine.now_s < self._retry_s[for_tasks]:
+            return
+        if self._idle and not self._kept_for_tasks(queue):
             wanted_in = queue.tasks[0].template.environment
             if any(worker.environment in (b"", wanted_in) for worker in self._idle):
                 return
         wanted = min(len(queue.tasks), self.ledger.slots(queue.shape), _STARTING_MAX)
         if self._blocked:
             wanted = min(wanted, self._allowed(queue, self._machine.now_s))
-        if self._stillborn >= 3:
-            wanted = min(wanted, 1)
+        if self.refused:
+            wanted = min(wanted, _KEPT_MAX)
         if self._starting < wanted:
-            self.start_workers(wanted - self._starting)
+            self.start_workers(wanted - self._starting, for_tasks=for_tasks)
 
     def _steal_or_end(self, worker: Worker, now_s: float) -> None:
         """A leased worker without work: take what waits unread at another, or end the lease."""
@@ -670,6 +747,8 @@ class Dispatcher:
                 self._outbox.actions.append(TakeBack(worker.number))
         if self.pausing:
             self._dirty = True
+        if self.refused:
+            self._retry_refused(now_s)
         cpus = max(self.ledger.total.get("CPU", 0) // 10_000, 1)
         while len(self._idle) > cpus and now_s - self._idle[0].idle_since_s > _IDLE_WORKER_S:
             worker = self._idle.popleft()

@@ -62,6 +62,8 @@ class NodeMemory:
         self._released: dict[int, dict[int, list[int]]] = {}
         # (client, nbytes, deadline) of requests that wait for memory.
         self._waiting: deque[tuple[int, int, float]] = deque()
+        # Clients whose granted segment could not be created, and until when it is tried again.
+        self._refused: dict[int, float] = {}
         # Pulls that wait for memory, by object, and until when.
         self._pulls: dict[bytes, tuple[StartPull, float]] = {}
 
@@ -155,6 +157,20 @@ class NodeMemory:
             return True
         return False
 
+    def refused(self, client: int, segment: int, reason: str) -> None:
+        """A segment that was granted could not be created: again for a while, then Denied."""
+        nbytes = self.budget.release(segment).nbytes
+        now_s = self._machine.now_s
+        deadline_s = self._refused.get(client, 0.0)
+        if now_s > deadline_s + _WAIT_S:  # not the same shortage
+            deadline_s = self._refused[client] = now_s + _WAIT_S
+        if now_s < deadline_s:
+            self._waiting.append((client, nbytes, deadline_s))
+            return
+        del self._refused[client]
+        self._outbox.clients[client].append(SegmentDenied(
+            nbytes, self.object_bytes, self.budget.capacity_bytes, reason=reason))
+
     def _ask_back(self) -> bool:
         """Ask every process for what it does not need; False if nobody has anything."""
         node = self._reclaim_own()
@@ -185,11 +201,15 @@ class NodeMemory:
         self.budget.mark_empty(granted.segment_id)
         return granted
 
-    def await_room(self, pull: StartPull, now_s: float) -> bool:
-        """There is no room for a pull: whether it waits (and is started again) or has failed."""
+    def await_room(self, pull: StartPull, now_s: float, *, in_any_case: bool = False) -> bool:
+        """There is no room for a pull: whether it waits (and is started again) or has failed.
+
+        `in_any_case`: even if nobody can give memory back (it is not memory that is missing).
+        """
         known = self._pulls.get(pull.object_id)
         if known is None:
-            if range_bytes(pull.nbytes) <= self.budget.capacity_bytes and self._ask_back():
+            if range_bytes(pull.nbytes) <= self.budget.capacity_bytes and (
+                    self._ask_back() or in_any_case):
                 self._pulls[pull.object_id] = (pull, now_s + _WAIT_S)
                 return True
             return False
@@ -216,6 +236,7 @@ class NodeMemory:
     def client_gone(self, number: int) -> None:
         """Its segments with objects live on under the node; the others go."""
         self._released.pop(number, None)
+        self._refused.pop(number, None)
         for readers in self._readers.values():
             readers.discard(number)
         # What it allocated and never announced is lost with it: only announced objects count.
@@ -267,6 +288,8 @@ class NodeMemory:
                     Released(segment, tuple(offsets[start : start + 4000])))
 
     def tick(self, now_s: float) -> None:
+        if self._refused:
+            self._retry_waiting()
         while self._waiting and self._waiting[0][2] <= now_s:
             client, nbytes, _ = self._waiting.popleft()
             self._grant(client, nbytes, final=True)

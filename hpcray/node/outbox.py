@@ -15,7 +15,10 @@ from hpcray.protocol.messages import Located
 
 
 class StartWorker(msgspec.Struct, frozen=True):
+    """Answer with the worker's Hello, or with `Dispatcher.worker_refused`."""
+
     number: int
+    for_tasks: bool = True  # and not for an actor, which keeps it
 
 
 class KillWorker(msgspec.Struct, frozen=True):
@@ -29,7 +32,7 @@ class TakeBack(msgspec.Struct, frozen=True):
 
 
 class GrantSegment(msgspec.Struct, frozen=True):
-    """Create the segment and send it to the client."""
+    """Create the segment and send it to the client; or answer with `NodeMemory.refused`."""
 
     client: int
     segment: int

@@ -21,6 +21,7 @@ import contextlib
 import gc
 import math
 import os
+import resource
 import secrets
 import shutil
 import signal
@@ -39,7 +40,7 @@ from hpcray.node.connections import Connection, Connections
 from hpcray.node.journal import Journal
 from hpcray.node.machine import Machine
 from hpcray.node.output import WorkerOutput
-from hpcray.node.pool import WorkerPool, ZygoteLost
+from hpcray.node.pool import WorkerPool, ZygoteGoneError, ZygoteLost
 from hpcray.node.processes import process_state
 from hpcray.node.records import DRIVER
 from hpcray.node.transfers import Segments, Transfers
@@ -78,6 +79,15 @@ _ZYGOTE_SILENT_S = 3.0
 # The journal's thread ends without an event.
 _ENDING_TICK_S = 0.005
 _SPIN_S = 0.0002
+# Descriptors of this process that workers leave to segments and messages. A worker takes 9 while it
+# starts, 5 then; actors leave the same once more to workers for tasks.
+_SPARE_DESCRIPTORS = 64
+_SHORT_OF_DESCRIPTORS = (
+    "its node is short of file descriptors, of which each worker takes 5; raise the hard limit "
+    "(ulimit -Hn), or run fewer actors")
+# A zygote that died before it was ready is followed by another one, later and later.
+_ZYGOTE_DELAY_S = 0.1
+_ZYGOTE_LAST_DELAY_S = 5.0
 # Up to so many messages for a peer are encoded at once.
 _SMALL_BATCH = 64
 # Encoded ahead for a slow peer.
@@ -109,6 +119,7 @@ class NodeServer:
         self._connections = Connections(self._watcher, pool, self._handle)
         self._output = WorkerOutput(self.rank, self._connections, self._to_node0)
         self._dead: list[tuple[int, values.Failure]] = []
+        self._refused: dict[int, str] = {}  # of the dead: those that were never forked, and why
         self._machine: Machine | None = None
         self._segments = Segments()
         self._transfers: Transfers | None = None
@@ -140,9 +151,14 @@ class NodeServer:
         self._to_peers: dict[int, list[Any]] = {}  # of this turn
         # What waits for slow peers, as messages: they share their values with the records.
         self._unsent: dict[int, deque[Any]] = {}
+        # Actions that this host was too short of something for; again at the next tick.
+        self._postponed: list[out.Action] = []
+        self._told_short = False
         self.exit_status = 0
         self._watcher.watch(pool.fileno(), self._on_zygote)
         self._zygote_fd = pool.fileno()
+        self._zygote_due_s = math.inf  # when a new one is to be started
+        self._zygote_delay_s = 0.0
         self._driver = driver
         if driver is not None:
             driver.setblocking(False)
@@ -220,6 +236,9 @@ class NodeServer:
             if now_s >= self._next_tick_s:
                 machine.tick(now_s)
                 self._connections.retry()
+                if self._postponed:
+                    machine.outbox.actions += self._postponed
+                    self._postponed.clear()
                 if self._transfers is not None:
                     self._transfers.tick(now_s)
                 if now_s >= self._next_journal_s:
@@ -240,11 +259,14 @@ class NodeServer:
             self._tell_late()
         if self._output.deadline_s is not None:
             self._output.tick(now_s)
+        if now_s >= self._zygote_due_s:
+            self._restart_zygote(now_s)
         self._flush_peers()
         if self._state == ENDING:
             self._continue_ending(now_s)
         # Without a job there is nothing to tick.
         due_s = now_s + _SLOW_TICK_S if machine is None else self._next_tick_s
+        due_s = min(due_s, self._zygote_due_s)
         if self._output.deadline_s is not None:
             due_s = min(due_s, max(self._output.deadline_s, now_s + 0.001))
         if self._state == ENDING:
@@ -287,7 +309,11 @@ class NodeServer:
                 if self._machine is not machine:
                     return False  # the one before has ended the job
                 again = True
-                _ACTIONS[type(action)](self, machine, action)
+                try:
+                    _ACTIONS[type(action)](self, machine, action)
+                except OSError as error:
+                    # This host is short of descriptors or memory: at the next tick.
+                    self._postpone(action, error)
         if box.notices:
             notices, box.notices = box.notices, []
             for text in notices:
@@ -299,10 +325,32 @@ class NodeServer:
             box.peers.clear()
         return again
 
+    def _postpone(self, action: out.Action, error: OSError) -> None:
+        self._postponed.append(action)
+        self._next_tick_s = min(self._next_tick_s, time.monotonic() + 5 * _TICK_S)
+        if not self._told_short:
+            self._told_short = True
+            self._output.notice(
+                f"Warning: rank {self.rank} is short of file descriptors or memory and tries again "
+                f"({error}); raise the limit (ulimit -n), or run fewer actors")
+
     def _start_worker(self, machine: Machine, action: out.StartWorker) -> None:
         number = action.number
+        spare = _SPARE_DESCRIPTORS if action.for_tasks else 2 * _SPARE_DESCRIPTORS
+        handle = None
+        reason, details = _descriptors_missing(spare)
+        if not reason:
+            try:
+                handle = self._pool.start(number, self._settings)
+            except ZygoteGoneError:
+                reason = "the process that starts workers dies as it starts, see its output above"
+                details = "a library that the job preloads may crash"
+            except OSError as error:
+                reason, details = _SHORT_OF_DESCRIPTORS, str(error)
+        if handle is None:
+            machine.dispatcher.worker_refused(number, reason, details)
+            return
         machine.connect(number)
-        handle = self._pool.start(number, self._settings)
         datagrams.enlarge_buffers(handle.task_socket)
         self._connections.add(number, handle.client_socket)
         self._watcher.watch(handle.client_socket.fileno(), partial(self._on_client, number))
@@ -328,7 +376,11 @@ class NodeServer:
     def _grant_segment(self, machine: Machine, action: out.GrantSegment) -> None:
         if action.client not in self._connections.clients:
             return  # it died meanwhile: its segments went with it (NodeMemory.client_gone)
-        fd = self._segments.create(action.segment, action.nbytes)
+        try:
+            fd = self._segments.create(action.segment, action.nbytes)
+        except OSError as error:
+            machine.memory.refused(action.client, action.segment, str(error))
+            return
         if action.nbytes <= machine.memory.budget.free_bytes:
             if action.nbytes <= MINIMUM_SEGMENT_BYTES:
                 self._segments.prepare_spare(action.nbytes)
@@ -338,7 +390,7 @@ class NodeServer:
             action.client, [messages.SegmentGrant(action.segment, action.nbytes)], (fd,))
 
     def _open_segment(self, machine: Machine, action: out.OpenSegment) -> None:
-        if action.client in self._connections.clients:
+        if action.client in self._connections.clients and self._segments.has(action.segment):
             fd, nbytes = self._segments.descriptor(action.segment)
             self._connections.send(
                 action.client, [messages.SegmentOpened(action.segment, nbytes)], (fd,))
@@ -454,9 +506,11 @@ class NodeServer:
             if isinstance(event, Exited):
                 self._dead.append((event.number, self._exit_failure(event)))
             elif isinstance(event, ForkRefused):
+                self._refused[event.number] = event.reason
                 self._dead.append((event.number, values.Failure(
                     "WorkerCrashedError", f"no worker could be forked: {event.reason}")))
             elif isinstance(event, Ready):
+                self._zygote_delay_s = 0.0
                 for problem in event.problems:
                     self._output.notice(f"Warning: {problem}")
             elif isinstance(event, ZygoteLost) and self._pool.closed:
@@ -466,11 +520,25 @@ class NodeServer:
                     "WorkerCrashedError", "the process that starts workers on this node died "
                     f"(exit code {event.exit_code}) and took its workers with it")
                 self._dead.extend((number, failure) for number in event.numbers)
-                self._output.notice(f"Warning: {failure.message}; starting a new one")
                 self._watcher.unwatch(self._zygote_fd)
-                self._pool.restart_zygote()
-                self._watch_zygote()
+                if self._zygote_delay_s == 0.0:
+                    self._output.notice(f"Warning: {failure.message}; starting a new one")
+                self._zygote_due_s = time.monotonic() + self._zygote_delay_s  # see `_turn`
+                self._zygote_delay_s = min(
+                    max(2 * self._zygote_delay_s, _ZYGOTE_DELAY_S), _ZYGOTE_LAST_DELAY_S)
         if self._zygote_fd == self._pool.fileno():
+            self._watch_zygote()
+
+    def _restart_zygote(self, now_s: float) -> None:
+        """It is time; until then workers were refused."""
+        self._zygote_due_s = math.inf
+        if self._pool.closed:
+            return
+        try:
+            self._pool.restart_zygote()
+        except OSError:  # short of descriptors, processes or memory
+            self._zygote_due_s = now_s + _ZYGOTE_LAST_DELAY_S
+        else:
             self._watch_zygote()
 
     def _watch_zygote(self) -> None:
@@ -521,7 +589,10 @@ class NodeServer:
             self._connections.pop(number)
             self._detach(connection)
             self._pool.forget(number)
+            reason = self._refused.pop(number, None)
             if self._machine is not None:
+                if reason is not None:
+                    self._machine.dispatcher.worker_refused(number, reason, "fork failed")
                 self._machine.worker_exited(number, failure)
 
     def _read_dry(self, connection: Connection) -> None:
@@ -897,6 +968,20 @@ def _decode_joined(data: bytes) -> messages.Joined:
     import msgspec
 
     return msgspec.msgpack.decode(data, type=messages.Joined)
+
+
+def _descriptors_missing(spare: int) -> tuple[str, str]:
+    """Why this process should not take many more: (reason, numbers), or empty strings."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        # The lowest that is free: nearly as many are in use.
+        lowest = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        return _SHORT_OF_DESCRIPTORS, str(error)
+    os.close(lowest)
+    if lowest + spare < limit:
+        return "", ""
+    return _SHORT_OF_DESCRIPTORS, f"about {lowest:,} of {limit:,} are in use"
 
 
 def _resources(detected: dict[str, int], config: dict[str, Any]) -> dict[str, int]:

@@ -467,6 +467,21 @@ class Tasks:
                 TaskCrashed(task.task_id, task.attempt, failure, started))
             self.forget_foreign(task)
 
+    def refuse(self, task: TaskRecord, why: str) -> None:
+        """It cannot be run on this node, which it is bound to, nor would waiting help."""
+        creation = task.template.kind == ACTOR_CREATION
+        error = values.pack_failure(values.Failure(
+            "ActorUnschedulableError" if creation else "TaskUnschedulableError",
+            f"{task.template.name}: {why}"))
+        if task.home != self._rank:
+            self._outbox.peers[task.home].append(
+                TaskFailed(task.task_id, task.attempt, 0, error, False))
+            self.forget_foreign(task)
+        elif creation:
+            self._machine.actors.creation_failed_at_home(task, error)
+        else:
+            self.fail(task, error)
+
     def give_back(self, task: TaskRecord) -> None:
         """Executor: cannot be started soon; the home binds it again."""
         self._outbox.peers[task.home].append(TaskReturned(task.task_id, task.attempt))

@@ -59,8 +59,15 @@ class Segments:
         """Have a segment of this size ready for the next grant."""
         if self._spare is not None:
             return
-        fd = create_segment(nbytes, "hpcray-spare")
-        mapping = Mapping(os.dup(fd), nbytes, writable=True)
+        try:
+            fd = create_segment(nbytes, "hpcray-spare")
+        except OSError:
+            return  # it was to make things faster only
+        try:
+            mapping = Mapping(fd, nbytes, writable=True, keep_fd=True)
+        except OSError:
+            os.close(fd)
+            return
         self._spare = (fd, nbytes)
         self._touching = prefault_steps(mapping, 0, nbytes, step_bytes=_TOUCH_BYTES)
 
@@ -94,6 +101,9 @@ class Segments:
 
     def create_own(self, segment: int, nbytes: int) -> None:
         self.arena.add(segment, os.dup(self.create(segment, nbytes)), nbytes)
+
+    def has(self, segment: int) -> bool:
+        return segment in self._descriptors
 
     def descriptor(self, segment: int) -> tuple[int, int]:
         return self._descriptors[segment], self._sizes[segment]
@@ -153,21 +163,28 @@ class Transfers:
         self._serves: dict[tuple[int, int], tuple[bytes, memoryview]] = {}
 
     def start(self, action: StartPull) -> None:
+        short = ""  # what else is missing
         found = self._segments.arena.allocate(action.nbytes)
         if found is None:
             granted = self._machine.memory.grant_node(action.nbytes)
             if granted is not None:
-                self._segments.create_own(granted.segment_id, granted.nbytes)
-                found = self._segments.arena.allocate(action.nbytes)
+                try:
+                    self._segments.create_own(granted.segment_id, granted.nbytes)
+                except OSError as error:
+                    short = f"; {error.strerror}"
+                    self._machine.memory.close(granted.segment_id)
+                else:
+                    found = self._segments.arena.allocate(action.nbytes)
         if found is None:
-            if self._machine.memory.await_room(action, self._machine.now_s):
+            if self._machine.memory.await_room(
+                    action, self._machine.now_s, in_any_case=bool(short)):
                 return
             budget = self._machine.memory.budget
             self._machine.directory.pull_failed(action.object_id, values.Failure(
                 "ObjectStoreFullError",
                 f"an object of {action.nbytes:,} B from rank {action.rank} does not fit: "
                 f"{budget.used_bytes:,} B of this node's object store of "
-                f"{budget.capacity_bytes:,} B are in use"))
+                f"{budget.capacity_bytes:,} B are in use{short}"))
             return
         self._machine.memory.has_room(action)
         segment, offset, view = found

@@ -419,6 +419,7 @@ class SegmentDenied(_Message, tag=7):
     used_bytes: int
     capacity_bytes: int
     retry: bool = False  # something was freed meanwhile: look again before giving up
+    reason: str = ""  # if it is not the budget that is full: what else is missing on this host
 
 
 class SegmentOpened(_Message, tag=8):

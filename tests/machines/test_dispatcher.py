@@ -185,6 +185,12 @@ class DispatcherMachine(RuleBasedStateMachine):
             self.starting.pop(0), values.Failure("WorkerCrashedError", "stillborn"))
         self.turn()
 
+    @precondition(lambda self: self.starting)
+    @rule()
+    def refused(self) -> None:
+        self.machine.dispatcher.worker_refused(self.starting.pop(0), "no descriptors", "0 of 9")
+        self.turn()
+
     @rule(seconds=st.sampled_from((0.001, 0.02, 6.0)))
     def time_passes(self, seconds: float) -> None:
         self.now_s += seconds
@@ -255,7 +261,8 @@ class DispatcherMachine(RuleBasedStateMachine):
             self.now_s += 0.02
             self.machine.tick(self.now_s)
             self.turn()
-            assert moved or not self.machine.tasks.records, "tasks wait and nobody runs them"
+            assert moved or not self.machine.tasks.records or self.machine.dispatcher.refused, (
+                "tasks wait and nobody runs them")
         assert not self.machine.tasks.records
         self.machine.validate()
         assert self.machine.dispatcher.ledger.free == self.machine.dispatcher.ledger.total
@@ -374,3 +381,26 @@ def test_what_comes_back_unstarted_keeps_its_order() -> None:
     node.block(first)
     queued = [t.task_id for q in node.machine.machine.dispatcher.queues.values() for t in q.tasks]
     assert queued == rest
+
+
+def test_what_no_worker_can_ever_run_fails_with_the_reason_and_one_notice() -> None:
+    node = DispatcherMachine()
+    machine = node.machine
+    node.submit(0, 1)
+    task = next(iter(machine.tasks.records))
+    attempts = 0
+    while machine.tasks.records:
+        while node.starting:
+            attempts += 1
+            machine.dispatcher.worker_refused(node.starting.pop(0), "no descriptors", "0 of 9")
+        node.now_s += 0.5
+        machine.tick(node.now_s)
+        node.turn()
+        assert node.now_s < 60
+    assert 10 < node.now_s
+    assert attempts < 60, "it backs off"
+    value = machine.directory.records[task + ids.FIRST_RETURN].value
+    assert value is not None
+    failure = values.unpack_failure(value)
+    assert failure.kind == "TaskUnschedulableError"
+    assert "no descriptors" in failure.message
