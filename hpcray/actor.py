@@ -573,7 +573,7 @@ class ActorMethod:
         if client is not method.client:
             method.prepare(client)
         if method.max_pending > 0:
-            client.pending_calls.check(handle._hpcray_id, method.max_pending, method.full_name)
+            client.check_pending(handle._hpcray_id, method.max_pending, method.full_name)
         count = method.return_count
         if args or kwargs:
             if kwargs or not method.least <= len(args) <= method.most:
@@ -587,7 +587,7 @@ class ActorMethod:
                 method.signature.check(method.full_name, args, kwargs)
             result = client.submit(method.template_id, NO_ARGS, b"", 0, count, handle._hpcray_id)
         if method.max_pending > 0:
-            client.pending_calls.note(handle._hpcray_id, result[0])
+            client.note_pending(handle._hpcray_id, result[0])
             if method.unreturned:
                 return None  # type: ignore[return-value]  # as below
         if count == 1 or count < 0:

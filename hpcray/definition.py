@@ -173,9 +173,8 @@ class Definition:
         if client.is_defined(self.function_id):
             client.define(template, None)
         else:
-            # Pickled here: the client calls back with its lock held, and pickling runs user code.
             message = self._pack(client)
-            client.define(template, lambda: message)
+            client.define(template, message)
 
     def _pack(self, client: Client) -> DefineFunction:
         from hpcray.client import serialization

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hpcray.client import serialization
 from hpcray.client.references import ObjectRef
 from hpcray.protocol import messages, values
+from hpcray.protocol.sizes import check_refs
 
 if TYPE_CHECKING:
     from hpcray.client.client import Client
@@ -47,17 +48,20 @@ def pack_arguments(
             for key, a in kwargs.items()
         }
     if deps:
-        client._check_session(deps)
+        client.check_session(deps)
     serialized = serialization.serialize((args, kwargs))
     count = len(deps)
     if serialized.nbytes <= values.INLINE_MAX_BYTES:
         packed = values.pack(serialized.pickled, serialized.buffers)
-        refs = deps + serialized.contained if serialized.contained else deps
-        return packed, b"".join(refs), count, keep
+        refs = b"".join(deps + serialized.contained if serialized.contained else deps)
+        check_refs(len(refs), "the arguments hold")
+        return packed, refs, count, keep
     # Too large for a message: the arguments become an object, the first dependency.
     ref = client.put_serialized(serialized)
     keep.append(ref)
-    return messages.ARGS_IN_DEP, b"".join([ref._id, *deps]), count + 1, keep
+    refs = b"".join([ref._id, *deps])
+    check_refs(len(refs), "the arguments hold")
+    return messages.ARGS_IN_DEP, refs, count + 1, keep
 
 
 def _place(ref: ObjectRef[Any], deps: list[bytes], keep: list[Any]) -> Placeholder:

@@ -15,10 +15,13 @@ import os
 import select
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from hpcray.exceptions import RaySystemError
 
 if TYPE_CHECKING:
-    from hpcray.client.client import Client
+    from hpcray.client.link import Link
 
 _TICK_MS = 2
 _BUSY_TICK_MS = 5
@@ -27,14 +30,21 @@ _READER_TICK_MS = 10
 _DROPS_MS = 100
 
 
+def _never() -> bool:
+    return False
+
+
 class Helper:
-    def __init__(self, client: Client) -> None:
-        self._client = client
+    def __init__(self, link: Link, *, is_driver: bool) -> None:
+        self._link = link
+        self._is_driver = is_driver
+        # Futures are completed here; while some wait, the helper reads too.
+        self.complete: Callable[[], None] = lambda: None
+        self.has_futures: Callable[[], bool] = _never
         self._thread: threading.Thread | None = None
         self._wake_fd = -1
-        self._armed = False
+        self.armed = False
         self._stopping = False
-        self._pollers = threading.local()
 
     def start(self) -> None:
         if self._thread is None and not self._stopping:
@@ -44,8 +54,8 @@ class Helper:
 
     def arm(self) -> None:
         """Something lingers in the outbox."""
-        if not self._armed:
-            self._armed = True
+        if not self.armed:
+            self.armed = True
             if self._thread is None:
                 self.start()
             self.wake()
@@ -66,34 +76,23 @@ class Helper:
             os.close(self._wake_fd)
             self._wake_fd = -1
 
-    def poll_socket(self, sock: Any, timeout_s: float) -> bool:
-        """Wait for input on the client's socket (by a waiting thread, not by the helper)."""
-        poller = getattr(self._pollers, "poller", None)
-        if poller is None:
-            poller = self._pollers.poller = select.poll()
-            poller.register(sock, select.POLLIN)
-        return bool(poller.poll(min(timeout_s, 3600.0) * 1000 + 0.999))
-
     def _run(self) -> None:
-        from hpcray.exceptions import RaySystemError
-
-        client = self._client
-        sock = client._channel.socket
+        link = self._link
         both = select.poll()
         both.register(self._wake_fd, select.POLLIN)
-        both.register(sock, select.POLLIN)
+        both.register(link.socket, select.POLLIN)
         wake_only = select.poll()
         wake_only.register(self._wake_fd, select.POLLIN)
         # A ref that dies while a driver idles must be told some time; a worker tells with results.
-        asleep_ms = _DROPS_MS if client.is_driver else None
+        asleep_ms = _DROPS_MS if self._is_driver else None
         quiet_since_s = time.monotonic()
-        while not self._stopping and client.lost is None:
+        while not self._stopping and link.lost is None:
             try:
-                if client.being_read:
+                if link.being_read:
                     # Whoever reads also sends: ticks only catch what it leaves behind.
-                    events = wake_only.poll(_BUSY_TICK_MS if self._armed else _READER_TICK_MS)
+                    events = wake_only.poll(_BUSY_TICK_MS if self.armed else _READER_TICK_MS)
                 else:
-                    events = both.poll(_TICK_MS if self._armed else asleep_ms)
+                    events = both.poll(_TICK_MS if self.armed else asleep_ms)
                 if events:
                     quiet_since_s = time.monotonic()
                     for descriptor, _ in events:
@@ -101,14 +100,16 @@ class Helper:
                             with contextlib.suppress(BlockingIOError):
                                 os.eventfd_read(self._wake_fd)
                         else:
-                            client.read_idle()
-                if client.flush_lingering():
+                            link.read_idle()
+                if link.flush_lingering():
                     quiet_since_s = time.monotonic()
-                elif self._armed and time.monotonic() - quiet_since_s > _QUIET_S:
-                    self._armed = False
-                client.futures.complete()
+                elif self.armed and time.monotonic() - quiet_since_s > _QUIET_S:
+                    self.armed = False
+                self.complete()
             except RaySystemError:
                 break
+            except OSError:
+                continue  # no descriptor to send with: the next tick tries again
         # A lost node still completes the futures: with its error.
         if not self._stopping:
-            client.futures.complete()
+            self.complete()

@@ -23,6 +23,8 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from hpcray.protocol import ids
+from hpcray.protocol.messages import Hold
+from hpcray.protocol.sizes import IDS_PER_MESSAGE
 
 if TYPE_CHECKING:
     from hpcray.client.client import Client
@@ -73,7 +75,7 @@ class ObjectRef(Generic[T_co]):
 
     def future(self) -> Future[T_co]:
         """A `concurrent.futures.Future` of the value (or of the task's exception)."""
-        return current_client().futures.of(self)
+        return current_client().future(self)
 
     def __await__(self) -> Generator[Any, None, T_co]:
         import asyncio
@@ -160,10 +162,15 @@ _ref = weakref.ref
 class ReferenceTable:
     """Which refs live in this process, and what the node has not been told yet.
 
-    Not locked: the client calls it with its own lock held.
+    Not locked: the client calls it with its own lock held. `kind` and `dropped` are others only
+    where several processes are simulated in one.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, kind: type[ObjectRef[Any]] = ObjectRef, dropped: deque[bytes] = _dropped
+    ) -> None:
+        self._kind = kind
+        self._dropped = dropped
         self.live: dict[bytes, weakref.ref[ObjectRef[Any]]] = {}
         # First refs to objects from elsewhere: told before anything that relies on it.
         self.new_holds: dict[bytes, None] = {}
@@ -175,13 +182,24 @@ class ReferenceTable:
 
     def fresh(self, object_id: bytes) -> ObjectRef[Any]:
         """The ref of an object this process has just made; the message says so to the node."""
-        ref: ObjectRef[Any] = _new(ObjectRef)
+        ref: ObjectRef[Any] = _new(self._kind)
         ref._id = object_id
         ref._value = None
         ref._ready = NOT_READY
         ref._view = None
         self.live[object_id] = _ref(ref)
         return ref
+
+    def tell_holds(self, outbox: list[Any]) -> None:
+        """Of refs met since the last time: before anything that relies on them."""
+        holds = self.new_holds
+        if holds:
+            holds.pop(self.own, None)
+            found = []
+            while holds:  # one by one: `_load_ref` adds to them without the lock
+                found.append(holds.popitem()[0])
+            for start in range(0, len(found), IDS_PER_MESSAGE):
+                outbox.append(Hold(b"".join(found[start : start + IDS_PER_MESSAGE])))
 
     def intern(self, object_id: bytes) -> ObjectRef[Any]:
         """The ref of an object met inside a value."""
@@ -201,7 +219,7 @@ class ReferenceTable:
 
     def drain(self) -> list[bytes]:
         """Ids whose last ref is gone and that the node counts."""
-        dropped = _dropped
+        dropped = self._dropped
         live = self.live
         holds = self.new_holds
         own = self.own
@@ -228,9 +246,8 @@ class ReferenceTable:
                 ref._value = None
                 ref._ready = NOT_READY
 
-    @staticmethod
-    def pending_drops() -> int:
-        return len(_dropped)
+    def pending_drops(self) -> int:
+        return len(self._dropped)
 
 
 _client: Client | None = None
@@ -253,6 +270,11 @@ def forked() -> None:
     _dropped.clear()
 
 
+def is_forked() -> bool:
+    """Whether this process is a fork of one that had a client."""
+    return _forked
+
+
 def set_connector(connect: Callable[[], Client]) -> None:
     """How the first use without `init()` gets its client (the face sets this)."""
     global _connect
@@ -273,8 +295,11 @@ def current_client() -> Client:
 
 
 def _load_ref(object_id: bytes) -> ObjectRef[Any]:
-    """What an unpickled ref becomes. `ReferenceTable.intern` under the lock, written out: an
-    object may hold 10,000 refs, and each function call is a tenth of the cost."""
+    """What an unpickled ref becomes: `ReferenceTable.intern`, but without the lock, because an
+    object may hold 10,000 refs. Only a ref whose death is not told yet needs it.
+
+    Two threads that meet a ref at once get the same one: `setdefault` is one step.
+    """
     client = _client
     if client is None:
         if _forked:
@@ -282,23 +307,19 @@ def _load_ref(object_id: bytes) -> ObjectRef[Any]:
             # that was sent it, while whoever sent it waits.
             return ReferenceTable().fresh(object_id)
         client = current_client()
-    lock = client._lock
-    table = client._refs
-    lock.acquire()
-    try:
-        entry = table.live.get(object_id)
-        if entry is not None:
-            ref = entry()
-            if ref is not None:
-                return ref
-        else:
-            table.new_holds[object_id] = None
+    table = client.refs
+    live = table.live
+    entry = live.get(object_id)
+    if entry is None:
         met: ObjectRef[Any] = _new(ObjectRef)
         met._id = object_id
         met._value = None
         met._ready = NOT_READY
         met._view = None
-        table.live[object_id] = _ref(met)
-        return met
-    finally:
-        lock.release()
+        weak = _ref(met)
+        entry = live.setdefault(object_id, weak)
+        if entry is weak:
+            table.new_holds[object_id] = None
+            return met
+    ref = entry()
+    return client.intern(object_id) if ref is None else ref

@@ -187,17 +187,15 @@ def load_classes(data: bytes) -> tuple[type, ...]:
     return found
 
 
-def dump_error(error: exceptions.TaskError) -> bytes:
+def dump_error(error: exceptions.TaskError, *, with_cause: bool = True) -> bytes:
     """An ERROR value. The cause is pickled on its own, so that one that cannot be read (or
     written) loses only itself and never the text."""
     cause: bytes = b""
-    if error.cause is not None:
+    if error.cause is not None and with_cause:
         outer = getattr(_collecting, "ids", None)
         _collecting.ids = None
         try:
             cause = _dumps(error.cause)
-            if len(cause) > values.INLINE_MAX_BYTES // 2:
-                cause = b""  # an exception that drags data along: its text is what counts
         except Exception:
             cause = b""
         finally:

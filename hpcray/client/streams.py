@@ -14,8 +14,16 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar
 
-from hpcray.client.references import LOCAL, NOT_READY, READY, ObjectRef, _drop
-from hpcray.client.waiters import Waiter, count_down
+from hpcray.client import waiters
+from hpcray.client.references import (
+    LOCAL,
+    NOT_READY,
+    READY,
+    ObjectRef,
+    ReferenceTable,
+    _drop,
+)
+from hpcray.client.waiters import Table, Waiter
 from hpcray.protocol import ids
 from hpcray.protocol.messages import (
     StreamDropped,
@@ -71,9 +79,7 @@ class ObjectRefGenerator(Generic[T_co]):
         return self
 
     def __next__(self) -> ObjectRef[T_co]:
-        streams = self._client.streams
-        streams.await_item(self)
-        ref = streams.take_item(self._stream)
+        ref = self._client.next_item(self)
         if ref is None:
             raise StopIteration
         return ref
@@ -85,8 +91,8 @@ class ObjectRefGenerator(Generic[T_co]):
         import asyncio
 
         while self._ready == NOT_READY:
-            await asyncio.wrap_future(self._client.futures.of_item(self))
-        ref = self._client.streams.take_item(self._stream)
+            await asyncio.wrap_future(self._client.item_future(self))
+        ref = self._client.next_item(self)
         if ref is None:
             raise StopAsyncIteration
         return ref
@@ -161,83 +167,65 @@ class DynamicObjectRefGenerator(Generic[T_co]):
 class Streams:
     """The streams this process consumes. Guarded by the client's lock."""
 
-    def __init__(self, client: Client) -> None:
-        self._client = client
+    def __init__(
+        self, outbox: list[Any], refs: ReferenceTable, ready_waiters: Table,
+        generator: type[ObjectRefGenerator[Any]],
+    ) -> None:
+        self._generator = generator
+        self._outbox = outbox
+        self._refs = refs
+        self._waiters = ready_waiters  # by the id of the next item
         self._streams: dict[bytes, Stream] = {}
 
-    def open(
-        self, task_id: bytes, windowed: bool, ref: ObjectRef[None]
-    ) -> ObjectRefGenerator[Any]:
-        """The generator of a task being submitted; `ref` is its end."""
+    def open(self, task_id: bytes, windowed: bool, ref: ObjectRef[None]) -> Any:
+        """The generator of a task being submitted; `ref` is its end. Whoever gives it to the user
+        sets its `_client`."""
         stream = self._streams[task_id] = Stream(task_id, windowed)
-        generator: ObjectRefGenerator[Any] = object.__new__(ObjectRefGenerator)
-        generator._client = self._client
+        generator = object.__new__(self._generator)
         generator._stream = stream
         generator._ref = ref
         return generator
 
-    def await_item(self, generator: ObjectRefGenerator[Any]) -> None:
-        """Wait until the stream has another item or its end. Takes the lock."""
-        if generator._ready:
-            return
-        client = self._client
-        with client._lock:
-            client._check()
-            while not generator._ready:
-                client._await_ids(client._ready_waiters, (generator._id,), Waiter(1), None)
+    def find(self, task_id: bytes) -> Stream | None:
+        return self._streams.get(task_id)
 
     def take_item(self, stream: Stream) -> ObjectRef[Any] | None:
-        """The ref of the next item, which is there; None at the end. Takes the lock."""
-        client = self._client
-        with client._lock:
-            if stream.known == stream.taken:
-                if not stream.ended:
-                    client._check()
-                return None
-            value = stream.values.pop(stream.taken, None)
-            stream.taken += 1
-            ref = client._refs.fresh(ids.return_id(stream.task_id, stream.taken))
-            ref._ready = READY
-            if value is not None:
-                ref._value = value
-                ref._ready = LOCAL
-            if stream.windowed and not stream.ended:
-                client._channel.outbox.append(StreamTaken(stream.task_id, stream.taken))
-                client._flush()
-            return ref
+        """The ref of the next item, which is there; None at the end."""
+        if stream.known == stream.taken:
+            return None
+        value = stream.values.pop(stream.taken, None)
+        stream.taken += 1
+        ref = self._refs.fresh(ids.return_id(stream.task_id, stream.taken))
+        ref._ready = READY
+        if value is not None:
+            ref._value = value
+            ref._ready = LOCAL
+        if stream.windowed and not stream.ended:
+            self._outbox.append(StreamTaken(stream.task_id, stream.taken))
+        return ref
 
-    def yielded(self, message: Yielded) -> None:
+    def on_yielded(self, message: Yielded) -> None:
         stream = self._streams.get(message.task_id)
         if stream is None:  # dropped meanwhile
-            self._client._channel.outbox.append(StreamDropped(message.task_id, message.index))
-            self._client._helper.arm()
+            self._outbox.append(StreamDropped(message.task_id, message.index))
             return
         stream.known = message.index + 1
         if message.value:
             stream.values[message.index] = message.value
-        self._moved(stream)
+        waiters.tell(self._waiters, stream.next_id)
 
-    def ended(self, message: StreamEnded) -> None:
+    def on_ended(self, message: StreamEnded) -> None:
         stream = self._streams.get(message.task_id)
         if stream is not None:
             stream.ended = True
-            self._moved(stream)
+            waiters.tell(self._waiters, stream.next_id)
 
-    def _moved(self, stream: Stream) -> None:
-        client = self._client
-        if client._ready_waiters or client.futures.waiting:
-            next_id = stream.next_id
-            waiter = client._ready_waiters.pop(next_id, None)
-            if waiter is not None:
-                count_down(waiter)
-            client.futures.arrived(next_id)
-
-    def drop(self, task_ids: list[bytes], outbox: list[Any]) -> None:
+    def drop(self, task_ids: list[bytes]) -> None:
         """Their generators have died."""
         for task_id in task_ids:
             stream = self._streams.pop(task_id, None)
             if stream is not None:
-                outbox.append(StreamDropped(task_id, stream.taken))
+                self._outbox.append(StreamDropped(task_id, stream.taken))
         task_ids.clear()
 
 
@@ -262,36 +250,31 @@ class Room(Waiter):
 class Rooms:
     """The windows of generator tasks that run in this process. Guarded by the client's lock."""
 
-    def __init__(self, client: Client) -> None:
-        self._client = client
+    def __init__(self) -> None:
         self._rooms: dict[bytes, Room] = {}
 
     def open(self, task_id: bytes) -> Room:
         """Before the first item of a task with a window; `close` after its last."""
-        with self._client._lock:
-            room = self._rooms[task_id] = Room()
-            return room
+        room = self._rooms[task_id] = Room()
+        return room
+
+    def find(self, task_id: bytes) -> Room:
+        return self._rooms[task_id]
 
     def close(self, task_id: bytes) -> None:
-        with self._client._lock:
-            self._rooms.pop(task_id, None)
-
-    def wait(self, room: Room, needed: int) -> None:
-        """Wait until the consumer has taken `needed` items."""
-        client = self._client
-        with client._lock:
-            if not room.need(needed):
-                client._flush()
-                client._wait(room, None)
+        self._rooms.pop(task_id, None)
 
     def let_go(self, task_id: bytes) -> None:
         """It is cancelled: it waits for nobody any more."""
-        self.taken(StreamRoom(task_id, sys.maxsize))
+        self._taken(task_id, sys.maxsize)
 
-    def taken(self, message: StreamRoom) -> None:
-        room = self._rooms.get(message.task_id)
+    def on_room(self, message: StreamRoom) -> None:
+        self._taken(message.task_id, message.taken)
+
+    def _taken(self, task_id: bytes, taken: int) -> None:
+        room = self._rooms.get(task_id)
         if room is not None:
-            room.taken = max(room.taken, message.taken)
+            room.taken = max(room.taken, taken)
             if room.taken >= room.needed and room.remaining:
                 room.remaining = 0
                 if room.wake is not None:

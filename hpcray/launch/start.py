@@ -168,7 +168,8 @@ def connect(config: InitConfig) -> Client:
         raise
     node.in_use = True
     # A driver that only computes or sleeps shows what workers print, and that it lost its node.
-    client._helper.start()
+    client.link.catch_interrupts()
+    client.watch_always()
     from hpcray.protocol import ids
 
     client.begin_task(ids.driver_task_id(client.rank, client.job_id), 0)

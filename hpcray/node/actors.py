@@ -568,8 +568,8 @@ class Actors:
         if task.home == self._rank:
             self.creation_failed_at_home(task, error)
         else:
-            self._outbox.peers[task.home].append(
-                TaskFailed(task.task_id, task.attempt, 0, error, False))
+            self._machine.directory.holders.release_last(
+                task.home, TaskFailed(task.task_id, task.attempt, 0, error, False))
             self._machine.tasks.forget_foreign(task)
 
     def call_finished(self, task: TaskRecord) -> None:
@@ -747,8 +747,8 @@ class Actors:
             task.worker = -1
             self._machine.tasks.crashed(task, failure, started=True)
         else:
-            self._outbox.peers[task.home].append(
-                TaskCrashed(task.task_id, task.attempt, failure, True))
+            self._machine.directory.holders.release_last(
+                task.home, TaskCrashed(task.task_id, task.attempt, failure, True))
             self._machine.tasks.forget_foreign(task)
 
     def _return(self, task: TaskRecord) -> None:
@@ -757,7 +757,9 @@ class Actors:
             task.attempt += 1
             self.call_returned(task)
         else:
-            self._outbox.peers[task.home].append(TaskReturned(task.task_id, task.attempt))
+            # Behind the crashes: who is told that a call was returned sends it again.
+            self._machine.directory.holders.release_last(
+                task.home, TaskReturned(task.task_id, task.attempt))
             self._machine.tasks.forget_foreign(task)
 
     def validate(self) -> None:

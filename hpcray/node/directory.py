@@ -134,7 +134,7 @@ class Directory:
             return 0
         extra = record.more()
         if extra.added:
-            return 0
+            return self.holders.barrier  # another process's add may be on its way still
         extra.added = True
         return self.holders.add(record.object_id)
 
@@ -406,7 +406,9 @@ class Directory:
                 return  # it died while it waited
             if record.location is not None:
                 self.pin(record, client)
-                self._outbox.clients[client].append(ValueAt(record.object_id, record.location))
+                failed = record.extra is not None and record.extra.failed
+                self._outbox.clients[client].append(
+                    ValueAt(record.object_id, record.location, failed))
                 return
         elif how != WAIT_LOCAL or value is not None or record.location is not None:
             self._ready.setdefault((client, how == WAIT_LOCAL), []).append(record.object_id)

@@ -47,6 +47,17 @@ class Holders:
         rank = ids.home_of_object(object_id)
         self._drops.setdefault(rank, []).append(object_id)
 
+    @property
+    def barrier(self) -> int:
+        """Behind every add until now; 0: all are acknowledged."""
+        if self._adds:
+            return self._turn + 1
+        return self._turn if self._outstanding else 0
+
+    def release_last(self, rank: int, message: Any) -> None:
+        """Of a process that is dead: whatever it held, the homes know of it first."""
+        self.release(self.barrier, rank, message)
+
     def release(self, barrier: int, rank: int, message: Any) -> None:
         """Send `message` to `rank` once every add up to `barrier` is acknowledged."""
         if self._must_wait(barrier):

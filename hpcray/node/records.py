@@ -49,6 +49,8 @@ class ObjectExtra(msgspec.Struct, gc=False):
     # Not home: the home counts us as a holder; we asked the home for it.
     added: bool = False
     wanted: bool = False
+    # The value is an error, and in shared memory (home only).
+    failed: bool = False
     # A copy is on its way here.
     pulling: bool = False
     # Not home: where copies are.

@@ -463,8 +463,8 @@ class Tasks:
         if task.home == self._rank:
             self.crashed(task, failure, started=started)
         else:
-            self._outbox.peers[task.home].append(
-                TaskCrashed(task.task_id, task.attempt, failure, started))
+            self._machine.directory.holders.release_last(
+                task.home, TaskCrashed(task.task_id, task.attempt, failure, started))
             self.forget_foreign(task)
 
     def refuse(self, task: TaskRecord, why: str) -> None:
@@ -649,6 +649,9 @@ class Tasks:
                 directory.resolve_inline(ids.return_id(task.task_id, index), error)
         else:  # of one return
             object_id = task.task_id + ids.FIRST_RETURN
+            record = directory.records.get(object_id)
+            if record is not None:
+                record.more().failed = True  # who waits for several wants to hear of it at once
             if isinstance(error, Located):
                 directory.resolve_located(object_id, error)
             else:

@@ -393,6 +393,7 @@ class ValueAt(_Message, tag=3):
 
     object_id: bytes
     location: Located
+    failed: bool = False  # it is an error
 
 
 class Ready(_Message, tag=4):

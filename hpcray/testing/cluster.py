@@ -25,7 +25,8 @@ from hpcray.node.records import DRIVER
 from hpcray.node.transfers import Transfers
 from hpcray.protocol import ids, messages, values
 from hpcray.protocol import messages as m
-from hpcray.testing.processes import Arena, Process, Script, short
+from hpcray.protocol.sizes import parts
+from hpcray.testing.processes import DATAGRAM_BYTES, Arena, Process, Script, short
 from hpcray.transport.base import DataCancelled, DataReceived, DataSent, Received
 from hpcray.transport.loopback import LoopbackNetwork
 
@@ -54,7 +55,7 @@ class _Segments:
 
     def create_own(self, segment: int, nbytes: int) -> None:
         self._node.memory[segment] = memoryview(bytearray(nbytes))
-        self.arena.add(segment, self._node.memory[segment])
+        self.arena.add(segment, self._node.memory[segment], nbytes)
 
     def view(self, location: m.Located) -> memoryview:
         memory = self._node.memory[location.segment]
@@ -189,7 +190,8 @@ class SimulatedNode:
         for number, batch in list(box.clients.items()):
             process = self.processes.get(number)
             if batch and process is not None and process.alive:
-                process.inbox.append(messages.encode(batch))
+                for datagram in parts(batch, messages.encode, DATAGRAM_BYTES):
+                    process.inbox.append((datagram, []))
         box.clients.clear()
         tasks, box.tasks = box.tasks, []
         for number, batch in tasks:
@@ -206,6 +208,11 @@ class SimulatedNode:
             self._to_peers.setdefault(rank, []).extend(batch)
         box.peers.clear()
         return again
+
+    @staticmethod
+    def _tell(process: Process, message: Any, descriptor: Any) -> None:
+        """A message with a descriptor, which is simply what it would stand for."""
+        process.inbox.append((messages.encode([message]), [descriptor]))
 
     def _send_tasks(self, number: int, batch: list[Any]) -> None:
         process = self.processes.get(number)
@@ -242,22 +249,22 @@ class SimulatedNode:
             process = self.processes.get(action.client)
             if process is None or not process.alive:
                 return
-            self.memory[action.segment] = memoryview(bytearray(action.nbytes))
-            process.inbox.append(messages.encode([m.SegmentGrant(action.segment, action.nbytes)]))
+            memory = self.memory[action.segment] = memoryview(bytearray(action.nbytes))
+            self._tell(process, m.SegmentGrant(action.segment, action.nbytes), memory)
         elif kind is out.OpenSegment:
             process = self.processes.get(action.client)
             if process is not None and process.alive:
-                nbytes = len(self.memory[action.segment])
-                process.inbox.append(messages.encode([m.SegmentOpened(action.segment, nbytes)]))
+                memory = self.memory[action.segment]
+                self._tell(process, m.SegmentOpened(action.segment, len(memory)), memory)
         elif kind is out.Introduce:
             process = self.processes.get(action.worker)
             if process is not None and process.alive and action.client in self.processes:
-                process.inbox.append(messages.encode([m.ChannelOf(action.client)]))
+                self._tell(process, m.ChannelOf(action.client), ("inbox", action.client))
         elif kind is out.IntroduceActor:
             process = self.processes.get(action.client)
             if process is not None and process.alive:
-                process.inbox.append(messages.encode(
-                    [m.ActorChannel(action.actor_id, action.worker)]))
+                self._tell(process, m.ActorChannel(action.actor_id, action.worker),
+                           ("tasks", action.worker))
         elif kind is out.CloseSegment:
             for record in machine.directory.records.values():
                 if record.location is not None and record.location.segment == action.segment:
@@ -308,7 +315,7 @@ class SimulatedNode:
         if ledger.free != ledger.total:
             found.append(f"rank {self.rank}: free {ledger.free} of {ledger.total}")
         for process in self.processes.values():
-            check(f"arena of {process!r}", process._arena.used_bytes)
+            check(f"arena of {process!r}", process.arena.used_bytes)
         check("arena of the node", self.segments.arena.used_bytes)
         return found
 

@@ -1,15 +1,16 @@
 """Simulated clients: the driver and the workers of `SimulatedCluster`.
 
-They speak the real protocol, byte for byte, in the order the real client speaks it (new holds
-before whatever relies on them, drops last), but run *scripts*: generators that yield where a
-real process would wait. So one thread can interleave hundreds of them in a seeded order.
+What they know and say is the real client's core (`client/core.py`), over channels that are lists of
+datagrams: cut at a small limit, full now and then, and read in any order. They run *scripts*:
+generators that yield where a real process would wait. So one thread can interleave hundreds of them
+in a seeded order.
 
     def body(p, seed, pairs):          # p: the Process that runs it
         ref = yield from p.put([seed, []])
         value = yield from p.get(ref)
         return [seed, [[ref, seed]]]
 
-Values are lists of plain data, `Ref`s anywhere inside. A value larger than INLINE_BYTES lives in
+Values are lists of plain data, refs anywhere inside. A value larger than INLINE_BYTES lives in
 the node's simulated shared memory; it comes back as a `Value` whose `view` pins it, and the view
 checks at its death that nobody has touched the bytes meanwhile.
 
@@ -26,21 +27,31 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from hpcray.client.neighbours import Neighbours
+from hpcray.client import waiters
+from hpcray.client.core import STREAMED, WINDOWED, Core
+from hpcray.client.groups import Group
+from hpcray.client.references import LOCAL, READY, ObjectRef, ReferenceTable
+from hpcray.client.store import Store
+from hpcray.client.streams import ObjectRefGenerator
+from hpcray.client.waiters import Waiter
 from hpcray.objects.allocator import RangeAllocator
 from hpcray.protocol import ids, messages, values
 from hpcray.protocol import messages as m
+from hpcray.protocol.sizes import parts
 
 if TYPE_CHECKING:
     from hpcray.testing.cluster import SimulatedCluster, SimulatedNode
 
-# Small, so that shared memory is exercised without moving megabytes.
+# Small, so that shared memory and the limits of channels are met without moving megabytes.
 INLINE_BYTES = 512
+DATAGRAM_BYTES = 2048
 _REF, _PLACEHOLDER = 1, 2
 # A freed range is painted, so that a reader who was not counted sees it.
 _POISON = 0xDD
 
 Script = Generator[Any, Any, Any]
+Ref = ObjectRef[Any]
+Stream = ObjectRefGenerator[Any]
 
 
 class SystemFailed(Exception):
@@ -55,43 +66,22 @@ class TaskFailed(Exception):
     """A value was an ERROR: the body raised; the text is its own."""
 
 
-class Ref:
-    """A process's interned reference; its death is the drop."""
+def _kinds(dropped: deque[bytes]) -> tuple[type[Any], type[Any]]:
+    """Refs and generators of one process: their deaths are its drops."""
 
-    __slots__ = ("__weakref__", "_dropped", "id", "packed", "ready", "view")
+    class SimulatedRef(ObjectRef[Any]):
+        __slots__ = ()
 
-    def __init__(self, object_id: bytes, dropped: deque[bytes]) -> None:
-        self.id = object_id
-        self.packed: bytes | None = None
-        self.ready = False
-        self.view: weakref.ref[View] | None = None
-        self._dropped = dropped
+        def __del__(self) -> None:  # type: ignore[override]
+            dropped.append(self._id)
 
-    def __del__(self) -> None:
-        self._dropped.append(self.id)
+    class SimulatedGenerator(ObjectRefGenerator[Any]):
+        __slots__ = ()
 
-    def __repr__(self) -> str:
-        return f"Ref({short(self.id)})"
+        def __del__(self) -> None:  # type: ignore[override]
+            dropped.append(self._stream.task_id)
 
-
-class Stream:
-    """The consumer's end of a generator task; its death lets go of what was not taken."""
-
-    def __init__(self, task_id: bytes, dropped: deque[bytes], state: StreamState) -> None:
-        self.task_id = task_id
-        self.state = state
-        self._dropped = dropped
-
-    def __del__(self) -> None:
-        self._dropped.append(self.task_id)
-
-
-class StreamState:
-    def __init__(self) -> None:
-        self.known = 0
-        self.taken = 0
-        self.ended = False
-        self.values: dict[int, bytes] = {}
+    return SimulatedRef, SimulatedGenerator
 
 
 class View:
@@ -140,8 +130,8 @@ class Arena:
     def __init__(self) -> None:
         self._segments: dict[int, tuple[RangeAllocator, memoryview]] = {}
 
-    def add(self, segment: int, memory: memoryview) -> None:
-        self._segments[segment] = (RangeAllocator(len(memory)), memory)
+    def add(self, segment: int, memory: memoryview, nbytes: int) -> None:
+        self._segments[segment] = (RangeAllocator(nbytes), memory)
 
     def has(self, segment: int) -> bool:
         return segment in self._segments
@@ -170,8 +160,34 @@ class Arena:
         return sum(allocator.used_bytes for allocator, _ in self._segments.values())
 
 
+class Readers:
+    """Segments that a process has opened for reading."""
+
+    def __init__(self) -> None:
+        self._open: dict[int, memoryview] = {}
+
+    def has(self, segment: int) -> bool:
+        return segment in self._open
+
+    def add(self, segment: int, memory: memoryview, nbytes: int) -> None:
+        self._open[segment] = memory
+
+    def view(self, segment: int, offset: int, nbytes: int) -> memoryview:
+        return self._open[segment][offset : offset + nbytes]
+
+    def forget(self, segment: int) -> None:
+        self._open.pop(segment, None)
+
+
 def short(id_: bytes) -> str:
     return id_.hex()[:8] + ".." + id_.hex()[16:]
+
+
+def _over(waiter: Waiter) -> Callable[[], bool]:
+    def over() -> bool:
+        return waiter.remaining <= 0
+
+    return over
 
 
 class _Wire:
@@ -189,7 +205,10 @@ class _Wire:
             raise BrokenPipeError
         if cluster.rng.random() < 0.1:
             raise BlockingIOError  # it is full
-        getattr(target, self._box).append(datagram)
+        if self._box == "inbox":
+            target.inbox.append((datagram, []))
+        else:
+            target.tasks.append(datagram)
         cluster.direct[self._box] += 1
         return len(datagram)
 
@@ -205,10 +224,10 @@ class Process:
         self.node = node
         self.number = number
         self.alive = True
-        self.inbox: deque[bytes] = deque()  # client channel, from the node
+        # Client channel, from the node: datagrams, and what comes with them.
+        self.inbox: deque[tuple[bytes, list[Any]]] = deque()
         self.tasks: deque[bytes] = deque()  # task channel, unread
         self.queue: deque[m.Run | m.Stop] = deque()
-        self.outbox: list[Any] = []
         self.script: Script | None = None
         self.waiting: Callable[[], bool] | None = None
         self.wake_s: float | None = None
@@ -216,37 +235,37 @@ class Process:
         self.failed: BaseException | None = None
         self.actor: dict[str, Any] | None = None  # state of the hosted actor
         self.exit_status = 0
+        self.rows: dict[int, list[Any]] = {}  # parts of replies, by request
         self._began_s = 0.0
         self._cancelled = False
-        # The real ones, over channels that are not. `due`: the node has been told of what they
-        # send, and it is not sent yet.
-        self.neighbours = Neighbours()
-        self.neighbours.number = number
+        self._dropped: deque[bytes] = deque()
+        kind, generator = _kinds(self._dropped)
+        self.arena = Arena()
+        self.core = Core(
+            refs=ReferenceTable(kind, self._dropped),
+            store=lambda outbox: Store(outbox, self.arena, Readers()),
+            wire=lambda descriptor: _Wire(self, descriptor[1], descriptor[0]),
+            generator=generator)
+        core = self.core
+        core.on_cancel = self._on_cancel
+        core.number = core.neighbours.number = number
+        core.tail = ids.id_tail(node.rank, cluster.job_id)
+        if number == 0:
+            core.begin_task(ids.driver_task_id(node.rank, cluster.job_id), 0)
+        else:
+            core.begin_task(b"", 0, number.to_bytes(4, "little"))
+        # Encoded, and not taken by the socket yet: as a real process, it does nothing else then.
+        self._unsent: deque[bytes] = deque()
+        # The node has been told of what is sent past it, and it is not sent yet.
         self.due = False
         self._datagrams = 0  # to the node
-        self._arena = Arena()
-        self._live: dict[bytes, weakref.ref[Ref]] = {}
-        self._holds: dict[bytes, None] = {}
-        self._dropped: deque[bytes] = deque()
-        self._unpins: deque[bytes] = deque()
-        self._asked: set[bytes] = set()
-        self._arrivals: dict[bytes, m.Located] = {}
-        self._open: set[int] = set()
-        self._streams: dict[bytes, StreamState] = {}  # consumed here
         self._environment: bytes | None = None
-        self._taken = 0  # of the stream made here
         self._emitted = 0
         self._templates: dict[bytes, m.Template] = {}
-        self._functions: dict[bytes, str] = {}
-        self._defined: set[bytes] = set()
-        self._answer: Any = None
-        self._replies: dict[int, m.Reply] = {}
-        self.rows: dict[int, list[Any]] = {}  # parts of replies, by request
-        self._requests = 0
-        self._tail = ids.id_tail(node.rank, cluster.job_id)
-        self._counter = 0
-        self.task_id = ids.driver_task_id(node.rank, cluster.job_id)
-        self._prefix = ids.task_prefix(self.task_id, 0)
+
+    @property
+    def outbox(self) -> list[Any]:
+        return self.core.outbox
 
     def __repr__(self) -> str:
         what = "idle"
@@ -262,8 +281,8 @@ class Process:
     def runnable(self) -> bool:
         if not self.alive:
             return False
-        if (self.inbox or self.outbox or self._dropped or self._unpins or self._holds
-                or self.due):
+        if (self.inbox or self._unsent or self._dropped or self.due
+                or self.core.has_more(self.cluster.now_s) or self.core.refs.new_holds):
             return True
         if self.script is not None:
             return self.waiting is None or self._cancelled or self.waiting()
@@ -272,13 +291,16 @@ class Process:
     @property
     def busy(self) -> bool:
         """Something is lost with it."""
-        return bool(self.run or self.neighbours.waiting)
+        return bool(self.run or self.core.neighbours.waiting or self._unsent)
 
     def step(self) -> bool:
         """Do one small thing; False if there was nothing to do."""
         if not self.runnable:
             return False
         rng = self.cluster.rng
+        if self._unsent:
+            self._push()
+            return True
         if self.due:
             self._speak()
             return True
@@ -286,6 +308,8 @@ class Process:
             self.read_one()
             if rng.random() < 0.3:
                 return True
+        if self.waiting is not None and rng.random() < 0.02:
+            self._finalise()
         if self.script is not None:
             if self.waiting is None or self._cancelled or self.waiting():
                 self._resume()
@@ -293,11 +317,18 @@ class Process:
             self._start(self.queue.popleft())
         elif self.tasks:
             batch = messages.decode_to_worker(self.tasks.popleft())
-            self.neighbours.on_runs(batch)
+            self.core.neighbours.on_runs(batch)
             self.queue.extend(batch)
-        if self.alive and not self.due and (rng.random() < 0.5 or not (self.queue or self.tasks)):
+        if (self.alive and not (self.due or self._unsent)
+                and (rng.random() < 0.5 or not (self.queue or self.tasks))):
             self.flush()  # a real process lingers up to 1 ms
         return True
+
+    def _finalise(self) -> None:
+        """What a finaliser of the user's may do while its process waits: put something, and let go
+        of it."""
+        ref = self.core.put_inline(*self._pack([]))
+        del ref
 
     def start(self, script: Script) -> None:
         """Driver: run a program."""
@@ -323,39 +354,52 @@ class Process:
             self.cluster.fault(f"{self!r} failed: {error!r}", error)
 
     def read_one(self) -> None:
-        for message in messages.decode_to_client(self.inbox.popleft()):
-            self._dispatch(message)
+        datagram, descriptors = self.inbox.popleft()
+        batch = messages.decode_to_client(datagram)
+        for message in batch:
+            if type(message) is m.Yielded:
+                stream = self.core.streams.find(message.task_id)
+                if stream is not None and message.index != stream.known:
+                    self.cluster.fault(
+                        f"{self!r}: item {message.index} after {stream.known} items")
+            self.core.receive([message], descriptors)
+        while self.core.effects:
+            self.core.effects.popleft()()
+
+    def _on_cancel(self, task_id: bytes) -> None:
+        if self.run is not None and self.run.task_id == task_id:
+            self._cancelled = True
 
     def flush(self) -> None:
-        """As `Client._flush`: drain drops, tell new holds first, drops and unpins last."""
-        if self.due:
+        """As `Link.flush`."""
+        if self.due and not self._unsent:
             self._speak()
-        gone = self._drain()
-        if self._holds:
-            self.outbox[:0] = [m.Hold(b"".join(self._holds))]
-            self._holds.clear()
-        if gone:
-            self.outbox.append(m.Drop(b"".join(gone)))
-        while self._unpins:
-            self.outbox.append(m.Unpin(self._unpins.popleft()))
-        if self.outbox:
-            self.neighbours.report(self.outbox)
-            batch, self.outbox = self.outbox, []
-            self.node.from_client(self.number, messages.encode(batch))
+        outbox = self.core.collect(self.cluster.now_s, drain=True)
+        self._unsent.extend(parts(outbox, messages.encode, DATAGRAM_BYTES))
+        outbox.clear()
+        self._push()
+
+    def _push(self) -> None:
+        """What is encoded, as far as the socket takes it."""
+        while self._unsent:
+            if self.cluster.rng.random() < 0.05:
+                return  # it is full
+            self.node.from_client(self.number, self._unsent.popleft())
             self._datagrams += 1
-            self.due = self.neighbours.waiting
-            if self.due and self.cluster.rng.random() < 0.7:  # else it may die between the two
-                self._speak()
+        self.due = self.core.neighbours.waiting
+        if self.due and self.cluster.rng.random() < 0.7:  # else it may die between the two
+            self._speak()
 
     def _speak(self) -> None:
         self.due = False
-        self.neighbours.send(self.outbox, self._datagrams)
+        self.core.neighbours.send(self.outbox, self._datagrams)
 
     def die(self, status: int = -9) -> None:
         """The process is gone at once: what it had not flushed is lost with it."""
         self.alive = False
         self.exit_status = status
         self.outbox.clear()
+        self._unsent.clear()
         script, self.script = self.script, None
         if script is not None:
             script.close()  # nobody dies inside its own script: a Stop is not one
@@ -363,51 +407,11 @@ class Process:
         self.waiting = None
         self.node.exited(self)
 
-    # --- references ----------------------------------------
-
-    def _fresh(self, object_id: bytes) -> Ref:
-        ref = Ref(object_id, self._dropped)
-        self._live[object_id] = weakref.ref(ref)
-        return ref
-
-    def intern(self, object_id: bytes) -> Ref:
-        entry = self._live.get(object_id)
-        if entry is not None:
-            ref = entry()
-            if ref is not None:
-                return ref
-        else:
-            self._holds[object_id] = None
-        return self._fresh(object_id)
-
-    def _drain(self) -> list[bytes]:
-        gone = []
-        while self._dropped:
-            object_id = self._dropped.popleft()
-            entry = self._live.get(object_id)
-            if entry is None or entry() is not None:
-                stream = self._streams.pop(object_id, None)
-                if stream is not None:
-                    self.outbox.append(m.StreamDropped(object_id, stream.taken))
-                continue
-            del self._live[object_id]
-            if self._arrivals.pop(object_id, None) is not None:
-                self._unpins.append(object_id)  # it came too late: nobody will open it
-            if object_id in self._holds:
-                del self._holds[object_id]
-            else:
-                gone.append(object_id)
-        return gone
-
-    def _send_holds(self) -> None:
-        if self._holds:
-            self.outbox.append(m.Hold(b"".join(self._holds)))
-            self._holds.clear()
-
     # --- values ----------------------------------------
 
-    def _pack(self, value: Any, deps: list[bytes] | None = None) -> tuple[bytes, list[bytes]]:
-        """(packed, contained). With `deps`, refs directly in `value` become dependencies."""
+    def _pack(self, value: Any, deps: list[bytes] | None = None) -> tuple[bytes, bytes]:
+        """(packed, joined ids of the refs inside). With `deps`, refs directly in `value` become
+        dependencies."""
         contained: list[bytes] = []
         pad = b""
         if isinstance(value, Large):
@@ -415,22 +419,22 @@ class Process:
             value = value.value
 
         def hook(item: Any) -> Any:
-            if isinstance(item, Ref):
-                contained.append(item.id)
-                return msgspec.msgpack.Ext(_REF, item.id)
+            if isinstance(item, ObjectRef):
+                contained.append(item._id)
+                return msgspec.msgpack.Ext(_REF, item._id)
             raise TypeError(f"{item!r} cannot be a simulated value")
 
         if deps is not None:
             placed = []
             for item in value:
-                if isinstance(item, Ref):
+                if isinstance(item, ObjectRef):
                     placed.append(msgspec.msgpack.Ext(_PLACEHOLDER, bytes((len(deps),))))
-                    deps.append(item.id)
+                    deps.append(item._id)
                 else:
                     placed.append(item)
             value = placed
         packed = b"\0" + msgspec.msgpack.encode([value, pad], enc_hook=hook)
-        return packed, contained
+        return packed, b"".join(contained)
 
     def _unpack(self, packed: bytes, deps: Sequence[Any] = ()) -> Any:
         if packed[0] == values.FAILURE:
@@ -442,7 +446,7 @@ class Process:
             raise TaskFailed(packed[1:].decode())
 
         def hook(code: int, data: memoryview) -> Any:
-            return self.intern(bytes(data)) if code == _REF else deps[data[0]]
+            return self.core.refs.intern(bytes(data)) if code == _REF else deps[data[0]]
 
         try:
             return msgspec.msgpack.decode(packed[1:], ext_hook=hook)[0]
@@ -450,71 +454,53 @@ class Process:
             self.cluster.fault(f"{self!r}: a value has been overwritten: {packed[:40]!r}")
             raise
 
-    def _new_task_id(self) -> bytes:
-        self._counter += 1
-        return ids.task_id(self._prefix, self._counter, self._tail)
-
     def put(self, value: Any) -> Generator[Any, Any, Ref]:
         packed, contained = self._pack(value)
-        location = None
-        if len(packed) > INLINE_BYTES:
-            location = yield from self._write(packed)
-        ref = self._fresh(self._new_task_id() + ids.PUT_INDEX)
-        self._send_holds()
-        if location is None:
-            ref.packed = packed
-            self.outbox.append(m.PutInline(ref.id, packed, b"".join(contained)))
-        else:
-            self.outbox.append(m.PutLocated(ref.id, location, b"".join(contained)))
+        if len(packed) <= INLINE_BYTES:
+            return self.core.put_inline(packed, contained)
+        location = yield from self._write(packed)
+        ref = self.core.put_located(location, contained)
         del value
         return ref
 
     def _write(self, packed: bytes) -> Generator[Any, Any, m.Located]:
+        store = self.core.store
         while True:
             while self.inbox:
                 self.read_one()
-            found = self._arena.allocate(len(packed))
+            found = store.allocate(len(packed))
             if found is not None:
                 segment, offset, view = found
                 view[:] = packed
                 return m.Located(segment, offset, len(packed))
-            answer = yield from self._exchange(m.SegmentRequest(len(packed)))
+            answer = yield from self._exchange(store.request(len(packed)))
             if type(answer) is m.SegmentDenied and not answer.retry:
                 raise SystemFailed(values.Failure("ObjectStoreFullError", repr(answer)))
 
-    def _exchange(self, message: Any) -> Generator[Any, Any, Any]:
-        self._answer = None
-        self.outbox.append(message)
+    def _exchange(self, waiter: Waiter) -> Generator[Any, Any, Any]:
         self.flush()
 
         def answered() -> bool:
-            return self._answer is not None
+            return waiter.remaining <= 0
 
         while not answered():
             yield answered
-        answer, self._answer = self._answer, None
-        return answer
+        return waiter.result
 
     def request(self, name: str, arguments: Any = None) -> Generator[Any, Any, m.Reply]:
-        self._requests += 1
-        number = self._requests
-        self._send_holds()
-        self.outbox.append(m.Request(number, name, arguments))
-        self.flush()
-
-        def replied() -> bool:
-            return number in self._replies
-
-        while not replied():
-            yield replied
-        return self._replies.pop(number)
+        self.core.refs.tell_holds(self.outbox)
+        rows: list[Any] = []
+        number, waiter = self.core.requests.ask(name, arguments, rows)
+        self.rows[number] = rows
+        reply: m.Reply = yield from self._exchange(waiter)
+        return reply
 
     def _view(self, object_id: bytes, location: m.Located) -> Generator[Any, Any, View]:
-        if location.segment not in self._open:
-            yield from self._exchange(m.SegmentOpen(location.segment))
-        memory = self.node.memory[location.segment]
-        return View(object_id, memory[location.offset : location.offset + location.nbytes],
-                    self._unpins, self.cluster.fault)
+        store = self.core.store
+        while not store.is_open(location.segment):
+            yield from self._exchange(store.open(location.segment))
+        return View(object_id, store.view(location), self.core.objects.unpins,
+                    self.cluster.fault)
 
     # --- get and wait ----------------------------------------
 
@@ -531,66 +517,64 @@ class Process:
         return value
 
     def get_packed(self, refs: list[Ref]) -> Generator[Any, Any, list[bytes | View]]:
-        def known(ref: Ref) -> bytes | View | None:
-            if ref.packed is not None:
-                return ref.packed
-            return ref.view() if ref.view is not None else None
-
-        position = 0
-
-        def arrived() -> bool:
-            # What has been seen once stays: `refs` keeps the inline values, arrivals their pins.
-            nonlocal position
-            while position < len(refs):
-                ref = refs[position]
-                if known(ref) is None and ref.id not in self._arrivals:
-                    return False
-                position += 1
-            return True
-
-        result: dict[int, bytes | View] = {}
-        while len(result) < len(refs):
-            position = 0
-            ask = [r.id for i, r in enumerate(refs) if i not in result and known(r) is None
-                   and r.id not in self._arrivals and r.id not in self._asked]
-            link = None
-            if ask:
-                self._asked.update(ask)
-                self._send_holds()
+        objects = self.core.objects
+        result: list[Any] = [None] * len(refs)
+        while True:
+            missing = [i for i, item in enumerate(result) if item is None]
+            if not missing:
+                return result
+            absent: dict[bytes, None] = {}
+            for i in missing:
+                result[i] = objects.find(refs[i])
+                if result[i] is None and not objects.has_arrived(refs[i]._id):
+                    absent[refs[i]._id] = None
+            if absent:
+                waiter = Waiter(len(absent))
+                called = None
                 if len(refs) == 1:
-                    link = self.neighbours.called(self.outbox, ask[0])
-                if link is None or not self.neighbours.call(link, self.outbox):
-                    self.outbox.append(m.Get(b"".join(ask)))
-            yield from self._wait(arrived)
-            if link is not None:
-                link.over(ids.task_of_object(refs[0].id), refs[0].packed)
-            for index, ref in enumerate(refs):
-                found = known(ref)
-                if found is None:
-                    location = self._arrivals.pop(ref.id, None)
-                    if location is None:
-                        continue
-                    found = yield from self._view(ref.id, location)
-                    ref.view = weakref.ref(found)
-                result[index] = found
-        return [result[i] for i in range(len(refs))]
+                    called = self.core.want_result(refs[0]._id)
+                else:
+                    objects.want(absent)
+                objects.await_values(list(absent), waiter)
+                try:
+                    yield from self._wait(_over(waiter))
+                finally:
+                    if waiter.remaining > 0:
+                        objects.forget(objects.value_waiters, list(absent), waiter)
+                if called is not None:
+                    called.over(ids.task_of_object(refs[0]._id), refs[0]._value)
+            for i in missing:
+                ref = refs[i]
+                if result[i] is None:
+                    result[i] = objects.find(ref)
+                if result[i] is None:
+                    location = objects.take_arrival(ref._id)
+                    if location is not None:
+                        result[i] = yield from self._view(ref._id, location)
+                        ref._view = weakref.ref(result[i])
 
     def wait(self, refs: list[Ref], fetch: bool = True) -> Generator[Any, Any, None]:
         """Until all are ready."""
-        def ready() -> bool:
-            return all(ref.ready for ref in refs)
-
-        ask = [ref.id for ref in refs if not ref.ready]
-        if ask:
-            self._send_holds()
-            self.outbox.append(m.Watch(b"".join(dict.fromkeys(ask)), fetch))
-        yield from self._wait(ready)
+        level = LOCAL if fetch else READY
+        objects = self.core.objects
+        given = list({ref._id: ref for ref in refs}.values())
+        group = Group(level)
+        absent = group.add(given, objects.ready_waiters)
+        objects.watch([ref._id for ref in absent], level)
+        group.need(len(given))
+        try:
+            yield from self._wait(_over(group))
+        finally:
+            ready, rest = group.take(len(given))
+            group.leave(objects.ready_waiters)
+        if ready != given or rest:
+            self.cluster.fault(f"{self!r}: {len(rest)} of {len(given)} refs are not ready")
 
     def _wait(self, condition: Callable[[], bool]) -> Script:
         """As a real client: give the CPU back only if it really waits."""
         self.flush()
-        while self.due:  # it may die now
-            yield lambda: not self.due
+        while self.due or self._unsent:  # it may die now
+            yield lambda: not (self.due or self._unsent)
         if condition():
             return
         worker = self.number != 0
@@ -611,10 +595,8 @@ class Process:
 
     def ask(self, ref: Ref) -> None:
         """A get that is given up at once (as one that timed out): the answer finds nobody."""
-        if ref.packed is None and ref.id not in self._asked:
-            self._asked.add(ref.id)
-            self._send_holds()
-            self.outbox.append(m.Get(ref.id))
+        if self.core.objects.find(ref) is None:
+            self.core.objects.want((ref._id,))
 
     def sleep(self, seconds: float) -> Script:
         """Compute for that long, without giving anything back."""
@@ -638,51 +620,52 @@ class Process:
         if kind != m.METHOD:
             options.setdefault("resources", (("CPU", m.UNIT),))
         template = m.Template(template_id, function_id, kind, name, method=name, **options)
-        if template_id not in self._defined:
-            self._defined.add(template_id)
-            if kind != m.METHOD:
-                self.outbox.append(m.DefineFunction(function_id, name, name.encode()))
-            self.outbox.append(m.DefineTemplate(template))
+        function = None
+        if kind != m.METHOD:
+            function = m.DefineFunction(function_id, name, name.encode())
+        self.core.define(template, function)
         return template
 
     def submit(self, name: str, args: Sequence[Any] = (), **options: Any) -> list[Ref]:
         """A task; refs directly in `args` are dependencies. The refs of its returns."""
-        template = self.template(name, **options)
-        task_id = self._new_task_id()
+        return self._submit(self.template(name, **options), args)
+
+    def _submit(
+        self, template: m.Template, args: Sequence[Any], actor: bytes = b""
+    ) -> list[Any]:
         deps: list[bytes] = []
         packed, contained = self._pack(list(args), deps)
-        self._send_holds()
-        self.outbox.append(m.SubmitTask(
-            task_id, template.template_id, packed, b"".join(deps + contained), len(deps)))
+        count = template.return_count
+        if template.stream:
+            count = WINDOWED if template.stream_window else STREAMED
+        found = self.core.submit(
+            template.template_id, packed, b"".join(deps) + contained, len(deps), count, actor)
+        task_id = self.core.last_task_id
         self.cluster.submitted(task_id, template)
-        return [self._fresh(ids.return_id(task_id, i)) for i in range(template.return_count)]
+        if actor:
+            self.cluster.called(actor, self, task_id)
+        return found
 
     def open_stream(
         self, name: str, args: Sequence[Any] = (), *, window: int = 0, **options: Any
     ) -> Stream:
         """A generator task (its completion is not asked for)."""
-        ref = self.submit(name, args, stream=m.STREAM, stream_window=window, **options)[0]
-        task_id = ids.task_of_object(ref.id)
-        state = self._streams[task_id] = StreamState()
-        return Stream(task_id, self._dropped, state)
+        template = self.template(name, stream=m.STREAM, stream_window=window, **options)
+        stream: Stream = self._submit(template, args)[0]
+        return stream
 
     def next_item(self, stream: Stream) -> Generator[Any, Any, Ref | None]:
         """The ref of the next item; None at the end."""
-        state = stream.state
-
-        def there() -> bool:
-            return state.known > state.taken or state.ended
-
-        yield from self._wait(there)
-        if state.known == state.taken:
-            return None
-        index = state.taken
-        state.taken += 1
-        ref = self._fresh(ids.return_id(stream.task_id, index + 1))
-        ref.ready = True
-        ref.packed = state.values.pop(index, None)
-        self.outbox.append(m.StreamTaken(stream.task_id, state.taken))
-        return ref
+        objects = self.core.objects
+        while not stream._ready:
+            waiter = Waiter(1)
+            waiters.add(objects.ready_waiters, stream._id, waiter)
+            try:
+                yield from self._wait(_over(waiter))
+            finally:
+                if waiter.remaining > 0:
+                    waiters.remove(objects.ready_waiters, stream._id, waiter)
+        return self.core.streams.take_item(stream._stream)
 
     def emit(self, value: Any) -> Script:
         """The next item of the stream this task makes; waits for room if it has a window."""
@@ -692,46 +675,31 @@ class Process:
         item: bytes | m.Located = packed
         if len(packed) > INLINE_BYTES:
             item = yield from self._write(packed)
-        self._send_holds()
-        self.outbox.append(m.Yield(
-            run.task_id, self._emitted, m.Return(item, b"".join(contained))))
+        self.core.report(m.Yield(run.task_id, self._emitted, m.Return(item, contained)))
         del value
         self._emitted += 1
         window = self._templates[run.template_id].stream_window
         if window:
-            yield from self._wait(lambda: self._emitted - self._taken < window)
+            room = self.core.rooms.find(run.task_id)
+            if not room.need(self._emitted - window + 1):
+                yield from self._wait(_over(room))
 
     def create_actor(self, name: str, args: Sequence[Any] = (), **options: Any) -> Ref:
         """The handle: a ref to the creation object."""
         options.setdefault("held_resources", ())
         template = self.template(name, kind=m.ACTOR_CREATION, **options)
-        self._counter += 1
-        actor_id = ids.actor_id(self._prefix, self._counter, self._tail)
+        actor_id = self.core.new_actor_id()
         deps: list[bytes] = []
         packed, contained = self._pack(list(args), deps)
-        self._send_holds()
-        self.outbox.append(m.CreateActor(
-            actor_id, template.template_id, packed, b"".join(deps + contained), len(deps)))
+        handle = self.core.create_actor(m.CreateActor(
+            actor_id, template.template_id, packed, b"".join(deps) + contained, len(deps)))
         self.cluster.submitted(ids.creation_task_id(actor_id), template)
-        return self._fresh(ids.creation_object_id(actor_id))
+        return handle
 
     def call(self, handle: Ref, name: str, args: Sequence[Any] = (), **options: Any) -> list[Ref]:
         """A method call; the method is the registered body `name`."""
         template = self.template(name, kind=m.METHOD, **options)
-        task_id = self._new_task_id()
-        deps: list[bytes] = []
-        packed, contained = self._pack(list(args), deps)
-        self._send_holds()
-        actor_id = ids.actor_of_object(handle.id)
-        self.outbox.append(m.SubmitCall(
-            task_id, template.template_id, actor_id, packed, b"".join(deps + contained),
-            len(deps)))
-        self.cluster.submitted(task_id, template)
-        self.cluster.called(actor_id, self, task_id)
-        link = self.neighbours.actors.get(actor_id)
-        if link is not None:
-            link.called(task_id)
-        return [self._fresh(ids.return_id(task_id, i)) for i in range(template.return_count)]
+        return self._submit(template, args, ids.actor_of_object(handle._id))
 
     # --- running (workers) ----------------------------------------
 
@@ -759,8 +727,7 @@ class Process:
         try:
             template = yield from self._load(run)
             args = yield from self._arguments(run)
-            self.task_id = run.task_id
-            self._prefix = ids.task_prefix(run.task_id, run.attempt)
+            self.core.begin_task(run.task_id, run.attempt)
             if template.kind != m.METHOD and self._environment not in (None, template.environment):
                 self.cluster.fault(f"{self!r} has run in {self._environment!r}, not in "
                                    f"{template.environment!r}")
@@ -768,7 +735,9 @@ class Process:
                 self._environment = template.environment
             self.cluster.started(run, template, self)
             body = self.cluster.bodies[template.name]
-            self._taken = self._emitted = 0
+            self._emitted = 0
+            if template.stream_window:
+                self.core.rooms.open(run.task_id)
             if template.kind == m.ACTOR_CREATION:
                 self.actor = {"actor_id": run.actor_id}
             result = body(self, *args)
@@ -786,10 +755,8 @@ class Process:
             retry = template is not None and template.retry_exceptions \
                 and "TaskCancelledError" not in str(error)
             report = m.Failed(run.task_id, run.attempt, self._run_us(), packed, retry)
-        self._send_holds()
-        if type(report) is m.Done and run.reply_to >= 0:
-            self.neighbours.answer(run.reply_to, report, self._counter)
-        self.outbox.append(report)
+        self.core.rooms.close(run.task_id)
+        self.core.report(report, run.reply_to)
         self.cluster.finished(run, self)
         self.run = None
         self._cancelled = False
@@ -800,8 +767,8 @@ class Process:
     def _load(self, run: m.Run) -> Generator[Any, Any, m.Template]:
         template = self._templates.get(run.template_id)
         if template is None:
-            answer = yield from self._exchange(
-                m.FetchTemplate(run.template_id, ids.home_of_task(run.task_id)))
+            answer = yield from self._exchange(self.core.requests.fetch_template(
+                run.template_id, ids.home_of_task(run.task_id)))
             template = answer.template
             if template.kind != m.METHOD and not answer.function:
                 self.cluster.fault(f"{self!r}: no definition of {template.name}")
@@ -816,7 +783,7 @@ class Process:
         try:
             yield from self._take_dependencies(run, pinned, found)
         finally:
-            self._unpins.extend(pinned)  # interrupted half-way: what was not taken
+            self.core.objects.unpins.extend(pinned)  # interrupted half-way: what was not taken
         opened = [self.open(item) for item in found]
         args = self._unpack(run.args, opened) if run.args else []
         assert isinstance(args, list)
@@ -831,7 +798,7 @@ class Process:
                 found.append((yield from self._view(object_id, dep)))
                 del pinned[0]
             elif dep == b"":
-                found += yield from self.get_packed([self.intern(object_id)])
+                found += yield from self.get_packed([self.core.refs.intern(object_id)])
             else:
                 assert isinstance(dep, bytes)
                 found.append(dep)
@@ -851,92 +818,5 @@ class Process:
             value: bytes | m.Located = packed
             if len(packed) > INLINE_BYTES:
                 value = yield from self._write(packed)
-            returns.append(m.Return(value, b"".join(contained)))
+            returns.append(m.Return(value, contained))
         return m.DoneMany(run.task_id, run.attempt, self._run_us(), tuple(returns))
-
-    # --- messages from the node ----------------------------------------
-
-    def _dispatch(self, message: Any) -> None:
-        kind = type(message)
-        if kind in (m.ValueAt, m.Ready, m.Reply, m.Yielded, m.StreamEnded):
-            self.neighbours.stamp += 1
-        if kind is m.Value:
-            if message.sender < 0:
-                self.neighbours.stamp += 1
-            else:
-                self.neighbours.on_value(message)
-            self._asked.discard(message.object_id)
-            ref = self._ref(message.object_id)
-            if ref is not None:
-                ref.packed = message.value
-                ref.ready = True
-        elif kind is m.ValueAt:
-            self._asked.discard(message.object_id)
-            ref = self._ref(message.object_id)
-            if ref is None or message.object_id in self._arrivals:
-                self._unpins.append(message.object_id)
-            else:
-                self._arrivals[message.object_id] = message.location
-                ref.ready = True
-        elif kind is m.Ready:
-            for object_id in ids.split_ids(message.ids):
-                ref = self._ref(object_id)
-                if ref is not None:
-                    ref.ready = True
-        elif kind is m.Released:
-            for offset in message.offsets:
-                self._arena.release(message.segment, offset)
-            for segment in self._arena.empty_segments()[1:]:
-                self._return(segment)
-        elif kind is m.SegmentReclaim:
-            for segment in self._arena.empty_segments():
-                self._return(segment)
-        elif kind is m.SegmentGrant:
-            self._arena.add(message.segment, self.node.memory[message.segment])
-            self._answer = message
-        elif kind is m.SegmentOpened:
-            self._open.add(message.segment)
-            self._answer = message
-        elif kind is m.SegmentClosed:
-            self._open.discard(message.segment)
-        elif kind in (m.SegmentDenied, m.TemplateIs):
-            self._answer = message
-        elif kind is m.Reply:
-            self._replies[message.request] = message
-        elif kind is m.Yielded:
-            state = self._streams.get(message.task_id)
-            if state is None:
-                self.outbox.append(m.StreamDropped(message.task_id, message.index))
-                return
-            if message.index != state.known:
-                self.cluster.fault(f"{self!r}: item {message.index} after {state.known} items")
-            state.known += 1
-            if message.value:
-                state.values[message.index] = message.value
-        elif kind is m.StreamEnded:
-            state = self._streams.get(message.task_id)
-            if state is not None:
-                state.ended = True
-        elif kind is m.StreamRoom:
-            if self.run is not None and self.run.task_id == message.task_id:
-                self._taken = max(self._taken, message.taken)
-        elif kind is m.ChannelOf:
-            self.neighbours.introduce(message.client, _Wire(self, message.client, "inbox"))
-        elif kind is m.ActorChannel:
-            self.neighbours.introduce_actor(
-                message.actor_id, message.worker, _Wire(self, message.worker, "tasks"))
-        elif kind is m.ClientGone:
-            self.neighbours.forget(message.client)
-        elif kind is m.Rows:
-            self.rows.setdefault(message.request, []).extend(message.rows)
-        elif kind is m.CancelTask:
-            if self.run is not None and self.run.task_id == message.task_id:
-                self._cancelled = True
-
-    def _ref(self, object_id: bytes) -> Ref | None:
-        entry = self._live.get(object_id)
-        return None if entry is None else entry()
-
-    def _return(self, segment: int) -> None:
-        self._arena.remove(segment)
-        self.outbox.append(m.SegmentReturn(segment))

@@ -183,11 +183,11 @@ class Body:
         if choice < 0.3 and self.handles:
             handle = rng.choice(self.handles)
             yield from p.request("kill_actor", {
-                "actor_id": ids.actor_of_object(handle.id), "no_restart": rng.random() < 0.5})
+                "actor_id": ids.actor_of_object(handle._id), "no_restart": rng.random() < 0.5})
         elif choice < 0.6 and self.pairs:
             pair = rng.choice(self.pairs)
             yield from p.request("cancel", {
-                "object_id": pair[0].id, "force": rng.random() < 0.3})
+                "object_id": pair[0]._id, "force": rng.random() < 0.3})
         elif self.pairs:
             pair = self.pairs.pop(rng.randrange(len(self.pairs)))
             p.ask(pair[0])

@@ -19,7 +19,16 @@ from typing import TYPE_CHECKING, Any
 
 from hpcray.client import serialization
 from hpcray.client.streams import DynamicObjectRefGenerator, Room
-from hpcray.protocol.messages import DYNAMIC, STREAM, DoneMany, Return, Run, Template, Yield
+from hpcray.protocol.messages import (
+    DYNAMIC,
+    STREAM,
+    DoneMany,
+    Located,
+    Return,
+    Run,
+    Template,
+    Yield,
+)
 
 if TYPE_CHECKING:
     from hpcray.client.references import ObjectRef
@@ -39,17 +48,17 @@ def run(worker: Worker, run: Run, template: Template, result: Any, began_s: floa
         outputs.gather(items)
         return
     client = worker.client
-    room = client.rooms.open(run.task_id) if template.stream_window else None
+    room = client.open_room(run.task_id) if template.stream_window else None
     try:
         for item in items:
             outputs.send(item)
             del item
             if room is not None:
                 with _Interruptible(worker, run):
-                    client.rooms.wait(room, outputs.count - template.stream_window + 1)
+                    client.await_room(room, outputs.count - template.stream_window + 1)
     finally:
         if room is not None:
-            client.rooms.close(run.task_id)
+            client.close_room(run.task_id)
     outputs.end()
 
 
@@ -75,7 +84,7 @@ async def run_async(
             else:
                 outputs.gather(iter(gathered))
             return
-        room = worker.client.rooms.open(run.task_id) if template.stream_window else None
+        room = worker.client.open_room(run.task_id) if template.stream_window else None
         try:
             async for item in items:
                 outputs.send(item)
@@ -85,7 +94,7 @@ async def run_async(
                         worker, room, outputs.count - template.stream_window + 1, loop)
         finally:
             if room is not None:
-                worker.client.rooms.close(run.task_id)
+                worker.client.close_room(run.task_id)
         outputs.end()
 
 
@@ -98,15 +107,16 @@ class _Outputs:
         self.count = 0
 
     def send(self, item: Any) -> None:
+        self._worker.leave_if_forked()
         client = self._worker.client
-        returned = self._worker.returned(serialization.serialize(item))
+        returned = self._worker.returned(serialization.serialize(item), 0)
         client.report(Yield(self._run.task_id, self.count, returned))
         client.flush()
         self.count += 1
 
     def end(self) -> None:
         """The value of the task itself."""
-        self._done((self._worker.returned(serialization.serialize(None)),))
+        self._done((self._worker.returned(serialization.serialize(None), 0),))
 
     def _done(self, returns: tuple[Return, ...]) -> None:
         run_us = int((time.monotonic() - self._began_s) * 1e6)
@@ -120,6 +130,7 @@ class _Outputs:
             return
         count = self._template.return_count
         returns: list[Return] = []
+        nbytes = 0
         try:
             while len(returns) < count:
                 try:
@@ -128,7 +139,9 @@ class _Outputs:
                     raise ValueError(
                         f"Task {self._template.name} yielded {len(returns)} objects, "
                         f"but num_returns={count}.") from None
-                returns.append(self._worker.returned(serialization.serialize(item)))
+                returns.append(self._worker.returned(serialization.serialize(item), nbytes))
+                value = returns[-1].value
+                nbytes += len(value) if type(value) is bytes else 0
         except Exception as error:
             returns += [Return(self._error(error))] * (count - len(returns))
         self._done(tuple(returns))
@@ -141,12 +154,14 @@ class _Outputs:
                 refs.append(client.put(item))
                 del item
         except Exception as error:
-            refs.append(client.put_packed(self._error(error)))
+            packed = self._error(error)
+            assert type(packed) is bytes  # only of a task with one value are they in shared memory
+            refs.append(client.put_packed(packed))
         value = serialization.serialize(DynamicObjectRefGenerator(refs))
         # The refs live until this is reported: before, nothing else holds what they refer to.
-        self._done((self._worker.returned(value),))
+        self._done((self._worker.returned(value, 0),))
 
-    def _error(self, error: Exception) -> bytes:
+    def _error(self, error: Exception) -> bytes | Located:
         """The exception as a value.
 
         Raises: the exception itself, if the task is to be tried again for it.
@@ -212,7 +227,7 @@ async def _room_async(
         loop.call_soon_threadsafe(resolve)
 
     room.wake = wake
-    if not room.need(needed):
+    if not worker.client.has_room(room, needed):
         await future
 
 

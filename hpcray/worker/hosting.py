@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any
 
 from hpcray import exceptions
 from hpcray.client import context
-from hpcray.client.channel import ChannelClosed
 from hpcray.client.context import TaskContext
 from hpcray.protocol.messages import ActorExit, Failed, Run, Stop, Template
+from hpcray.transport.datagrams import ChannelClosed
 from hpcray.worker import generators
 
 if TYPE_CHECKING:
@@ -127,6 +127,7 @@ class HostedActor:
         except FailedDependency as failed:
             worker.client.report(Failed(run.task_id, run.attempt, _us(began_s), failed.error))
         except BaseException as error:
+            worker.leave_if_forked(error)
             if self.is_exit(error):
                 self.leave(error)
                 return
@@ -311,10 +312,10 @@ class AsyncActor(ConcurrentActor):
             for group, limit in (("", self.template.max_concurrency), *self.template.groups)
         }
         self._stopping = loop.create_future()
-        channel: socket.socket = worker.client._channel.socket
+        channel: socket.socket = worker.client.link.socket
         loop.add_reader(worker._tasks, self._readable, queue)
         loop.add_reader(channel, self._client_readable, channel)
-        worker.client.on_cancel = self._cancel
+        worker.client.on_cancel(self._cancel)
         worker.client.flush()
         loop.call_soon(self._start_calls, queue)  # calls do not begin inside another task
         await self._stopping
@@ -325,11 +326,13 @@ class AsyncActor(ConcurrentActor):
         return self.finish()
 
     def _client_readable(self, channel: socket.socket) -> None:
-        if not self.worker.client.read_idle() and self.worker.client.lost is not None:
+        self.worker.leave_if_forked()  # a child has this loop too, and its parent's channels
+        if not self.worker.client.link.read_idle() and self.worker.client.lost is not None:
             os._exit(1)
-        self.worker.client.futures.complete()
+        self.worker.client.complete_futures()
 
     def _readable(self, queue: deque[Run | Stop]) -> None:
+        self.worker.leave_if_forked()
         try:
             for _ in range(16):
                 if self.worker.read_tasks(wait=False) < _LIKELY_MORE_BYTES:
@@ -416,6 +419,7 @@ class AsyncActor(ConcurrentActor):
         except FailedDependency as failed:
             client.report(Failed(run.task_id, run.attempt, _us(began_s), failed.error))
         except BaseException as error:
+            worker.leave_if_forked(error)
             if self.is_exit(error):
                 # Not from here: these frames would keep the instance from its `__del__`.
                 self.leave(error)

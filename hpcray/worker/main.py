@@ -21,7 +21,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from types import GeneratorType
 from typing import Any
 
@@ -30,12 +30,11 @@ from hpcray import actor as _actor  # noqa: F401
 from hpcray import exceptions
 from hpcray.client import context, references, serialization
 from hpcray.client.arguments import Placeholder
-from hpcray.client.channel import ChannelClosed, receive_buffer
 from hpcray.client.client import Client
 from hpcray.client.context import TaskContext
 from hpcray.client.waiters import Waiter
 from hpcray.config import expanded
-from hpcray.protocol import ids, messages, values
+from hpcray.protocol import ids, messages, sizes, values
 from hpcray.protocol.messages import (
     ACTOR_CREATION,
     ARGS_IN_DEP,
@@ -52,6 +51,8 @@ from hpcray.protocol.messages import (
     Template,
     Unblocked,
 )
+from hpcray.transport import datagrams
+from hpcray.transport.datagrams import ChannelClosed
 from hpcray.worker import environment, generators
 from hpcray.worker.hosting import FailedDependency, end_user_code, host
 from hpcray.worker.zygote import INTERRUPT_SIGNAL
@@ -126,10 +127,10 @@ class Worker:
         self._loaded: dict[bytes, Loaded] = {}
         self._tasks_fd = tasks.fileno()
         self._queue: deque[Run | Stop] = deque()
-        self._buffer = receive_buffer()
+        self._buffer = datagrams.receive_buffer()
         self._poller = select.poll()
         self._poller.register(tasks, select.POLLIN)
-        self._poller.register(client._channel.socket, select.POLLIN)
+        self._poller.register(client.link.socket, select.POLLIN)
         self._main = threading.get_ident()
         self.context = TaskContext(namespace=settings.get("namespace", ""))
         context.set_process_context(self.context)
@@ -140,12 +141,13 @@ class Worker:
         self._devices: tuple[int, ...] | None = None
         self._entered = False  # a runtime environment, for good
         self._replaced: dict[str, str | None] = {}  # variables as they were before the task
-        client.before_wait = self._before_wait
-        client.after_wait = self._after_wait
+        client.link.before_wait = self._before_wait
+        client.link.after_wait = Unblocked
         self.cancelled = client.cancelled
         # The task whose user code runs in the main thread: what a cancel may interrupt.
         self.interruptible = b""
-        client.check_interrupt = self._check_interrupt
+        client.link.check_interrupt = self._check_interrupt
+        client.link.on_interrupt = self._read_cancels
         signal.signal(INTERRUPT_SIGNAL, self._on_interrupt)
         self.actor: Any = None  # worker.hosting.HostedActor, once created
 
@@ -190,20 +192,18 @@ class Worker:
                 ready = self._poller.poll()
                 if ready[0][0] == self._tasks_fd or len(ready) > 1:
                     break
-                if not client.read_idle() and client.lost is not None:
+                if not client.link.read_idle() and client.lost is not None:
                     raise ChannelClosed(client.lost)
                 client.flush()
-        try:
-            # The node may have taken it back in between: not a reason to block here.
-            nbytes = self._tasks.recv_into(self._buffer, 0, socket.MSG_DONTWAIT)
-        except BlockingIOError:
+        # The node may have taken it back in between: not a reason to block here.
+        received = datagrams.receive(self._tasks, self._buffer)
+        if received is None:
             return 0
-        if nbytes == 0:
-            raise ChannelClosed("the node closed the task channel")
-        batch = messages.decode_to_worker(self._buffer[:nbytes])
+        data, _ = received
+        batch = messages.decode_to_worker(data)
         self.client.on_runs(batch)
         self._queue.extend(batch)
-        return nbytes
+        return len(data)
 
     # --- one task ---------------------------------------------------------------------------------
 
@@ -251,11 +251,15 @@ class Worker:
 
     def _on_interrupt(self, *_: Any) -> None:
         """The node rang: a CancelTask lies in the client channel. In the main thread, anywhere."""
-        if not self.client.read_now():
-            # The client is in the middle of something, perhaps under this very frame: ring again.
-            again = threading.Timer(0.005, os.kill, (os.getpid(), INTERRUPT_SIGNAL))
-            again.daemon = True
-            again.start()
+        if references.is_forked():
+            return
+        if self.client.link.mine:
+            self.client.link.interrupted = True  # looked at as this frame leaves the client
+        else:
+            self._read_cancels()
+
+    def _read_cancels(self) -> None:
+        self.client.link.read_now()
         self._check_interrupt()
 
     def _check_interrupt(self) -> None:
@@ -266,6 +270,7 @@ class Worker:
             raise KeyboardInterrupt
 
     def cancellation(self, run: Run, began_s: float) -> Failed:
+        self.leave_if_forked()
         self._unpin(run, run.deps)
         failure = values.Failure("TaskCancelledError", "", run.task_id.hex())
         return Failed(run.task_id, run.attempt, _us(began_s), values.pack_failure(failure))
@@ -337,8 +342,7 @@ class Worker:
                     f"the definition of {template.name} is not known to its home (rank "
                     f"{ids.home_of_task(run.task_id)})")
             function = serialization.deserialize(packed)
-            # The node knows it: nested submissions of it need no definition.
-            self.client._defined.add(template.function_id)
+            self.client.knows_function(template.function_id)
         loaded = self._loaded[run.template_id] = Loaded(template, function)
         return loaded
 
@@ -351,8 +355,12 @@ class Worker:
         deps, run.deps = run.deps, ()  # from here on they are opened, or unpinned below
         data: list[Any] = []
         try:
+            fetched = self._fetch_dependencies(run, deps)
             for index, dep in enumerate(deps):
-                data.append(self._dependency(run, index, dep))
+                if type(dep) is Located:
+                    data.append(self.client.pinned(run.ids[index * 28 : index * 28 + 28], dep))
+                else:
+                    data.append(dep or fetched.pop())
         except BaseException:
             self._unpin(run, deps, len(data))
             raise
@@ -375,24 +383,39 @@ class Worker:
         """Let go of dependencies that will not be opened."""
         for index in range(start, len(deps)):
             if type(deps[index]) is Located:
-                self.client.memory.unpin(run.ids[index * 28 : index * 28 + 28])
+                self.client.unpin(run.ids[index * 28 : index * 28 + 28])
 
-    def _dependency(self, run: Run, index: int, dep: bytes | Located) -> Any:
-        object_id = run.ids[index * 28 : index * 28 + 28]
-        if type(dep) is Located:
-            return self.client.memory.pinned(object_id, dep)
-        if dep == b"":  # too large for the datagram beside the others
-            return self.client.get_packed([self.client.intern(object_id)], None)[0]
-        return dep
+    def _fetch_dependencies(self, run: Run, deps: tuple[bytes | Located, ...]) -> list[Any]:
+        """Those that were too many for the message, the last one first."""
+        absent = [self.client.intern(run.ids[index * 28 : index * 28 + 28])
+                  for index, dep in enumerate(deps) if dep == b""]
+        return self.client.get_packed(absent, None)[::-1] if absent else []
 
     # --- outcomes ---------------------------------------------------------------------------------
 
     def deliver(self, run: Run, template: Template, result: Any, began_s: float) -> None:
         """Report a result; a generator runs now. Large values are in shared memory by then."""
+        self.leave_if_forked()
         if type(result) is GeneratorType or template.stream:
             generators.run(self, run, template, result, began_s)
         else:
             self.client.report(self._outcome(run, template, result, began_s), run.reply_to)
+
+    def leave_if_forked(self, error: BaseException | None = None) -> None:
+        """A child that user code has forked leaves its task function: it ends here. The outcome is
+        its parent's to report."""
+        if not references.is_forked():
+            return
+        code = 0
+        if isinstance(error, SystemExit):
+            code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        elif error is not None:
+            traceback.print_exception(error)
+            code = 1
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
 
     def _outcome(self, run: Run, template: Template, result: Any, began_s: float) -> Any:
         count = template.return_count
@@ -405,7 +428,7 @@ class Worker:
             if not serialized.contained and serialized.nbytes <= limit:
                 packed = values.pack(serialized.pickled, serialized.buffers)
                 return Done(run.task_id, run.attempt, _us(began_s), packed)
-            parts: tuple[Return, ...] = (self.returned(serialized),)
+            parts: tuple[Return, ...] = (self.returned(serialized, 0),)
         elif count == 0:
             parts = ()
         else:
@@ -415,28 +438,60 @@ class Worker:
             if len(result) != count:
                 raise ValueError(f"Task {template.name} returned {len(result)} objects, "
                                  f"but num_returns={count}.")
-            parts = tuple(self.returned(_serialized(template, item)) for item in result)
+            parts = self.gathered(_serialized(template, item) for item in result)
         return DoneMany(run.task_id, run.attempt, _us(began_s), parts)
 
-    def returned(self, serialized: serialization.Serialized) -> Return:
+    def gathered(self, results: Iterable[serialization.Serialized]) -> tuple[Return, ...]:
+        """Several values for one message: as many of them inline as it should carry."""
+        parts = []
+        nbytes = 0
+        for serialized in results:
+            part = self.returned(serialized, nbytes)
+            nbytes += inline_bytes(part)
+            parts.append(part)
+        return tuple(parts)
+
+    def returned(self, serialized: serialization.Serialized, before_bytes: int) -> Return:
+        """One value, behind `before_bytes` of others in the same message."""
         contained = b"".join(serialized.contained)
-        if serialized.nbytes <= self.client.inline_max_bytes:
+        sizes.check_refs(len(contained), "the result holds")
+        nbytes = serialized.nbytes
+        if nbytes <= self.client.inline_max_bytes and (
+            nbytes <= sizes.SMALL_BYTES or before_bytes + nbytes <= sizes.GATHERED_BYTES
+        ):
             return Return(values.pack(serialized.pickled, serialized.buffers), contained)
-        return Return(self.client.memory.write(serialized), contained)
+        return Return(self.client.write(serialized), contained)
 
     def failure(self, run: Run, name: str, began_s: float, error: BaseException,
                 template: Template | None = None) -> Failed:
+        self.leave_if_forked(error)
         self._unpin(run, run.deps)
         task_error = exceptions.TaskError(
             name, self.describe(name, error), error, os.getpid(), self.address, self.rank,
             run.actor_id.hex() or None, None if self.actor is None else self.actor.own_repr())
-        packed = serialization.dump_error(task_error)
+        packed = self._error_value(task_error, template)
         if isinstance(error, exceptions.UserCodeException) and error.__cause__ is not None:
             error = error.__cause__
         retry = (template is not None and template.retry_exceptions
                  and not isinstance(error, exceptions.TaskCancelledError)
                  and (not template.retry_only or isinstance(error, self._retried(template))))
         return Failed(run.task_id, run.attempt, _us(began_s), packed, retry)
+
+    def _error_value(
+        self, error: exceptions.TaskError, template: Template | None
+    ) -> bytes | Located:
+        """A large one travels as a large result does."""
+        packed = serialization.dump_error(error)
+        if len(packed) <= self.client.inline_max_bytes:
+            return packed
+        try:
+            if template is not None and template.return_count == 1 and not template.stream:
+                return self.client.write_packed(packed)
+            if len(packed) <= sizes.MESSAGE_MAX_BYTES // 2:
+                return packed  # of several returns: one message, and one value for all
+        except exceptions.ObjectStoreFullError:
+            pass
+        return serialization.dump_error(error, with_cause=False)
 
     def _retried(self, template: Template) -> tuple[type, ...]:
         found = self._retry_only.get(template.retry_only)
@@ -475,6 +530,7 @@ class Worker:
 
     def _exit(self, request: SystemExit) -> None:
         """`sys.exit()` in a task ends the worker: to the node it is a crash, retried as such."""
+        self.leave_if_forked(request)
         self.client.flush()
         code = request.code
         sys.stdout.flush()
@@ -493,7 +549,7 @@ class Worker:
         held = template.held_resources
         self.context.resources = template.resources if held is None else held
         if not any(name == "CPU" for name, _ in self.context.resources):
-            self.client.before_wait = None  # it has no CPU to give back while it waits
+            self.client.link.before_wait = None  # it has no CPU to give back while it waits
         self.client.set_actor(run.actor_id)
         actor = host(self, template, run.actor_id)
         try:
@@ -505,10 +561,12 @@ class Worker:
             self.client.report(Failed(run.task_id, run.attempt, _us(began_s), packed))
             self._creation_over(run, packed)
             return
+        self.leave_if_forked()
         self.actor = actor
         self.client.report(Done(run.task_id, run.attempt, _us(began_s), serialization.NONE))
 
     def creation_failure(self, run: Run, name: str, error: BaseException) -> bytes:
+        self.leave_if_forked(error)
         text = self.describe(name, error)
         return values.pack_failure(values.Failure(
             "ActorDiedError",
@@ -521,25 +579,24 @@ class Worker:
 
     # --- waiting ----------------------------------------------------------------------------------
 
-    def _before_wait(self, waiter: Waiter) -> bool:
+    def _before_wait(self, waiter: Waiter) -> Blocked | None:
         """By the client, with its lock held, before the running task really waits."""
         if threading.get_ident() != self._main:
-            return False
+            return None
         ids = waiter.ids
         waits = b"".join(ids) if len(ids) <= _TOLD_IDS else b""
         if self.actor is not None:
-            self.client._channel.outbox.append(Blocked((), waits))  # its calls stay its own
-            return True
+            return Blocked((), waits)  # its calls stay its own
         unstarted = tuple(item.task_id for item in self._queue if type(item) is Run)
         stops = [item for item in self._queue if type(item) is Stop]
         self._queue.clear()
         self._queue.extend(stops)
-        self.client._channel.outbox.append(Blocked(unstarted, waits))
-        return True
+        return Blocked(unstarted, waits)
 
-    def _after_wait(self) -> None:
-        self.client._channel.outbox.append(Unblocked())
-        self.client._flush()
+
+def inline_bytes(part: Return) -> int:
+    """What it adds to its message."""
+    return len(part.value) if type(part.value) is bytes else 0
 
 
 def _serialized(template: Template, result: Any) -> serialization.Serialized:

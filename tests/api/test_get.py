@@ -124,8 +124,12 @@ def test_first_error_of_a_list_is_raised(ray):
     def fail(kind):
         raise kind("no")
 
+    failed = [fail.remote(KeyError), fail.remote(IndexError)]
+    ray.wait(failed, num_returns=2)
     with pytest.raises(KeyError):
-        ray.get([ray.put(1), fail.remote(KeyError), fail.remote(IndexError)])
+        ray.get([ray.put(1), *failed])
+    with pytest.raises(IndexError):
+        ray.get([ray.put(1), *failed[::-1]])
 
 
 def test_get_twice_gives_equal_values(ray):

@@ -63,7 +63,9 @@ PURE = ("protocol.", "objects.allocator", "objects.budget", "transport.peers", "
         *(f"node.{name}" for name in (
             "machine", "directory", "holders", "tasks", "dispatch", "ledger", "actors", "cluster",
             "inventory", "memory", "names", "placement", "requests", "explain", "waiting",
-            "records", "outbox", "streams")))
+            "records", "outbox", "streams")),
+        *(f"client.{name}" for name in (
+            "core", "objects", "groups", "requests", "waiters", "pending")))
 WORLD = {"socket", "select", "selectors", "threading", "time", "os", "signal", "subprocess", "mmap",
          "multiprocessing", "asyncio", "ctypes", "fcntl", "pathlib", "random", "secrets", "mpi4py"}
 

@@ -31,7 +31,7 @@ class ScriptedNode:
         self.received: list[Any] = []
         self.job_key = JOB_KEY
         # Request name -> arguments -> result, or a Failure.
-        self.answers: dict[str, Callable[[Any], Any]] = {}
+        self.answers: dict[str, Callable[[Any], Any]] = {"explain": lambda arguments: []}
         self.thread = threading.Thread(target=self._serve, name="scripted-node")
         self.thread.start()
 

@@ -233,7 +233,8 @@ def test_affinity_to_a_node_that_is_not_there(node: Any) -> None:
 
 def test_a_lost_node_is_an_error_at_the_next_call(node: Any, client: Client) -> None:
     nothing.remote()
-    client._set_lost("gone")
+    with client.link:
+        client.link.set_lost("gone")
     with pytest.raises(ray.exceptions.RaySystemError, match="gone"):
         nothing.remote()
 

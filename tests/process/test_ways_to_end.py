@@ -134,7 +134,7 @@ class Forks:
         pass
     def known(self):
         from hpcray.client.references import current_client
-        return list(current_client().neighbours._clients)
+        return list(current_client().core.neighbours._clients)
     def fork(self, driver):
         if os.fork() == 0:
             os.setsid()

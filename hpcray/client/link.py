@@ -1,0 +1,515 @@
+"""The client's door to its node: one lock, one socket, one reader, and how threads wait.
+
+    user threads                       helper thread (drivers always, workers once they submit)
+      with link:       (the door)        flushes what lingers (1 ms), reads while nobody waits,
+        core.submit()  --> outbox        completes futures
+        link.wait(waiter)
+          one of them reads for all, the others sleep until what they wait for has come
+
+The rules, and what each is for:
+
+- **Only who holds the lock touches the core or the socket.** A thread that waits polls the socket
+  without the lock, and reads it with the lock: there is no second reader, and no buffer is shared.
+- **Under the lock nothing runs that is not ours.** The garbage collector is off there, so no
+  finaliser of a user does (it may call `put` or `get`). What runs other code (printing output,
+  callbacks) is an effect, done when the lock is free.
+- **Nothing is raised inside by an interrupt.** Ctrl-C and cancellation set a flag while the main
+  thread is inside; they strike as it leaves. What a signal handler of the user's raises can still
+  come anywhere: then what was encoded and not sent yet stays in `_unsent` and leaves first.
+- **Who holds the lock may wait for room in the socket**: the node reads it whatever else it does.
+
+A call that finds itself inside already can only come from a signal handler of the user's: it is
+refused, because it would wait for itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from hpcray import exceptions
+from hpcray.client.core import Core
+from hpcray.client.helper import Helper
+from hpcray.client.waiters import Waiter
+from hpcray.protocol import messages
+from hpcray.protocol.sizes import DATAGRAM_MAX_BYTES, parts
+from hpcray.transport import datagrams
+from hpcray.transport.datagrams import FULL, SENT, SHORT, ChannelClosed
+
+# A datagram of this many messages is long enough to amortise its system call.
+_BATCH_MESSAGES = 48
+# Submissions further apart than this leave at once; closer ones are gathered.
+_LINGER_S = 0.0005
+# After a datagram this large another one is likely there already; else poll says if there is.
+_LIKELY_MORE_BYTES = 1024
+# A call this long is not gathered with others.
+_LARGE_BYTES = 16_384
+# How long a wait for room in the socket, or for a descriptor, goes unexplained.
+_SAY_AFTER_S = 10.0
+# For want of descriptors or memory a send is tried again for so long.
+_SHORT_S = 5.0
+_NO_WAIT_S = 3600.0
+
+_get_ident = threading.get_ident
+_gc_enable = gc.enable
+_gc_disable = gc.disable
+_gc_is_enabled = gc.isenabled
+
+
+class Link:
+    def __init__(self, sock: socket.socket, core: Core, *, is_driver: bool) -> None:
+        self.core = core
+        self.socket = sock
+        self.lock = threading.RLock()
+        # Of the main thread: something has struck while it was inside (see `deliver_interrupt`).
+        self.interrupted = False
+        # What to do about it, outside: may raise.
+        self.on_interrupt: Callable[[], None] = _raise_interrupt
+        self.on_lost: Callable[[str], None] = lambda reason: None
+        # By threads that wait, between two reads: may raise (a worker's cancelled task).
+        self.check_interrupt: Callable[[], None] | None = None
+        # A worker gives its CPU back around a wait: what to say then, None if it need not.
+        self.before_wait: Callable[[Waiter], Any] | None = None
+        self.after_wait: Callable[[], Any] | None = None
+        self.lost: str | None = None
+        self.last_read_s = 0.0
+        self._last_flush_s = 0.0
+        self.inside = False  # some thread is
+        self._collecting = False  # the collector is off because of that
+        self._effects = core.effects
+        # What the thread that polls the socket waits for, and what wakes it when that has come by
+        # another thread's reading.
+        self._reader: Waiter | None = None
+        self._reader_thread = 0
+        self._nudge_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        # Threads that wait while another one reads: (what wakes it, what it waits for).
+        self._sleepers: list[tuple[Any, Waiter]] = []
+        self._buffer = datagrams.receive_buffer()
+        self._unsent: deque[bytes] = deque()  # encoded, not sent yet
+        self.sent = 0  # datagrams
+        self._settling = threading.Lock()  # by the thread that carries out effects
+        # Of the one thread that polls.
+        self._poller = select.poll()
+        self._poller.register(sock, select.POLLIN)
+        self._poller.register(self._nudge_fd, select.POLLIN)
+        self._nudged = False
+        self._closed = False
+        self._main = threading.main_thread().ident
+        self._pid = os.getpid()
+        self.helper = Helper(self, is_driver=is_driver)
+        datagrams.enlarge_buffers(sock)
+        sock.setblocking(False)
+        self._replaced_handler = False
+
+    # --- the door ---------------------------------------------------------------------------------
+
+    def __enter__(self) -> Link:
+        self.enter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
+
+    def enter(self) -> None:
+        """Take the lock. Hot paths write `enter`, `try`, `finally: leave` themselves."""
+        self.lock.acquire()
+        if self.inside:
+            self.lock.release()
+            raise RuntimeError(
+                "a signal handler called hpcray while it had interrupted hpcray itself; let the "
+                "handler set a flag, or raise an exception, and call hpcray from the program")
+        self.inside = True
+        if _gc_is_enabled():
+            _gc_disable()
+            self._collecting = True
+
+    def leave(self) -> None:
+        self._release()
+        if self.interrupted or self._effects:
+            self._outside()
+
+    def _release(self) -> None:
+        self.inside = False
+        try:
+            if self._collecting:
+                self._collecting = False
+                _gc_enable()
+        finally:
+            self.lock.release()
+
+    def _outside(self) -> None:
+        """What was left for when this thread does not hold the lock any more. May raise."""
+        if self.interrupted:
+            self.deliver_interrupt()
+        if self._effects:
+            self._settle()
+
+    def _reenter(self) -> None:
+        """Nothing can keep us from it: what a signal handler raises meanwhile comes afterwards."""
+        raised: BaseException | None = None
+        while True:
+            try:
+                self.enter()
+                break
+            except BaseException as error:
+                raised = error
+                if self.mine:
+                    self.inside = True
+                    break
+        if raised is not None:
+            raise raised
+
+    def _settle(self) -> None:
+        """Carry out what was left for when the lock is free; in order, by one thread."""
+        effects = self._effects
+        while effects and self._settling.acquire(blocking=False):
+            try:
+                while effects:
+                    effects.popleft()()
+            finally:
+                self._settling.release()
+
+    @property
+    def mine(self) -> bool:
+        """Whether this thread holds the lock."""
+        return bool(self.lock._is_owned())  # type: ignore[attr-defined]  # what Condition asks
+
+    def catch_interrupts(self) -> None:
+        """Let Ctrl-C strike outside only. Of a driver, in the main thread; unless the program has a
+        handler of its own."""
+        if (threading.get_ident() == self._main
+                and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
+            signal.signal(signal.SIGINT, self._on_sigint)
+            self._replaced_handler = True
+
+    def _on_sigint(self, _number: int, _frame: FrameType | None) -> None:
+        if self.mine:
+            self.interrupted = True
+        else:
+            self.on_interrupt()
+
+    def deliver_interrupt(self) -> None:
+        """As the main thread leaves: what struck while it was inside."""
+        if self.interrupted and threading.get_ident() == self._main and not self.mine:
+            self.interrupted = False
+            self.on_interrupt()
+
+    # --- sending (inside) -------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raises RaySystemError: the node is gone. RuntimeError: this process is a fork."""
+        if self.lost is None:
+            return
+        if os.getpid() != self._pid:
+            raise RuntimeError(
+                "this process was forked from an hpcray process and has no connection of its own; "
+                "call hpcray functions from the parent only")
+        raise exceptions.RaySystemError(f"the connection to the node is gone: {self.lost}")
+
+    def linger(self, nbytes: int) -> None:
+        """Send now if the channel was quiet or enough has gathered; else soon (helper)."""
+        now_s = time.monotonic()
+        if (nbytes > _LARGE_BYTES or len(self.core.outbox) >= _BATCH_MESSAGES
+                or now_s - self._last_flush_s > _LINGER_S):
+            self.flush()
+        elif not self.helper.armed:
+            self.helper.arm()
+
+    def flush(self, *, drain: bool = False) -> None:
+        """Send what is queued; with `drain` (before a process idles) dropped refs too.
+
+        Raises:
+          RaySystemError: the node is gone.
+          OSError: no descriptor or memory to send a large message with; it will be tried again.
+        """
+        core = self.core
+        now_s = time.monotonic()
+        outbox = core.collect(now_s, drain=drain)
+        if not outbox and not self._unsent:
+            return
+        self._last_flush_s = now_s
+        self._send_batch(outbox)
+        neighbours = core.neighbours
+        if neighbours.waiting:
+            neighbours.send(outbox, self.sent)
+            if outbox:  # what could not be sent, mostly nothing
+                self._send_batch(outbox)
+
+    def _send_batch(self, outbox: list[Any]) -> None:
+        if outbox:
+            encoded = messages.encode(outbox)
+            if len(encoded) <= DATAGRAM_MAX_BYTES and not self._unsent:
+                # The common case; no signal can come between encoding and clearing but by a call.
+                if datagrams.send(self.socket, encoded) == SENT:
+                    outbox.clear()
+                    self.sent += 1
+                    return
+                self._unsent.append(encoded)
+            else:
+                self._unsent.extend(parts(outbox, messages.encode))
+            outbox.clear()
+        unsent = self._unsent
+        since_s = 0.0
+        while unsent:
+            outcome = datagrams.send(self.socket, unsent[0])
+            if outcome == SENT:
+                unsent.popleft()
+                self.sent += 1
+            elif outcome in (FULL, SHORT):
+                since_s = self._await_room(outcome, since_s)
+            else:
+                self.set_lost("the node closed the connection")
+                self.check()
+
+    def _await_room(self, outcome: int, since_s: float) -> float:
+        """A moment; the node reads whatever it does, so there will be room."""
+        now_s = time.monotonic()
+        since_s = since_s or now_s
+        waited_s = now_s - since_s
+        if outcome == FULL:
+            poller = select.poll()
+            poller.register(self.socket, select.POLLOUT)
+            poller.poll(100)
+            if waited_s > _SAY_AFTER_S:
+                self.core.effects.append(_say_node_is_silent)
+                since_s = now_s + _NO_WAIT_S  # once
+        elif waited_s > _SHORT_S:
+            raise OSError(
+                "hpcray cannot send a large message: this process has no file descriptor or "
+                "memory left (ulimit -n, ulimit -v)")
+        else:
+            time.sleep(0.01)
+        if self.interrupted and threading.get_ident() == self._main:
+            self.interrupted = False
+            self.on_interrupt()  # nothing is lost by it: what is not sent stays in `_unsent`
+        return since_s
+
+    # --- reading (inside) -------------------------------------------------------------------------
+
+    def read(self, *, all: bool = False) -> bool:
+        """Handle what has come, or at least the first of it; False if there was nothing."""
+        found = False
+        try:
+            while True:
+                received = datagrams.receive(self.socket, self._buffer)
+                if received is None:
+                    break
+                found = True
+                data, descriptors = received
+                self.core.receive(messages.decode_to_client(data), descriptors)
+                if not all and len(data) < _LIKELY_MORE_BYTES:
+                    break
+        except ChannelClosed as closed:
+            self.set_lost(str(closed))
+        if found:
+            self.last_read_s = time.monotonic()
+            if self._sleepers:
+                self._wake_sleepers()
+            if self._reader is not None and self._reader.remaining <= 0:
+                self._nudge()
+            if self.core.outbox and not self.helper.armed:
+                self.helper.arm()  # an answer to what was read, or memory given back
+        return found
+
+    def set_lost(self, reason: str) -> None:
+        if self.lost is None:
+            self.lost = reason
+            for lock, _ in self._sleepers:
+                lock.release()
+            self._sleepers.clear()
+            self._nudge()
+            self.core.effects.append(lambda: self.on_lost(reason))
+            self.helper.wake()
+
+    # --- waiting (inside) -------------------------------------------------------------------------
+
+    def wait(
+        self, waiter: Waiter, deadline_s: float | None, *, giving_back: bool = True
+    ) -> bool:
+        """Wait until nothing remains; False at the deadline. The lock is held, but not asleep.
+
+        Raises:
+          RaySystemError: the node is gone.
+        """
+        gave_back = False
+        try:
+            while waiter.remaining > 0:
+                if self.lost is not None:
+                    self.check()
+                remaining_s = None
+                if deadline_s is not None:
+                    remaining_s = deadline_s - time.monotonic()
+                    if remaining_s <= 0:
+                        # What lies there already counts: timeout=0 means "look", not "give up".
+                        self.read(all=True)
+                        return waiter.remaining <= 0
+                if giving_back and not gave_back and self.before_wait is not None:
+                    said = self.before_wait(waiter)
+                    if said is not None:
+                        gave_back = True
+                        self.core.outbox.append(said)
+                        self.flush()
+                        continue
+                if self._reader is None or self._reader_thread == _get_ident():
+                    self._await_input(waiter, remaining_s)
+                    self.read()
+                else:
+                    self._sleep(waiter, remaining_s)
+                if self.check_interrupt is not None:
+                    self.check_interrupt()
+            return True
+        finally:
+            if self._sleepers and self._reader is None:
+                self._sleepers.pop()[0].release()  # somebody has to read
+            if gave_back and self.after_wait is not None and self.lost is None:
+                self.core.outbox.append(self.after_wait())
+                self.flush()
+
+    def _await_input(self, waiter: Waiter, timeout_s: float | None) -> None:
+        """Until something can be read; it is read by whoever is first inside then.
+
+        Outside a finaliser may run, and wait in here itself: it reads in our place, and what we
+        wait for may have come by then.
+        """
+        outer = self._reader
+        self._reader = waiter
+        self._reader_thread = _get_ident()
+        try:
+            self._release()
+            if self.interrupted or self._effects:
+                self._outside()
+            if timeout_s is None:
+                self._poller.poll()
+            else:
+                self._poller.poll(min(timeout_s, _NO_WAIT_S) * 1000 + 0.999)
+        finally:
+            self._reenter()
+            self._reader = outer
+            if self._nudged:
+                self._nudged = False
+                os.eventfd_read(self._nudge_fd)
+            if outer is not None:
+                self._nudge()
+            elif self._closed:
+                self._close_nudge_fd()
+
+    def _nudge(self) -> None:
+        """Wake the thread that polls."""
+        if not self._nudged and self._nudge_fd >= 0:
+            self._nudged = True
+            os.eventfd_write(self._nudge_fd, 1)
+
+    def _sleep(self, waiter: Waiter, timeout_s: float | None) -> None:
+        """Until the thread that reads wakes us: what we wait for has come, or it reads no more."""
+        bed = threading.Lock()
+        bed.acquire()
+        entry = (bed, waiter)
+        self._sleepers.append(entry)
+        try:
+            self._release()
+            try:
+                if self.interrupted or self._effects:
+                    self._outside()
+                bed.acquire(timeout=-1 if timeout_s is None else min(timeout_s, _NO_WAIT_S))
+            finally:
+                self._reenter()
+        finally:
+            if entry in self._sleepers:
+                self._sleepers.remove(entry)
+
+    def _wake_sleepers(self) -> None:
+        still = []
+        for entry in self._sleepers:
+            if entry[1].remaining <= 0:
+                entry[0].release()
+            else:
+                still.append(entry)
+        self._sleepers = still
+
+    # --- by the helper, by signal handlers and by event loops (outside) ---------------------------
+
+    def read_now(self) -> None:
+        """Read all that is there."""
+        with self:
+            if self.lost is None:
+                self.read(all=True)
+
+    def read_idle(self) -> bool:
+        """Read, unless a waiting thread does; whether the channel is worth watching."""
+        with self:
+            if self._reader is not None or self.lost is not None:
+                return False
+            self.read()
+            return self.lost is None
+
+    def flush_lingering(self) -> bool:
+        """Send what has waited; whether there was anything."""
+        with self:
+            if self.lost is not None or not (
+                self._unsent or self.core.has_more(time.monotonic())
+            ):
+                return False
+            self.flush()
+            return True
+
+    @property
+    def being_read(self) -> bool:
+        """Whether waiting threads read: then the helper keeps away, unless futures need it."""
+        return self._reader is not None or (
+            time.monotonic() - self.last_read_s < 0.01 and not self.helper.has_futures())
+
+    # --- the end ----------------------------------------------------------------------------------
+
+    def close(self, reason: str) -> None:
+        """Hang up. Waits in other threads end with an error."""
+        if self._replaced_handler and signal.getsignal(signal.SIGINT) == self._on_sigint:
+            with contextlib.suppress(ValueError):  # not in the main thread
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.helper.stop()
+        with self:
+            self.on_lost = lambda reason: None
+            self.set_lost(reason)
+            self.socket.close()
+            self.core.neighbours.close()
+            self.core.objects.close()
+            self._closed = True
+            if self._reader is None:
+                self._close_nudge_fd()  # else the thread that polls it does
+
+    def _close_nudge_fd(self) -> None:
+        fd, self._nudge_fd = self._nudge_fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def forked(self) -> None:
+        """In a child of this process: the channel is its parent's."""
+        self.lost = "this process is a fork"
+        if self.inside:  # some other thread of the parent
+            if self._collecting:
+                _gc_enable()
+            self.lock = threading.RLock()
+            self.inside = self._collecting = False
+        self.socket.close()
+        self._close_nudge_fd()
+        self.core.neighbours.close()
+
+
+def _raise_interrupt() -> None:
+    """As Ctrl-C does without us."""
+    signal.default_int_handler(signal.SIGINT, None)
+
+
+def _say_node_is_silent() -> None:
+    print("hpcray: the node has not read what this process sends for 10 s; is it stopped?",
+          file=sys.stderr, flush=True)

@@ -1,0 +1,178 @@
+"""The objects this process refers to: what it has asked for, what has come, who waits. Pure.
+
+    want    Get   --> Value (inline, into the ref) | ValueAt (pinned in shared memory: `arrivals`)
+    watch   Watch --> Ready (somewhere, or on this node)
+    a ref dies, a view dies --> Drop, Unpin with the next batch
+
+Each is asked for once, however many wait for it. Guarded by the client's lock.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from hpcray.client import waiters
+from hpcray.client.references import LOCAL, READY, ObjectRef, ReferenceTable
+from hpcray.client.waiters import Table, Waiter
+from hpcray.protocol import ids, values
+from hpcray.protocol.messages import Drop, Get, Located, Ready, Unpin, Value, ValueAt, Watch
+from hpcray.protocol.sizes import IDS_PER_MESSAGE
+
+# Dropped refs are told this late, unless memory is short: most of a loop's drops share a message,
+# and a ref met again meanwhile costs none.
+DRAIN_S = 0.05
+_DRAIN_REFS = 50_000
+
+
+# Stands for an error whose bytes have not been looked at: they are in shared memory.
+_SOME_ERROR = bytes((values.ERROR,))
+
+
+class Objects:
+    def __init__(self, outbox: list[Any], refs: ReferenceTable) -> None:
+        self._outbox = outbox
+        self._refs = refs
+        self._asked: set[bytes] = set()
+        self._watched: dict[bytes, int] = {}  # what was asked: READY or LOCAL
+        self.value_waiters: Table = {}
+        self.ready_waiters: Table = {}
+        # Values that came while somebody waits for them: pinned, not mapped yet.
+        self._arrivals: dict[bytes, Located] = {}
+        # Appended to by finalisers of views, at any time and in any thread.
+        self.unpins: deque[bytes] = deque()
+        self._last_drain_s = 0.0
+
+    # --- asking -----------------------------------------------------------------------------------
+
+    def want(self, object_ids: Iterable[bytes]) -> None:
+        """Have their values sent, unless that was asked already."""
+        asked = self._asked
+        ask = [id_ for id_ in object_ids if id_ not in asked]
+        if ask:
+            asked.update(ask)
+            self._ask(Get, ask)
+
+    def is_asked(self, object_id: bytes) -> bool:
+        return object_id in self._asked
+
+    def will_come(self, object_id: bytes) -> None:
+        """Its value comes without that the node is asked."""
+        self._asked.add(object_id)
+
+    def watch(self, object_ids: Iterable[bytes], level: int) -> None:
+        """Have it said when they are ready, READY or LOCAL, unless that was asked already."""
+        watched = self._watched
+        ask = [id_ for id_ in object_ids if watched.get(id_, 0) < level]
+        if ask:
+            watched.update(dict.fromkeys(ask, level))
+            self._ask(Watch, ask, level == LOCAL)
+
+    def _ask(self, message: Any, ask: list[bytes], *rest: Any) -> None:
+        self._refs.tell_holds(self._outbox)
+        for start in range(0, len(ask), IDS_PER_MESSAGE):
+            self._outbox.append(message(b"".join(ask[start : start + IDS_PER_MESSAGE]), *rest))
+
+    def await_values(self, object_ids: Sequence[bytes], waiter: Waiter) -> None:
+        for object_id in object_ids:
+            waiters.add(self.value_waiters, object_id, waiter)
+
+    def forget(self, table: Table, object_ids: Sequence[bytes], waiter: Waiter) -> None:
+        """It timed out, was interrupted or needs no more."""
+        for object_id in object_ids:
+            waiters.remove(table, object_id, waiter)
+
+    # --- what is here -----------------------------------------------------------------------------
+
+    def find(self, ref: ObjectRef[Any]) -> Any:
+        """The packed value, or the pinned array that an earlier get keeps alive; or None."""
+        value = ref._value
+        if value is None and ref._view is not None:
+            return ref._view()
+        return value
+
+    def has_arrived(self, object_id: bytes) -> bool:
+        return object_id in self._arrivals
+
+    def take_arrival(self, object_id: bytes) -> Located | None:
+        """Where it lies, for the one who will map it: it is pinned once."""
+        return self._arrivals.pop(object_id, None)
+
+    # --- what the node says -----------------------------------------------------------------------
+
+    def on_value(self, message: Value) -> None:
+        object_id = message.object_id
+        self._asked.discard(object_id)
+        entry = self._refs.live.get(object_id)
+        ref = None if entry is None else entry()
+        if ref is not None:
+            ref._value = message.value
+            ref._ready = LOCAL
+        self._arrived(object_id, message.value)
+
+    def on_value_at(self, message: ValueAt) -> None:
+        object_id = message.object_id
+        self._asked.discard(object_id)
+        ref = self._refs.get(object_id)
+        if ref is None or object_id in self._arrivals:
+            self.unpins.append(object_id)
+        else:
+            self._arrivals[object_id] = message.location
+        if ref is not None:
+            ref._ready = LOCAL
+        self._arrived(object_id, _SOME_ERROR if message.failed else None)
+
+    def _arrived(self, object_id: bytes, value: bytes | None) -> None:
+        waiters.tell(self.value_waiters, object_id, value)
+        if self.ready_waiters:
+            waiters.tell(self.ready_waiters, object_id)
+
+    def on_ready(self, message: Ready) -> None:
+        table = self._refs
+        level = LOCAL if message.local else READY
+        watched = self._watched
+        for object_id in ids.split_ids(message.ids):
+            ref = table.get(object_id)
+            if ref is not None and ref._ready < level:
+                ref._ready = level
+            if watched.get(object_id, 0) > level:
+                continue  # somebody waits for more than this; that answer comes too
+            watched.pop(object_id, None)
+            waiters.tell(self.ready_waiters, object_id)
+
+    # --- what the node is told --------------------------------------------------------------------
+
+    def drops_are_due(self, now_s: float) -> bool:
+        return self._refs.pending_drops() > 0 and now_s - self._last_drain_s > DRAIN_S
+
+    def drain(self, now_s: float, *, at_once: bool) -> list[bytes]:
+        """Refs to be told of as dropped, if it is time. Before new holds are told: a ref that came
+        and went is never mentioned."""
+        pending = self._refs.pending_drops()
+        if not pending or not (
+            at_once or now_s - self._last_drain_s > DRAIN_S or pending > _DRAIN_REFS
+            or self.unpins  # large objects may be among them
+        ):
+            return []
+        dropped = self._refs.drain()
+        self._last_drain_s = now_s
+        if self._arrivals:
+            # What arrived for a get that had given up: nobody will map it.
+            for object_id in dropped:
+                if self._arrivals.pop(object_id, None) is not None:
+                    self.unpins.append(object_id)
+        return dropped
+
+    def tell_drops(self, dropped: list[bytes]) -> None:
+        for start in range(0, len(dropped), IDS_PER_MESSAGE):
+            self._outbox.append(Drop(b"".join(dropped[start : start + IDS_PER_MESSAGE])))
+
+    def tell_unpins(self) -> None:
+        unpins = self.unpins
+        while unpins:
+            self._outbox.append(Unpin(unpins.popleft()))
+
+    def close(self) -> None:
+        self._arrivals.clear()
+        self._refs.forget_values()
