@@ -11,12 +11,18 @@ one still sees what the inner ones leave, the inner ones do not see each other.
     after each test      orphans: marked processes that no longer descend from this pytest. Nobody
                          will end those. A cluster that a wider fixture keeps is not an orphan.
     after each module    everything: processes, /dev/shm entries, descriptors of this process
-                         (an MPI library's entry only if the module has `mpirun` tests, and nobody
-                         else on the host ran MPI meanwhile: it may be theirs)
+                         (of these only hpcray's names, and an MPI library's if the module has
+                         `mpirun` tests and nobody else on the host ran MPI meanwhile: what other
+                         programs make there is theirs)
     after the session    the same once more, for what session fixtures keep
 
 Each check polls for up to `GRACE_S` before it fails: a worker that was told to end may take a
 moment. What it reports it also kills, so that one culprit fails one test and not all that follow.
+
+Ignored signals are inherited through fork and exec. A shell ignores SIGINT and SIGQUIT for what it
+starts in the background, `nohup` ignores SIGHUP, and no test of Ctrl-C could pass below. So pytest
+turns them into handlers that do nothing: it survives as it was told to, and its children start
+with what a program starts with.
 
 `@pytest.mark.leaves_behind("reason")` on a test or a module switches its checks off.
 
@@ -49,6 +55,10 @@ MARK_VARIABLE = "HPCRAY_TEST_SESSION"
 MARK = uuid.uuid4().hex
 # At import, so that whatever a plugin or a module starts during collection has the mark as well.
 os.environ[MARK_VARIABLE] = f"{os.environ.get(MARK_VARIABLE, '')}/{MARK}"
+
+for _number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, lambda *_: None)
 
 # Helpers of the standard library: one for each process, ended by Python at exit.
 _STANDARD_HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
@@ -247,8 +257,9 @@ class Before:
         return left
 
     def _may_be_ours(self, shm_name: str) -> bool:
-        alone = self.watch.foreign_rank_seen_s < self.since_s
-        return not shm_name.startswith(MPI_SHM_PREFIXES) or (self.uses_mpi and alone)
+        if shm_name.startswith(MPI_SHM_PREFIXES):
+            return self.uses_mpi and self.watch.foreign_rank_seen_s < self.since_s
+        return shm_name.startswith("hpcray")
 
 
 def wait_until_none(look: Callable[[], list[Process | str]]) -> list[Process | str]:

@@ -6,6 +6,7 @@ Each case is a real pytest in a process of its own, with this suite's conftest.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -117,6 +118,36 @@ def test_a_descriptor_is_found(inner_pytest: Pytest) -> None:
 def test_a_shared_memory_entry_is_found(inner_pytest: Pytest, shm_name: str) -> None:
     done = inner_pytest(f"def test_it(): pathlib.Path('/dev/shm/{shm_name}').write_text('x')")
     assert f"/dev/shm/{shm_name}" in done.stdout, done.stdout
+
+
+def test_what_another_program_left_in_shared_memory_is_its_own(inner_pytest: Pytest) -> None:
+    path = Path(f"/dev/shm/sem.{uuid.uuid4().hex}")
+    try:
+        done = inner_pytest(f"def test_it(): pathlib.Path('{path}').write_text('x')")
+    finally:
+        path.unlink(missing_ok=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_signals_that_were_ignored_when_pytest_started(inner_pytest: Pytest) -> None:
+    """As in the background of a script (SIGINT, SIGQUIT), or under nohup (SIGHUP)."""
+    numbers = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
+    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
+    try:
+        done = inner_pytest("""
+import signal
+def test_it():
+    for name in ("SIGINT", "SIGQUIT", "SIGHUP"):
+        number = getattr(signal, name)
+        os.kill(os.getpid(), number)  # we live on
+        child = subprocess.Popen(SLEEP)
+        child.send_signal(number)
+        assert child.wait() == -number
+""")
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+    assert done.returncode == 0, done.stdout
 
 
 def test_what_another_program_uses_in_shared_memory_is_its_own(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from types import ModuleType
 
 import numpy as np
@@ -44,6 +45,28 @@ def test_a_failing_call(joblib: ModuleType) -> None:
         with pytest.raises(ZeroDivisionError):
             joblib.Parallel()(joblib.delayed(fail)(i) for i in range(20))
         assert joblib.Parallel()(joblib.delayed(abs)(i) for i in range(3)) == [0, 1, 2]
+
+
+def test_nothing_of_a_failed_call_is_left_to_the_next(joblib: ModuleType) -> None:
+    """The error may come while joblib is still submitting: what it has not submitted is dropped."""
+    def fail(i: int) -> int:
+        raise ValueError(i)
+
+    with joblib.parallel_config(backend="ray", n_jobs=2), joblib.Parallel() as parallel:
+        dispatch = parallel.dispatch_one_batch
+
+        def dispatch_and_wait(iterator: object) -> bool:
+            more: bool = dispatch(iterator)
+            deadline_s = time.monotonic() + 60
+            while not parallel._aborting and time.monotonic() < deadline_s:
+                time.sleep(0.001)
+            return more
+
+        parallel.dispatch_one_batch = dispatch_and_wait
+        with pytest.raises(ValueError, match="0"):
+            parallel(joblib.delayed(fail)(i) for i in range(4))
+        parallel.dispatch_one_batch = dispatch
+        assert parallel(joblib.delayed(abs)(-i) for i in range(4)) == [0, 1, 2, 3]
 
 
 def test_a_shared_array_arrives(joblib: ModuleType) -> None:

@@ -9,7 +9,9 @@ process backends map arrays of that size read-only, too.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import queue
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -66,10 +68,16 @@ class RayBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc] 
         return count
 
     def submit(self, func: Any, callback: Callable[[Any], Any] | None = None) -> Future[Any]:
-        assert self._executor is not None
-        future = self._executor.submit(_run_batch, self._with_refs(func))
-        if callback is not None:
-            future.add_done_callback(callback)
+        executor = self._executor
+        assert executor is not None
+        future = executor.submit(_run_batch, self._with_refs(func))
+
+        def done(future: Future[Any]) -> None:
+            # What was still running when a call failed ends some time later, and is nobody's then.
+            if callback is not None and self._executor is executor:
+                callback(future)
+
+        future.add_done_callback(done)
         return future
 
     def retrieve_result_callback(self, out: Future[Any]) -> Any:
@@ -77,6 +85,12 @@ class RayBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc] 
 
     def abort_everything(self, ensure_ready: bool = True) -> None:
         self.terminate()
+        # joblib cuts batches ahead. What it has not submitted when an error arrives stays in its
+        # queue, and the next call of the same Parallel would run it and raise the old error.
+        batches = getattr(self.parallel, "_ready_batches", None)
+        with contextlib.suppress(queue.Empty):
+            while batches is not None:
+                batches.get(block=False)
         if ensure_ready:
             self.configure(self.parallel.n_jobs, self.parallel)
 
