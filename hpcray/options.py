@@ -19,7 +19,7 @@ import msgspec
 
 from hpcray.client import context
 from hpcray.config import check_namespace, check_resource_name, check_runtime_env
-from hpcray.protocol import labels, messages
+from hpcray.protocol import labels, messages, sizes
 from hpcray.protocol.messages import (
     ACTOR_CREATION,
     DYNAMIC,
@@ -147,6 +147,9 @@ def _priority(name: str, value: Any) -> None:
 def _num_returns(name: str, value: Any) -> None:
     if value not in ("streaming", "dynamic"):
         _whole(0)(name, value)
+        if value is not None and value > sizes.RETURNS_MAX:
+            raise ValueError(
+                f"{name} must be at most {sizes.RETURNS_MAX:,}, not {value:,}; return a list")
 
 
 def _window(name: str, value: Any) -> None:
@@ -519,8 +522,14 @@ def retries(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_id(template: Template) -> Template:
-    """Named by content: equal options of one function are one template, wherever they are given."""
-    digest = blake2b(messages.encode(template), digest_size=16).digest()
+    """Named by content: equal options of one function are one template, wherever they are given.
+
+    Raises:
+      ValueError: its name, resources or runtime_env are too long to travel.
+    """
+    encoded = messages.encode(template)
+    sizes.check_template(len(encoded), template.name)
+    digest = blake2b(encoded, digest_size=16).digest()
     return msgspec.structs.replace(template, template_id=digest)
 
 

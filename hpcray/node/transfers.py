@@ -16,6 +16,7 @@ Decides nothing: which copy, and what a failure means, is the directory's busine
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import OrderedDict, deque
 from collections.abc import Iterator
@@ -222,6 +223,10 @@ class Transfers:
         mapping = self._peer_mappings.get(key)
         if mapping is None:
             fd = os.open(f"/proc/{message.pid}/fd/{message.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+            status = os.fstat(fd)
+            if (status.st_dev, status.st_ino) != (message.device, message.inode):
+                os.close(fd)
+                raise OSError(errno.ESTALE, "this is not the peer's segment")
             mapping = Mapping(fd, message.segment_nbytes, writable=False)
             self._peer_mappings[key] = mapping
             if len(self._peer_mappings) > _PEER_MAPPINGS:
@@ -275,8 +280,10 @@ class Transfers:
     def serve(self, action: ServePull) -> None:
         if action.mapped:
             fd, nbytes = self._segments.descriptor(action.location.segment)
+            status = os.fstat(fd)
             self._machine.outbox.peers[action.rank].append(PullMapped(
-                action.object_id, action.transfer, os.getpid(), fd, nbytes, action.location))
+                action.object_id, action.transfer, os.getpid(), fd, nbytes, action.location,
+                status.st_dev, status.st_ino))
             return
         view = self._segments.view(action.location)
         self._serves[(action.rank, action.transfer)] = (action.object_id, view)

@@ -723,6 +723,9 @@ class PullMapped(_Message, tag=38):
     descriptor: int
     segment_nbytes: int
     location: Located
+    # What the descriptor refers to: in another PID namespace the same pid is another process.
+    device: int
+    inode: int
 
 
 class PullEnded(_Message, tag=39):

@@ -34,6 +34,7 @@ NODE_1 = ids.node_id_hex(1, b"key")
     ("t", {"resources": {"a": -1}}, ValueError, "'a'"),
     ("t", {"resources": [1]}, TypeError, "dict"),
     ("t", {"num_returns": -1}, ValueError, "num_returns"),
+    ("t", {"num_returns": 1_000_001}, ValueError, "at most 1,000,000"),
     ("t", {"num_returns": 1.0}, TypeError, "num_returns"),
     ("t", {"_generator_backpressure_num_objects": 0}, ValueError, "at least 1"),
     ("t", {"num_returns": "many"}, TypeError, "num_returns"),
@@ -164,3 +165,11 @@ def test_a_node_affinity_needs_a_node_id() -> None:
         NodeAffinitySchedulingStrategy(1, soft=False)  # type: ignore[arg-type]
     strategy = NodeAffinitySchedulingStrategy(NODE_1, soft=False)
     assert strategy == NodeAffinitySchedulingStrategy(NODE_1, False)
+
+
+@pytest.mark.parametrize("given", [
+    {"name": "n" * 10_000_000}, {"resources": {"r" * 2_000_000: 1}},
+    {"runtime_env": {"env_vars": {"V": "v" * 10_000_000}}}])
+def test_a_definition_too_long_to_travel_is_refused_with_the_limit(given: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="at most 1,048,576 B can travel"):
+        options.task_template(FUNCTION, "f", given)
