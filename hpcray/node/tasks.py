@@ -57,12 +57,11 @@ from hpcray.protocol.messages import (
     Template,
     TemplateDef,
 )
+from hpcray.protocol.sizes import gathers
 
 if TYPE_CHECKING:
     from hpcray.node.machine import Machine
 
-# A datagram carries this much inline data for a task; what exceeds it the worker fetches.
-_RUN_INLINE_BYTES = 100 * 1024
 # Lineage kept per flush: at more than this the control store gets a sample.
 _LINEAGE_PER_FLUSH = 256
 
@@ -221,15 +220,19 @@ class Tasks:
         ))
 
     def remote_deps(self, task: TaskRecord) -> tuple[bytes | Remote, ...]:
-        """The dependencies as another node needs them: inline, or where to pull them from."""
+        """The dependencies as another node needs them: inline, or where to pull them from; b"": it
+        asks their homes for the values, which are too many for one message."""
         if not task.dep_count:
             return ()
         records = self._machine.directory.records
         deps: list[bytes | Remote] = []
+        inline_bytes = len(task.args)
         for object_id in ids.split_ids(task.refs[: task.dep_count * 28]):
             record = records[object_id]
-            if record.value is not None:
-                deps.append(record.value)
+            value = record.value
+            if value is not None:
+                inline_bytes += len(value)
+                deps.append(value if gathers(inline_bytes, len(value)) else b"")
             else:
                 extra = record.more()
                 copies = extra.copies or extra.sources
@@ -270,6 +273,9 @@ class Tasks:
                         record.more().sources = dep.ranks
                         record.nbytes = dep.nbytes
                         directory.object_ready(object_id, dep)
+                    inline.append(None)
+                elif not dep:
+                    directory.hold(object_id)  # `fetch` asks for it
                     inline.append(None)
                 else:
                     inline.append(dep)
@@ -319,8 +325,8 @@ class Tasks:
                     deps.append(record.location)
                     continue
             inline_bytes += len(value)
-            # An empty value tells the worker to get it by id: the datagram has its limit.
-            deps.append(value if inline_bytes <= _RUN_INLINE_BYTES else b"")
+            # An empty value tells the worker to get it by id.
+            deps.append(value if gathers(inline_bytes, len(value)) else b"")
         return Run(task.task_id, task.template.template_id, task.attempt, task.args, tuple(deps),
                    task.actor_id, devices, dep_ids, reply_to)
 

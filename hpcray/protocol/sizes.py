@@ -41,6 +41,8 @@ TEMPLATE_MAX_BYTES = 1024 * 1024
 GATHERED_BYTES = 100 * 1024
 # Up to this size a value is inline however many there are: it costs as little as its record.
 SMALL_BYTES = 512
+# But not beyond this for all of one message.
+_SMALL_TOGETHER_BYTES = 16 * 1024 * 1024
 IDS_PER_MESSAGE = 4000
 ROWS_BYTES = 64 * 1024
 
@@ -106,6 +108,12 @@ def _bodies(
                     f"a {type(message).__name__} message of {len(one):,} B exceeds "
                     f"{MESSAGE_MAX_BYTES:,} B")
             yield 1, one
+
+
+def gathers(gathered_bytes: int, nbytes: int) -> bool:
+    """Whether a value of `nbytes` travels inline, with which the message gathers so many bytes."""
+    return gathered_bytes <= GATHERED_BYTES or (
+        nbytes <= SMALL_BYTES and gathered_bytes <= _SMALL_TOGETHER_BYTES)
 
 
 def check_refs(nbytes: int, what: str) -> None:

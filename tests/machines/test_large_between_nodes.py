@@ -1,4 +1,8 @@
-"""A large error lies in shared memory as a large result does, and goes when nobody wants it."""
+"""What is too large for one message between two nodes: errors, and the arguments of a task.
+
+A large error lies in shared memory as a large result does, and goes when nobody wants it.
+Arguments that are too many together are asked for by id.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +33,7 @@ class Cluster:
             for rank in range(2):
                 machine.cluster.joined(m.Joined(rank, "h", "h", rank, tuple(CPU)))
             machine.connect(0)
-        self.driver = 0
+        self.largest = 0  # message between them
 
     def tell(self, rank: int, client: int, *batch: Any) -> None:
         self.machines[rank].client_messages(client, list(batch))
@@ -44,6 +48,7 @@ class Cluster:
                 for to, batch in list(box.peers.items()):
                     del box.peers[to]
                     moved = moved or bool(batch)
+                    self.largest = max(self.largest, *(len(m.encode(one)) for one in batch), 0)
                     self.machines[to].peer_messages(
                         rank, m.decode_to_peer(m.encode(batch)))
                 for number, batch in box.tasks:
@@ -60,11 +65,21 @@ class Cluster:
                     elif type(action) is out.GrantSegment:
                         self.segments[(rank, action.client)] = action.segment
 
-    def submit(self, **options: Any) -> bytes:
+    def put(self, values: list[bytes]) -> list[bytes]:
+        """Objects of the driver of rank 0."""
+        prefix = ids.task_prefix(ids.driver_task_id(0, JOB), 0)
+        found = [ids.return_id(ids.task_id(prefix, number, ids.id_tail(0, JOB)), 0)
+                 for number, _ in enumerate(values, 1000)]
+        self.tell(0, 0, *(m.PutInline(i, value)
+                          for i, value in zip(found, values, strict=True)))
+        return found
+
+    def submit(self, deps: list[bytes] | None = None, **options: Any) -> bytes:
         template = m.Template(b"t" * 16, b"f" * 16, m.TASK, "f", resources=CPU, **options)
         task = ids.task_id(
             ids.task_prefix(ids.driver_task_id(0, JOB), 0), 1, ids.id_tail(0, JOB))
-        self.tell(0, 0, m.DefineTemplate(template), m.SubmitTask(task, b"t" * 16, b"\0"))
+        self.tell(0, 0, m.DefineTemplate(template), m.SubmitTask(
+            task, b"t" * 16, b"\0", b"".join(deps or ()), len(deps or ())))
         self.settle()
         return task + ids.FIRST_RETURN
 
@@ -145,3 +160,38 @@ def test_of_several_returns_it_must_be_inline(cluster: Cluster) -> None:
     cluster.submit(return_count=2)
     with pytest.raises(ValueError, match="has to be inline"):
         cluster.fail()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("count", "nbytes"), [(40, 60_000), (3000, 400), (2, 100_000)])
+def test_arguments_that_are_too_many_for_a_message(
+    cluster: Cluster, rank: int, count: int, nbytes: int
+) -> None:
+    values = [number.to_bytes(4, "big") * (nbytes // 4) for number in range(count)]
+    deps = cluster.put([b"\0" + value for value in values])
+    cluster.largest = 0
+    cluster.submit(deps, rank=rank)
+    assert len(cluster.running) == 1
+    ran, worker, run = cluster.running[0]
+    assert ran == rank
+    assert run.ids == b"".join(deps)
+    if nbytes > 512:
+        assert cluster.largest < 300_000, "no message holds them all"
+        assert len(m.encode(run)) < 200_000 + 30 * count
+    # What the worker was not given it asks for.
+    missing = [i for i, dep in zip(deps, run.deps, strict=True) if dep == b""]
+    assert bool(missing) == (count > 2 and nbytes > 512 or nbytes == 100_000)
+    cluster.machines[rank].outbox.clients.clear()
+    cluster.tell(rank, worker, m.Get(b"".join(missing)))
+    cluster.settle()
+    answers = {message.object_id: message.value
+               for message in cluster.machines[rank].outbox.clients[worker]
+               if type(message) is m.Value}
+    got = [answers.get(i, dep) for i, dep in zip(deps, run.deps, strict=True)]
+    assert got == [b"\0" + value for value in values]
+    cluster.tell(rank, worker, m.Done(run.task_id, run.attempt, 10, b"\0"))
+    cluster.tell(0, 0, *(m.Drop(i) for i in deps))
+    cluster.settle()
+    assert all(i not in machine.directory.records
+               for machine in cluster.machines for i in deps), "nothing is left"
+    cluster.validate()
