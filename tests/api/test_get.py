@@ -291,3 +291,190 @@ def test_negative_timeout(ray):
     for refs in (ray.put(1), [ray.put(1)]):
         with pytest.raises(ValueError, match="timeout"):
             ray.get(refs, timeout=-1)
+
+
+# --- a list with errors in it ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def fail(ray):
+    """A task, or call, that raises its argument; `fail.after(gate)` once that is open."""
+    @ray.remote(max_retries=0)
+    def fail(error, wait=None):
+        if wait is not None:
+            wait()
+        raise error
+
+    return fail
+
+
+@pytest.fixture
+def held(ray, make_gate):
+    """`held(n)`: refs of actors' calls, which take no CPU, and the gate they wait for.
+
+    It opens by itself in the end, so that a `get` that waits for it fails its test and no other.
+    """
+    gate = make_gate()
+    enter = gate.enter
+    opening = threading.Timer(12, gate.open)
+    opening.start()
+
+    @ray.remote(num_cpus=0, max_concurrency=4)
+    class Holder:
+        def hold(self, value):
+            return enter(value)
+
+    holder = Holder.remote()
+
+    def held(count):
+        return [holder.hold.remote(i) for i in range(count)]
+
+    held.gate = gate
+    yield held
+    opening.cancel()
+    opening.join()
+
+
+@pytest.mark.parametrize("order", ["first", "last", "middle"])
+@pytest.mark.parametrize(("timeout", "already"), [(None, True), (20, False), (None, False)])
+def test_fails_as_soon_as_one_has_failed(ray, held, fail, make_gate, order, timeout, already):
+    slow = held(3)
+    gate = make_gate()
+    failed = fail.remote(KeyError("failed"), None if already else gate.enter)
+    if already:
+        ray.wait([failed], timeout=20)
+    else:
+        gate.wait_for_arrivals()
+    position = {"first": 0, "middle": 1, "last": 3}[order]
+    refs = [*slow[:position], failed, *slow[position:]]
+    opening = threading.Timer(0.1, gate.open)
+    opening.start()
+    with pytest.raises(KeyError, match="failed"):
+        ray.get(refs, timeout=timeout)
+    opening.join()
+    # The others run on, and are none the worse for it.
+    assert ray.wait(slow, num_returns=3, timeout=0)[0] == []
+    held.gate.open()
+    assert ray.get(slow, timeout=20) == [0, 1, 2]
+    with pytest.raises(KeyError):
+        ray.get(refs, timeout=20)
+
+
+def test_the_error_that_comes_first_in_time_is_raised(ray, held, fail, make_gate):
+    [slow] = held(1)
+    gates = [make_gate(), make_gate()]
+    refs = [slow, fail.remote(KeyError("second"), gates[0].enter),
+            fail.remote(IndexError("first"), gates[1].enter)]
+    for gate in gates:
+        gate.wait_for_arrivals()
+    opening = threading.Timer(0.1, gates[1].open)
+    opening.start()
+    with pytest.raises(IndexError, match="first"):
+        ray.get(refs, timeout=20)
+    opening.join()
+    gates[0].open()
+    ray.wait(refs[1:], num_returns=2, timeout=20)
+    held.gate.open()
+    ray.get(slow, timeout=20)
+
+
+@pytest.mark.parametrize("with_slow", [True, False])
+def test_of_errors_that_are_there_the_first_in_the_list(ray, held, fail, with_slow):
+    slow = held(2) if with_slow else []
+    kinds = [KeyError, IndexError, ZeroDivisionError]
+    failed = [fail.remote(kind("x")) for kind in kinds]
+    ray.wait(failed, num_returns=3, timeout=20)
+    for position, kind in enumerate(kinds):
+        refs = [*slow, *failed[position:], ray.put(1), *failed[:position]]
+        with pytest.raises(kind):
+            ray.get(refs, timeout=20)
+        with pytest.raises(kind):
+            ray.get(refs, timeout=0)
+    held.gate.open()
+    assert ray.get(slow, timeout=20) == [0, 1][: len(slow)]
+
+
+@pytest.mark.parametrize("how", ["killed actor", "cancelled", "dead worker"])
+def test_fails_fast_with_the_failures_of_the_system(ray, held, how):
+    [slow] = held(1)
+    if how == "killed actor":
+        @ray.remote(num_cpus=0)
+        class A:
+            def never(self):
+                threading.Event().wait()
+
+        actor = A.remote()
+        failing, expected = actor.never.remote(), ray.exceptions.RayActorError
+        act = lambda: ray.kill(actor)  # noqa: E731
+    elif how == "cancelled":
+        failing, expected = ray.remote(max_retries=0)(
+            lambda: [time.sleep(0.01) for _ in range(10_000)]).remote(), (
+                ray.exceptions.TaskCancelledError)
+        act = lambda: ray.cancel(failing)  # noqa: E731
+    else:
+        @ray.remote(max_retries=0)
+        def die():
+            import os
+
+            time.sleep(0.2)
+            os._exit(1)
+
+        failing, expected = die.remote(), ray.exceptions.WorkerCrashedError
+        act = lambda: None  # noqa: E731
+    acting = threading.Timer(0.1, act)
+    acting.start()
+    with pytest.raises(expected):
+        ray.get([slow, failing, ray.put(2)], timeout=20)
+    acting.join()
+    held.gate.open()
+    assert ray.get(slow, timeout=20) == 0
+
+
+@pytest.mark.parametrize("place", ["task", "actor", "thread"])
+def test_fails_fast_elsewhere(ray, held, fail, place):
+    slow = held(2)
+
+    def careful(slow):
+        try:
+            ray.get([slow[0], fail.remote(KeyError("x")), slow[1]], timeout=20)
+        except KeyError:
+            return ray.wait(slow, timeout=0)[0] == []
+
+    if place == "task":
+        assert ray.get(ray.remote(careful).remote(slow), timeout=20)
+    elif place == "actor":
+        class A:
+            def careful(self, slow):
+                return careful(slow)
+
+        assert ray.get(ray.remote(num_cpus=0)(A).remote().careful.remote(slow), timeout=20)
+    else:
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(careful, [slow] * 4)) == [True] * 4
+    held.gate.open()
+    assert ray.get(slow, timeout=20) == [0, 1]
+
+
+def test_a_large_value_and_an_error(ray, held, fail):
+    [slow] = held(1)
+    large = ray.remote(lambda: bytes(500_000)).remote()
+    with pytest.raises(KeyError):
+        ray.get([large, slow, fail.remote(KeyError("x"))], timeout=20)
+    held.gate.open()
+    assert len(ray.get(large, timeout=20)) == 500_000
+    assert ray.get(slow, timeout=20) == 0
+
+
+def test_many_errors_of_many(ray, fail):
+    f = ray.remote(lambda i: i)
+    refs = [f.remote(i) if i % 10 else fail.remote(IndexError(i)) for i in range(300)]
+    with pytest.raises(IndexError):
+        ray.get(refs, timeout=20)
+    ray.wait(refs, num_returns=300, timeout=20)
+    with pytest.raises(IndexError) as caught:
+        ray.get(refs, timeout=20)
+    assert caught.value.cause.args == (0,)
+    assert ray.get([ref for i, ref in enumerate(refs) if i % 10], timeout=20) == [
+        i for i in range(300) if i % 10]
