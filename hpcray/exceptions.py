@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from hpcray.protocol import words
+
 
 class RayError(Exception):
     """Base of everything hpcray raises for a reason of its own (Ray's name, kept for its users)."""
@@ -321,11 +323,17 @@ class ObjectStoreFullError(RayError):
     def __str__(self) -> str:
         if not self.capacity_bytes:
             return self.detail
+        need, capacity = words.size(self.need_bytes), words.size(self.capacity_bytes)
+        if self.need_bytes > self.capacity_bytes:
+            return (f"the object needs {need}, more than this node's whole object store of "
+                    f"{capacity}: split it, or start with a larger store: "
+                    "init(object_store_memory=BYTES).")
+        kept = f" ({self.detail})" if self.detail else ""
         return (
-            f"the object needs {self.need_bytes:,} B, but {self.used_bytes:,} B of this node's "
-            f"object store of {self.capacity_bytes:,} B are in use. Drop refs that are no longer "
-            "needed (del ref), or start with a larger store: init(object_store_memory=BYTES)."
-            + (f" {self.detail}" if self.detail else "")
+            f"the object needs {need}, but {words.size(self.used_bytes)} of this node's object "
+            f"store of {capacity} are in use{kept}. Drop refs that are no longer needed (del ref), "
+            "and arrays read from them, which keep their memory; or start with a larger store: "
+            "init(object_store_memory=BYTES)."
         )
 
 

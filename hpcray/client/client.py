@@ -641,7 +641,8 @@ class Client:
                 answer = waiter.result
                 if isinstance(answer, SegmentDenied) and not answer.retry:
                     raise exceptions.ObjectStoreFullError(
-                        answer.need_bytes, answer.used_bytes, answer.capacity_bytes)
+                        answer.need_bytes, answer.used_bytes, answer.capacity_bytes,
+                        answer.reason or answer.contents)
 
     def _open_arrived(self, ref: ObjectRef[Any]) -> Any:
         """The pinned array of an object that has arrived; None if another thread took it first."""

@@ -29,7 +29,7 @@ import msgspec
 from hpcray.node.ledger import Shape, is_group_shape
 from hpcray.node.outbox import Outbox
 from hpcray.node.records import QUEUED, TaskRecord
-from hpcray.protocol import ids, labels, values
+from hpcray.protocol import ids, labels, values, words
 from hpcray.protocol.messages import (
     ACTOR_CREATION,
     SPILL,
@@ -632,7 +632,8 @@ def may_run(node_labels: dict[str, str], condition: str) -> bool:
 
 def describe(shape: Shape) -> str:
     """A shape for people."""
-    amounts = [f"{name}: {amount / UNIT:g}" for name, amount in shape
+    amounts = [f"{name}: {words.size(amount / UNIT)}" if "memory" in name
+               else f"{name}: {amount / UNIT:g}" for name, amount in shape
                if not labels.is_condition(name)]
     hard = [f"labels {name[1:]}" for name, _ in shape if name[0] == labels.HARD]
     return ", ".join([f"{{{', '.join(amounts)}}}", *hard])

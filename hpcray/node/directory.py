@@ -568,8 +568,10 @@ class Directory:
             self._outbox.peers[ids.home_of_object(object_id)].append(CopyAdded(object_id))
         self._announce_ready(record)
 
-    def pull_failed(self, object_id: bytes, failure: values.Failure | None) -> None:
-        """Refused by the source (ask the home again), or no memory here (an error)."""
+    def pull_failed(
+        self, object_id: bytes, failure: values.Failure | None, source: int = -1
+    ) -> None:
+        """Refused by the source (take another, or ask the home again), or no memory here."""
         record = self.records.get(object_id)
         if record is None:
             return
@@ -581,9 +583,11 @@ class Directory:
                 and not self._is_awaited(record)):
             self._unheld(record)  # who wanted it is gone: nobody here may ask for it any more
         elif failure is not None:
-            record.value = values.pack_failure(failure)
-            record.state = READY
-            self._announce_ready(record)
+            self._refuse(record, values.pack_failure(failure))
+        elif self.is_home(object_id) and extra.copies and extra.copies != [source]:
+            if source in extra.copies:
+                extra.copies.remove(source)
+            self.pull(record)
         elif self.is_home(object_id):
             lost = values.Failure("ObjectLostError", "its copy is gone", object_id.hex())
             record.value = values.pack_failure(lost)
@@ -592,6 +596,21 @@ class Directory:
             extra.sources = ()
             extra.wanted = False
             self.want(record)
+
+    def _refuse(self, record: ObjectRecord, error: bytes) -> None:
+        """Tell those who wait here for a copy that there is no room for it now. The object itself
+        is as it was: other nodes have it, and whoever asks next has it pulled again."""
+        waiters, record.waiters = record.waiters, None
+        for code in waiters if type(waiters) is list else () if waiters is None else (waiters,):
+            if code & 3 == WAIT_VALUE:
+                self._outbox.clients[code >> 2].append(Value(record.object_id, error))
+            else:  # it is there, if not here: what a `get` meets is the error
+                self._ready.setdefault(
+                    (code >> 2, code & 3 == WAIT_LOCAL), []).append(record.object_id)
+        extra = record.more()
+        dependents, extra.dependents = extra.dependents, None
+        for task in dependents or ():
+            self._machine.tasks.dependency_refused(task, record, error)
 
     def pull_asked(self, rank: int, message: PullRequest) -> Located | None:
         """Pin and return where to send from; None: refused."""

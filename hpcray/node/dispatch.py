@@ -31,7 +31,7 @@ import enum
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterable
-from itertools import islice
+from itertools import islice, takewhile
 from typing import TYPE_CHECKING, Any
 
 from hpcray.node.ledger import ResourceLedger, Shape, cpu_part, is_group_shape, without_cpu
@@ -175,6 +175,8 @@ class Dispatcher:
         self._blocked: dict[int, Worker] = {}
         self._back_offs: dict[bytes, BackOff] = {}
         self._needed: set[bytes] = set()
+        # The store is filling: consumers go first.
+        self.tight = False
         # Some queue waits for the end of a pause.
         self.pausing = False
         # How many forked workers died before they said hello, in a row.
@@ -196,7 +198,11 @@ class Dispatcher:
         queue = self._queue_of.get(template.template_id)
         if queue is None:
             queue = self._queue_of[template.template_id] = self._queue_for(template)
-        if queue.ranked or template.priority:
+        if self.tight and not queue.ranked and self._consumes(task):
+            tasks = queue.tasks
+            ahead = takewhile(self._consumes, islice(tasks, _LOOK_AHEAD))
+            tasks.insert(0 if front else sum(1 for _ in ahead), task)
+        elif queue.ranked or template.priority:
             self._insert(queue, task, front)
         elif front:
             tasks = queue.tasks
@@ -221,6 +227,29 @@ class Dispatcher:
         if front:
             at += _place(task, islice(tasks, at, None))
         tasks.insert(at, task)
+
+    def set_tight(self, tight: bool) -> None:
+        """The store is filling, or not any more: if so, what uses it up goes first."""
+        if tight and not self.tight:
+            for queue in self.queues.values():
+                first = [t for t in queue.tasks if t.dep_count and self._consumes(t)]
+                if first:
+                    chosen = {t.task_id for t in first}
+                    rest = [t for t in queue.tasks if t.task_id not in chosen]
+                    queue.tasks = deque(first + rest)
+                    if queue.ranked:
+                        queue.tasks = deque(sorted(queue.tasks, key=_urgency))
+            self._dirty = True
+        self.tight = tight
+
+    def _consumes(self, task: TaskRecord) -> bool:
+        """Whether some of its arguments lie in the store of this node."""
+        records = self._machine.directory.records
+        for object_id in ids.split_ids(task.refs[: task.dep_count * 28]):
+            record = records.get(object_id)
+            if record is not None and record.location is not None:
+                return True
+        return False
 
     def fetched(self, task: TaskRecord) -> None:
         """Its dependencies have arrived: it was next, it is next."""
@@ -470,6 +499,10 @@ class Dispatcher:
                 if worker.datagrams
                 and worker.datagrams[0][0].template.template_id == template_id]
         blocked = any(worker.blocked for worker in same)
+        lent = self._machine.memory.lent
+        if lent and any(w.number in lent for w in same) and not self._consumes(task):
+            self.pausing = True
+            return 0  # one more would only wait for memory as well
         room = self.ledger.slots_in_all(queue.shape) - len(same)
         if not blocked or room > 0:
             self._back_offs.pop(template_id, None)

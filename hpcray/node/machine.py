@@ -266,6 +266,8 @@ class Machine:
         self.now_s = now_s
         self.dispatcher.tick(now_s)
         self.memory.tick(now_s)
+        if self.dispatcher.tight or self.memory.tight:
+            self.dispatcher.set_tight(self.memory.tight)
         if self.explain.open:
             self.explain.tick(now_s)
         if self.size > 1:

@@ -6,15 +6,19 @@ or the node itself for copies it pulls). This module hears when a value is place
 
     request --budget has room--> GrantSegment
             --room was given back meanwhile--> Denied(retry)      look again
-            --others have empty segments--> Reclaim, wait for them (at most _WAIT_S) --> grant or
-                                                                                       Denied
+            --wait: others are asked for empty segments--> grant
+                  after _WAIT_S, and nothing that runs or can run may free memory--> Denied
 
-A pull by the node waits in the same way: its StartPull comes again every tick until there is room.
+A worker that waits gives its CPU back, so that the tasks which use up what fills the store run
+before those which add to it (`Dispatcher.set_tight`). A pull by the node waits in the same way: its
+StartPull comes again every tick until there is room.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from hpcray.node.outbox import (
@@ -25,9 +29,10 @@ from hpcray.node.outbox import (
     Outbox,
     StartPull,
 )
-from hpcray.node.records import DRIVER, ClientRecord
+from hpcray.node.records import ASSIGNED, DRIVER, FETCHING, QUEUED, ClientRecord
 from hpcray.objects.allocator import range_bytes
 from hpcray.objects.budget import NODE, SegmentBudget, SegmentGrant, StoreFull
+from hpcray.protocol import ids, words
 from hpcray.protocol.messages import (
     Located,
     Released,
@@ -39,9 +44,15 @@ from hpcray.protocol.messages import (
 if TYPE_CHECKING:
     from hpcray.node.machine import Machine
 
-# How long a request for memory waits for others to give some back before it is an error. Long
-# enough for a busy Python process to notice; spilling will make it unnecessary.
+# How long a request for memory waits for others to give some back before it may be an error. Long
+# enough for a busy Python process to notice; then, how often it is asked whether it still may wait.
 _WAIT_S = 2.0
+_AGAIN_S = 0.5
+# Above this part of the budget consumers go first, until it has fallen below the other.
+_TIGHT = 0.8
+_EASY = 0.5
+# Records looked at to find out what fills the store, or whether anything may free some of it.
+_LOOKED_AT = 10_000
 # Empty segments of its own the node keeps: touched memory is nine times as fast as fresh.
 _WARM_SEGMENTS = 2
 
@@ -64,6 +75,9 @@ class NodeMemory:
         self._waiting: deque[tuple[int, int, float]] = deque()
         # Clients whose granted segment could not be created, and until when it is tried again.
         self._refused: dict[int, float] = {}
+        # Workers among them that have given their CPU back for it; requests that were answered.
+        self.lent: set[int] = set()
+        self.answered = 0
         # Pulls that wait for memory, by object, and until when.
         self._pulls: dict[bytes, tuple[StartPull, float]] = {}
 
@@ -142,7 +156,20 @@ class NodeMemory:
             return
         client.released_bytes = 0
         if not self._grant(client.number, nbytes, final=False):
+            self._machine.dispatcher.set_tight(True)
             self._waiting.append((client.number, nbytes, now_s + _WAIT_S))
+            dispatcher = self._machine.dispatcher
+            worker = dispatcher.workers.get(client.number)
+            if worker is not None and not worker.blocked:
+                self.lent.add(client.number)
+                dispatcher.blocked(client.number, ())
+
+    def _answered(self, client: int) -> None:
+        """It has its memory, or an error: it takes its CPU back."""
+        self.answered += 1
+        if client in self.lent:
+            self.lent.remove(client)
+            self._machine.dispatcher.unblocked(client)
 
     def _grant(self, client: int, nbytes: int, *, final: bool) -> bool:
         """Answer the request if it can be answered."""
@@ -152,7 +179,7 @@ class NodeMemory:
             self._outbox.actions.append(
                 GrantSegment(client, granted.segment_id, granted.nbytes))
             return True
-        if final or granted.never_fits or not self._ask_back():
+        if final or granted.never_fits or not (self._ask_back() or self._room_may_come()):
             self._outbox.clients[client].append(self._denied(nbytes, retry=False))
             return True
         return False
@@ -168,6 +195,7 @@ class NodeMemory:
             self._waiting.append((client, nbytes, deadline_s))
             return
         del self._refused[client]
+        self._answered(client)
         self._outbox.clients[client].append(SegmentDenied(
             nbytes, self.object_bytes, self.budget.capacity_bytes, reason=reason))
 
@@ -187,8 +215,72 @@ class NodeMemory:
         if owner != DRIVER:
             self._outbox.interrupts.append(owner)  # it may compute for hours
 
+    def _room_may_come(self) -> bool:
+        """Whether anything that runs, or is going to, may free some of the store."""
+        machine = self._machine
+        records = machine.directory.records
+
+        def located(refs: Iterable[bytes]) -> bool:
+            return any(i in records and records[i].location is not None for i in refs)
+
+        busy = []
+        runs = False
+        for worker in machine.dispatcher.workers.values():
+            hosted = machine.actors.hosted.get(worker.actor_id)
+            if worker.number not in self.lent and (
+                    worker.datagrams or (hosted is not None and hosted.in_flight)):
+                busy.append(worker.number)
+                runs = runs or not worker.blocked
+        if runs:
+            for number in busy:
+                client = machine.clients.get(number)
+                if client is not None and (client.pins or located(client.held)):
+                    return True
+        for task in islice(machine.tasks.records.values(), _LOOKED_AT):
+            elsewhere = task.state == ASSIGNED and task.rank not in (-1, machine.rank)
+            if (runs or elsewhere or task.state in (QUEUED, FETCHING)) and (
+                    task.worker not in self.lent and located(ids.split_ids(task.refs))):
+                return True
+        return False
+
     def _denied(self, nbytes: int, *, retry: bool) -> SegmentDenied:
-        return SegmentDenied(nbytes, self.object_bytes, self.budget.capacity_bytes, retry)
+        capacity_bytes = self.budget.capacity_bytes
+        why = "" if retry or range_bytes(nbytes) > capacity_bytes else self.contents()
+        return SegmentDenied(nbytes, self.object_bytes, capacity_bytes, retry, contents=why)
+
+    def contents(self) -> str:
+        """What is in the store, by what keeps it there: `1.2 GiB by refs of the driver, ...`."""
+        machine = self._machine
+        driver = machine.clients.get(DRIVER)
+        found: dict[str, int] = {}
+        for record in islice(machine.directory.records.values(), _LOOKED_AT):
+            if record.location is None:
+                continue
+            if driver is not None and record.object_id in driver.held:
+                keeper = "refs of the driver"
+            elif any(record.object_id in client.held for client in machine.clients.values()):
+                keeper = "refs of tasks and actors"
+            elif record.count > 0:
+                keeper = "arguments of tasks"
+            elif record.pins:
+                keeper = "arrays still in use, whose refs are gone"
+            else:
+                keeper = "refs on other nodes"
+            found[keeper] = found.get(keeper, 0) + record.nbytes
+        kept = sorted(found.items(), key=lambda pair: -pair[1])
+        return words.listed([f"{words.size(nbytes)} by {keeper}" for keeper, nbytes in kept], 5)
+
+    def waits_for(self) -> str:
+        """Who waits for how much memory, for people; empty if nobody does."""
+        explain = self._machine.explain
+        for number, nbytes, _ in self._waiting:
+            worker = self._machine.dispatcher.workers.get(number)
+            who = "the driver" if worker is None else explain.who(worker)
+            return f"{who} has waited for {{}} for {words.size(nbytes)}"
+        for pull, _ in self._pulls.values():
+            return (f"a copy of {words.size(pull.nbytes)} from rank {pull.rank} has waited "
+                    "for {} for room")
+        return ""
 
     def grant_node(self, nbytes: int) -> SegmentGrant | None:
         """A segment for the node's own use (pulled copies)."""
@@ -209,18 +301,23 @@ class NodeMemory:
         known = self._pulls.get(pull.object_id)
         if known is None:
             if range_bytes(pull.nbytes) <= self.budget.capacity_bytes and (
-                    self._ask_back() or in_any_case):
+                    self._ask_back() or in_any_case or self._room_may_come()):
+                self._machine.dispatcher.set_tight(True)
                 self._pulls[pull.object_id] = (pull, now_s + _WAIT_S)
                 return True
             return False
         if now_s < known[1]:
+            return True
+        if self._room_may_come():
+            self._pulls[pull.object_id] = (pull, now_s + _AGAIN_S)
             return True
         del self._pulls[pull.object_id]
         return False
 
     def has_room(self, pull: StartPull) -> None:
         """The pull is under way."""
-        self._pulls.pop(pull.object_id, None)
+        if self._pulls.pop(pull.object_id, None) is not None:
+            self.answered += 1
 
     def returned(self, client: ClientRecord, segment: int) -> None:
         """Its owner gives an empty segment back."""
@@ -237,6 +334,7 @@ class NodeMemory:
         """Its segments with objects live on under the node; the others go."""
         self._released.pop(number, None)
         self._refused.pop(number, None)
+        self.lent.discard(number)
         for readers in self._readers.values():
             readers.discard(number)
         # What it allocated and never announced is lost with it: only announced objects count.
@@ -260,6 +358,7 @@ class NodeMemory:
                 self.budget.mark_empty(granted.segment_id)
                 self._outbox.actions.append(
                     GrantSegment(client, granted.segment_id, granted.nbytes))
+                self._answered(client)
             else:
                 still.append((client, nbytes, deadline_s))
         self._waiting = still
@@ -276,6 +375,7 @@ class NodeMemory:
             self._waiting.remove(entry)
             self._machine.clients[entry[0]].released_bytes = 0
             self._outbox.clients[entry[0]].append(self._denied(entry[1], retry=True))
+            self._answered(entry[0])
 
     def _room_came(self, entry: tuple[int, int, float]) -> bool:
         client = self._machine.clients.get(entry[0])
@@ -292,9 +392,22 @@ class NodeMemory:
             self._retry_waiting()
         while self._waiting and self._waiting[0][2] <= now_s:
             client, nbytes, _ = self._waiting.popleft()
-            self._grant(client, nbytes, final=True)
+            if self._room_may_come():
+                if not self._grant(client, nbytes, final=False):
+                    self._waiting.append((client, nbytes, now_s + _AGAIN_S))
+                    continue
+            else:
+                self._grant(client, nbytes, final=True)
+            self._answered(client)
         for pull, _ in self._pulls.values():
             self._outbox.actions.append(pull)
+
+    @property
+    def tight(self) -> bool:
+        """Whether what uses the store up is to run before what fills it."""
+        filled = self.object_bytes / self.budget.capacity_bytes
+        limit = _EASY if self._machine.dispatcher.tight else _TIGHT
+        return self.waiting or filled > limit
 
     def awaits(self, object_ids: list[bytes]) -> bool:
         """Whether a pull of one of these waits for memory."""

@@ -168,12 +168,7 @@ class Tasks:
                 self._depend(task, record)
                 self._machine.directory.pull(record)
                 return
-            task.missing -= 1
-            if task.missing == 0:
-                if task.actor_id and task.template.kind == METHOD:
-                    self._machine.actors.call_fetched(task)
-                else:
-                    self._machine.dispatcher.fetched(task)
+            self._fetched(task)
             return
         task.missing -= 1
         if task.missing == 0 and task.state == WAITING:
@@ -181,6 +176,30 @@ class Tasks:
                 self._machine.actors.call_ready(task)
             else:
                 self.ready(task)
+
+    def _fetched(self, task: TaskRecord) -> None:
+        task.missing -= 1
+        if task.missing == 0:
+            if task.actor_id and task.template.kind == METHOD:
+                self._machine.actors.call_fetched(task)
+            else:
+                self._machine.dispatcher.fetched(task)
+
+    def dependency_refused(self, task: TaskRecord, record: ObjectRecord, error: bytes) -> None:
+        """A dependency cannot be brought here now: for this attempt its value is the error."""
+        if task.cancelled:
+            return
+        if task.state != FETCHING:
+            self.dependency_ready(task, record)
+            return
+        given = list(task.values or (None,) * task.dep_count)
+        dep_ids = ids.split_ids(task.refs[: task.dep_count * 28])
+        given[next(index for index, value in enumerate(given)
+                   if value is None and dep_ids[index] == record.object_id)] = error
+        task.values = tuple(given)
+        if task.home != self._rank:
+            self._machine.directory.release(record.object_id)
+        self._fetched(task)
 
     def ready(self, task: TaskRecord) -> None:
         """Every dependency exists somewhere: bind the task, or queue it for that."""
@@ -639,6 +658,7 @@ class Tasks:
 
     def _requeue(self, task: TaskRecord) -> None:
         task.rank = -1
+        task.values = None
         task.state = QUEUED
         if task.template.kind == METHOD:
             self._machine.actors.resend(task)

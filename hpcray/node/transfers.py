@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from hpcray.node.outbox import ServePull, StartPull
 from hpcray.objects.segments import Mapping, SegmentArena, create_segment, prefault_steps
-from hpcray.protocol import values
+from hpcray.protocol import values, words
 from hpcray.protocol.messages import Located, PullEnded, PullMapped, PullRequest
 
 if TYPE_CHECKING:
@@ -183,9 +183,10 @@ class Transfers:
             budget = self._machine.memory.budget
             self._machine.directory.pull_failed(action.object_id, values.Failure(
                 "ObjectStoreFullError",
-                f"an object of {action.nbytes:,} B from rank {action.rank} does not fit: "
-                f"{budget.used_bytes:,} B of this node's object store of "
-                f"{budget.capacity_bytes:,} B are in use{short}"))
+                f"an object of {words.size(action.nbytes)} from rank {action.rank} does not fit: "
+                f"{words.size(self._machine.memory.object_bytes)} of this node's object store of "
+                f"{words.size(budget.capacity_bytes)} are in use "
+                f"({self._machine.memory.contents()}){short}"))
             return
         self._machine.memory.has_room(action)
         segment, offset, view = found
@@ -272,10 +273,10 @@ class Transfers:
             self.cancelled(transfer)
 
     def cancelled(self, transfer: int) -> None:
-        object_id, _, location, _ = self._pulls.pop(transfer)
+        object_id, rank, location, _ = self._pulls.pop(transfer)
         self._posted.discard(transfer)
         self._machine.memory.free(location)
-        self._machine.directory.pull_failed(object_id, None)
+        self._machine.directory.pull_failed(object_id, None, rank)
 
     def serve(self, action: ServePull) -> None:
         if action.mapped:

@@ -109,6 +109,8 @@ class Waiting:
         for group in machine.groups.to_place():
             yield Candidate(("group", group.group), None,
                             partial(self._look_at_group, group))
+        if machine.memory.waiting:
+            yield Candidate(("store",), machine.memory.answered, self._say_full)
         yield from self._stopped()
         yield from self._silent()
 
@@ -242,6 +244,14 @@ class Waiting:
                           f"{PATIENCE_S:g} s for {_names(bundles)}{self._held(found, list(found))}")
 
         self._ask(self.holdings(names), set(self._machine.cluster.totals()), names, heard)
+
+    def _say_full(self, wait: Wait) -> None:
+        memory = self._machine.memory
+        waits = memory.waits_for()
+        if waits:
+            capacity = words.size(memory.budget.capacity_bytes)
+            self._say(wait, f"{waits.format(f'{PATIENCE_S:g} s')} in the object store of rank "
+                      f"{self._rank} ({capacity}), which is full: {memory.contents()}.")
 
     # --- processes and ranks ----------------------------------------------------------------------
 

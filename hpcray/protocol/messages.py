@@ -421,6 +421,7 @@ class SegmentDenied(_Message, tag=7):
     capacity_bytes: int
     retry: bool = False  # something was freed meanwhile: look again before giving up
     reason: str = ""  # if it is not the budget that is full: what else is missing on this host
+    contents: str = ""  # what keeps the memory, in words
 
 
 class SegmentOpened(_Message, tag=8):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 
 import numpy as np
@@ -126,3 +127,60 @@ def test_puts_beyond_the_store_with_refs_held_spill(cluster):
         array = ray.get(ref)
         assert array[0] == array[-1] == i
         del array
+
+
+def test_a_pipeline_larger_than_the_store(cluster):
+    """What uses the store up runs before what fills it."""
+    ray = cluster(num_cpus=2, object_store_memory=100 * 2**20)
+
+    @ray.remote
+    def make(i):
+        return np.full(2_000_000, float(i))  # 16 MB
+
+    @ray.remote
+    def total(array):
+        return float(array.sum())
+
+    results = ray.get([total.remote(make.remote(i)) for i in range(20)])
+    assert results == [2_000_000.0 * i for i in range(20)]
+
+
+@pytest.mark.hpcray_only("Ray spills")
+def test_a_put_waits_while_a_running_task_may_free_room(cluster, gate):
+    ray = cluster(num_cpus=2, object_store_memory=100 * 2**20)
+    enter = gate.enter
+
+    @ray.remote
+    def use(array):
+        enter()
+
+    box = [ray.put(np.zeros(40 << 20, np.uint8)) for _ in range(2)]
+    kept = box[0]
+    done = use.remote(box.pop())
+    gate.wait_for_arrivals()
+    found = []
+    thread = threading.Thread(
+        target=lambda: found.append(ray.put(np.ones(40 << 20, np.uint8))))
+    thread.start()
+    thread.join(3)  # longer than a put waits without such a task
+    assert thread.is_alive() and not found
+    gate.open()
+    ray.get(done)
+    thread.join(20)
+    assert ray.get(found[0]).sum() == 40 << 20
+    del kept
+
+
+@pytest.mark.hpcray_only("Ray spills")
+def test_a_full_store_says_what_keeps_it(cluster):
+    ray = cluster(num_cpus=1, object_store_memory=100 * 2**20)
+    with pytest.raises(ray.exceptions.ObjectStoreFullError, match=(
+            "needs 200 MiB, more than this node's whole object store of 100 MiB")):
+        ray.put(np.zeros(200 << 20, np.uint8))
+    refs = [ray.put(np.zeros(30 << 20, np.uint8)) for _ in range(2)]
+    array = ray.get(ray.put(np.zeros(30 << 20, np.uint8)))
+    with pytest.raises(ray.exceptions.ObjectStoreFullError, match=re.escape(
+            "(60 MiB by refs of the driver and 30 MiB by arrays still in use, whose refs are "
+            "gone)")):
+        ray.put(np.zeros(30 << 20, np.uint8))
+    del array, refs

@@ -34,6 +34,7 @@ NEIGHBOURS = {
     ("worker", "client"): "a worker is a client of its node",
     ("launch", "client"): "connecting a driver makes its client",
     ("node", "launch"): "a node reads its own identity and resources before it exists",
+    ("exceptions", "protocol"): "sizes for people, in words.py",
     ("config", "protocol"): "labels are checked where they are given, in the words of labels.py",
     ("node", "worker"): "the zygote's messages, and only those: see NODE_KNOWS_OF_WORKER",
 }

@@ -58,7 +58,7 @@ class MemoryMachine(RuleBasedStateMachine):
                     nbytes = self.asking.pop(action.client)
                     assert nbytes <= action.nbytes
                     self.arenas[action.client].add(
-                        action.segment, memoryview(bytearray(action.nbytes)))
+                        action.segment, memoryview(bytearray(action.nbytes)), action.nbytes)
                     assert self.place(action.client, nbytes)
                 elif type(action) is out.StartPull:
                     self.start_pull(action)
@@ -137,7 +137,8 @@ class MemoryMachine(RuleBasedStateMachine):
                 if self.memory.await_room(pull, self.now_s):
                     self.pulling.add(pull.object_id)
                 return
-            self.node_arena.add(granted.segment_id, memoryview(bytearray(granted.nbytes)))
+            self.node_arena.add(
+                granted.segment_id, memoryview(bytearray(granted.nbytes)), granted.nbytes)
             found = self.node_arena.allocate(nbytes)
             assert found is not None
         self.memory.has_room(pull)
