@@ -265,6 +265,10 @@ class Cluster:
             waiting = self._actors_waiting[task.template.resources] = deque()
         waiting.append(task)
 
+    def demanded_shapes(self) -> set[Shape]:
+        """Shapes of tasks that the scheduler was told of: it must hear when none is left."""
+        return {shape for shape, _ in self._demanded}
+
     def actors_to_place(self) -> list[tuple[Shape, deque[TaskRecord]]]:
         """Actors that no node has had room for, by what they need."""
         return list(self._actors_waiting.items())

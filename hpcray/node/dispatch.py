@@ -58,6 +58,9 @@ _BACK_OFF_MAX_S = 1.0
 _LOOK_BACK = 1000
 # How far into a queue the place of a task that comes back is looked for.
 _LOOK_AHEAD = 256
+# With more queues than this, empty ones are forgotten, this often.
+_QUEUES_KEPT = 32
+_PRUNE_S = 1.0
 # Forks under way at once; a fork takes 1-3 ms and the zygote does them one by one.
 _STARTING_MAX = 16
 # Workers that could not be started are asked for again, later and later. What waits for them fails
@@ -175,6 +178,7 @@ class Dispatcher:
         self._blocked: dict[int, Worker] = {}
         self._back_offs: dict[bytes, BackOff] = {}
         self._needed: set[bytes] = set()
+        self._next_prune_s = 0.0
         # The store is filling: consumers go first.
         self.tight = False
         # Some queue waits for the end of a pause.
@@ -780,6 +784,9 @@ class Dispatcher:
                 self._outbox.actions.append(TakeBack(worker.number))
         if self.pausing:
             self._dirty = True
+        if len(self.queues) > _QUEUES_KEPT and now_s >= self._next_prune_s:
+            self._next_prune_s = now_s + _PRUNE_S
+            self._prune()
         if self.refused:
             self._retry_refused(now_s)
         cpus = max(self.ledger.total.get("CPU", 0) // 10_000, 1)
@@ -787,6 +794,16 @@ class Dispatcher:
             worker = self._idle.popleft()
             worker.state = WorkerState.STOPPING
             self._outbox.tasks.append((worker.number, [Stop()]))
+
+    def _prune(self) -> None:
+        """Forget queues of shapes that nothing has now (of removed groups, mostly): every turn
+        looks at all there are."""
+        demanded = self._machine.cluster.demanded_shapes()
+        self.queues = {
+            key: queue for key, queue in self.queues.items()
+            if queue.tasks or queue.leased or queue.shape in demanded}
+        self._queue_of = {template_id: queue for template_id, queue in self._queue_of.items()
+                          if self.queues.get((queue.shape, queue.creation)) is queue}
 
     def give_back_to(self, home: int, shape: Shape, count: int) -> None:
         """The home has a better place for tasks it bound here and that have not started."""

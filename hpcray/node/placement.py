@@ -18,6 +18,7 @@ PG-2  the names of a group that is not here are not in the ledger.
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from hpcray.node.ledger import ResourceLedger, Shape
@@ -43,6 +44,9 @@ GROUPS_RANK = 0
 # What a task without any resources takes of its bundle, so that it runs there.
 MEMBER = "bundle"
 _MEMBERS = 1000 * UNIT
+
+# Removed groups that are still told of.
+_REMOVED_KEPT = 1000
 
 PENDING = "PENDING"
 PREPARING = "PREPARING"
@@ -181,6 +185,7 @@ class Groups:
         self._outbox = outbox
         self.groups: dict[bytes, Group] = {}
         self._pending: dict[bytes, Group] = {}
+        self._over: deque[bytes] = deque()  # removed ones, oldest first
         self._changed = False
         self._seen: dict[str, int] = {}  # what was free here at the last try
 
@@ -203,6 +208,9 @@ class Groups:
         if group is None or group.state == REMOVED:
             return
         group.state = REMOVED
+        self._over.append(group.group)
+        if len(self._over) > _REMOVED_KEPT:
+            del self.groups[self._over.popleft()]
         self._pending.pop(group.group, None)
         for rank in self._machine.cluster.nodes:
             self._send(rank, GroupRemoved(group.group))

@@ -404,3 +404,23 @@ def test_what_no_worker_can_ever_run_fails_with_the_reason_and_one_notice() -> N
     failure = values.unpack_failure(value)
     assert failure.kind == "TaskUnschedulableError"
     assert "no descriptors" in failure.message
+
+
+def test_queues_of_shapes_that_nothing_has_any_more_are_forgotten() -> None:
+    node = Blocking(cpus=1)
+    machine = node.machine
+    for number in range(100):
+        name = number.to_bytes(16, "little")
+        machine.tell(0, m.DefineTemplate(m.Template(
+            name, b"f" * 16, m.TASK, "g", resources=(("CPU", 100 + number),))))
+        machine.count += 1
+        task_id = ids.task_id(machine.prefix, machine.count, machine.tail)
+        machine.retries[task_id] = 0
+        machine.tell(0, m.SubmitTask(task_id, name, b""))
+        machine.machine.tasks.cancel(task_id, force=False, recursive=False)
+        machine.turn()
+    node.after(2.0)
+    node.after(2.0)
+    assert len(machine.machine.dispatcher.queues) <= 32
+    [again] = node.submit(0)
+    node.done(again)
