@@ -13,11 +13,15 @@ launchers that survive the loss of a rank tell a signal from a status.
 Run as a file and not as a module (`launch.start`): importing the package would cost every rank a
 tenth of a second and 20 MB, so this imports the standard library only, and is told what it needs:
 
-    python -I -S .../keeper.py RANK DESCRIPTOR...
+    python -I -S .../keeper.py RANK STEP DESCRIPTOR...
+
+STEP is the job step to end, `-` if the launcher ends all ranks with the first one. `srun` does not
+(`--kill-on-bad-exit` is off unless the site says otherwise), and the others would wait for ever.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import signal
@@ -29,7 +33,8 @@ from typing import NoReturn
 
 
 def main() -> NoReturn:
-    rank, *descriptors = map(int, sys.argv[1:])
+    rank, step = int(sys.argv[1]), sys.argv[2]
+    descriptors = [int(text) for text in sys.argv[3:]]
     told = False
     node: subprocess.Popen[bytes] | None = None
 
@@ -55,6 +60,9 @@ def main() -> NoReturn:
         os._exit(status)
     if not told:
         print(f"hpcray: {how_it_ended(rank, node.pid, -status)}", file=sys.stderr, flush=True)
+        if step != "-":
+            with contextlib.suppress(OSError):
+                subprocess.run(["scancel", step], check=False)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # one core file is enough
     if -status not in (signal.SIGKILL, signal.SIGSTOP):
         signal.signal(-status, signal.SIG_DFL)

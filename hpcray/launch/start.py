@@ -26,7 +26,13 @@ import msgspec
 
 from hpcray.config import expanded
 from hpcray.exceptions import LaunchError
-from hpcray.launch.identity import Launch, identity_fds, read_launch, strip_identity
+from hpcray.launch.identity import (
+    Launch,
+    identity_fds,
+    read_launch,
+    slurm_step,
+    strip_identity,
+)
 from hpcray.launch.progress import cpu_progress, is_stopped
 from hpcray.transport.patience import Patience
 
@@ -75,7 +81,9 @@ def become_node() -> NoReturn:
     environ = dict(os.environ)
     _add_package_path(environ)
     keeper = os.path.join(os.path.dirname(os.path.abspath(__file__)), "keeper.py")
-    told = [str(number) for number in (read_launch(environ).rank, *identity_fds(environ))]
+    launch = read_launch(environ)
+    step = slurm_step(environ) if launch.launcher == "srun" else None
+    told = [str(launch.rank), step or "-", *map(str, identity_fds(environ))]
     os.execve(sys.executable, [sys.executable, "-I", "-S", keeper, *told], environ)
 
 

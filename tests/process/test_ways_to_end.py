@@ -94,8 +94,9 @@ def test_ctrl_c_at_a_terminal(start: Start):
 
 
 def test_ctrl_c_that_is_caught_leaves_the_session_usable(start: Start):
-    job = start(PENDING.replace("ray.get(ref)\n", """
+    job = start(PENDING.replace('print("pending", flush=True)\nray.get(ref)\n', """
 try:
+    print("pending", flush=True)  # from here on the test may press Ctrl-C
     ray.get(ref)
 except KeyboardInterrupt:
     print("caught", ray.get(echo.remote(7)), flush=True)
