@@ -79,8 +79,8 @@ _ZYGOTE_SILENT_S = 3.0
 # The journal's thread ends without an event.
 _ENDING_TICK_S = 0.005
 _SPIN_S = 0.0002
-# Descriptors of this process that workers leave to segments and messages. A worker takes 9 while it
-# starts, 5 then; actors leave the same once more to workers for tasks.
+# Descriptors of this process that workers leave to segments and messages, or an eighth of few. A
+# worker takes 9 while it starts, 5 then; actors leave the same once more to workers for tasks.
 _SPARE_DESCRIPTORS = 64
 _SHORT_OF_DESCRIPTORS = (
     "its node is short of file descriptors, of which each worker takes 5; raise the hard limit "
@@ -336,9 +336,8 @@ class NodeServer:
 
     def _start_worker(self, machine: Machine, action: out.StartWorker) -> None:
         number = action.number
-        spare = _SPARE_DESCRIPTORS if action.for_tasks else 2 * _SPARE_DESCRIPTORS
         handle = None
-        reason, details = _descriptors_missing(spare)
+        reason, details = _descriptors_missing(1 if action.for_tasks else 2)
         if not reason:
             try:
                 handle = self._pool.start(number, self._settings)
@@ -970,9 +969,13 @@ def _decode_joined(data: bytes) -> messages.Joined:
     return msgspec.msgpack.decode(data, type=messages.Joined)
 
 
-def _descriptors_missing(spare: int) -> tuple[str, str]:
-    """Why this process should not take many more: (reason, numbers), or empty strings."""
+def _descriptors_missing(shares: int) -> tuple[str, str]:
+    """Why this process should not take many more: (reason, numbers), or empty strings.
+
+    `shares`: how many times the usual number is to be left.
+    """
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    spare = shares * min(_SPARE_DESCRIPTORS, limit // 8)
     try:
         # The lowest that is free: nearly as many are in use.
         lowest = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)

@@ -22,6 +22,7 @@ from typing import Any
 
 import msgspec
 
+from hpcray.protocol.sizes import DATAGRAM_MAX_BYTES
 from hpcray.protocol.values import Failure
 
 NO_ARGS = b""
@@ -29,11 +30,6 @@ ARGS_IN_DEP = b"*"
 
 # Resource amounts are integers, so that the ledger is exact: 0.1 + 0.2 == 0.3.
 UNIT = 10_000
-
-# A datagram stays below what a default socket buffer takes (212,992 B), with room to spare.
-DATAGRAM_MAX_BYTES = 160 * 1024
-# What a receiver has room for: one message alone may be longer than that.
-RECEIVE_BYTES = 512 * 1024
 
 
 class _Message(msgspec.Struct, array_like=True, gc=False):

@@ -29,7 +29,7 @@ from typing import Any
 # A datagram stays below what a default socket buffer takes (212,992 B), with room to spare.
 DATAGRAM_MAX_BYTES = 160 * 1024
 # A receiver's buffer: no sender makes a longer datagram.
-RECEIVE_BYTES = 512 * 1024
+RECEIVE_BYTES = DATAGRAM_MAX_BYTES + 4096
 # Small payloads are decoded while the next ones travel, and fit into caches: twice the rate of
 # megabytes for objects of 10-50 kB.
 PAYLOAD_BYTES = 256 * 1024

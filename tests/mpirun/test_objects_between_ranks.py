@@ -279,3 +279,32 @@ assert os.path.exists(mark("counted"))
 print("ended", flush=True)
 """, ranks=2)
     assert "ended\n" in job.finish(timeout_s=60)
+
+
+@pytest.mark.skipif(not os.environ.get("HPCRAY_TEST_SLOW"), reason="HPCRAY_TEST_SLOW=1 runs it")
+def test_30_000_values_that_another_rank_wants_at_once(start: Start):
+    """6 GiB of memory are needed: 1.8 GB at the home, at the other node and in its worker."""
+    start(HEAD + """
+@ray.remote
+def total(*lists):
+    refs = [ref for some in lists for ref in some]
+    return sum(map(len, ray.get(refs)))
+
+def peaks():  # of the nodes' memory, in bytes
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if os.environ["TMPDIR"] in open(f"/proc/{pid}/environ").read() and (
+                    "hpcray.node" in open(f"/proc/{pid}/cmdline").read()):
+                status = open(f"/proc/{pid}/status").read()
+                found.append(int(status.split("VmHWM:")[1].split()[0]) * 1024)
+        except OSError:
+            pass
+    return found
+
+start(num_cpus=1, object_store_memory=40_000_000_000)
+refs = [ray.put(b"x" * 60_000) for _ in range(30_000)]
+lists = [ray.put(refs[i : i + 2000]) for i in range(0, 30_000, 2000)]
+assert ray.get(total.options(scheduling_strategy=on[1]).remote(*lists)) == 30_000 * 60_000
+assert max(peaks()) < 2_300_000_000, "the values are there once"
+""", ranks=2).finish(timeout_s=150)
