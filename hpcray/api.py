@@ -24,6 +24,7 @@ import msgspec
 from hpcray import options as options_
 from hpcray.actor import ActorClass, ActorHandle, raise_stale
 from hpcray.client import context, references
+from hpcray.client.interrupts import raised_by_handler
 from hpcray.client.references import ObjectRef
 from hpcray.client.streams import ObjectRefGenerator
 from hpcray.config import make_config
@@ -430,6 +431,8 @@ def put(value: R, *, _owner: Any = None, _tensor_transport: Any = None) -> Objec
     except (RayError, MemoryError, RuntimeError):
         raise
     except Exception as error:
+        if raised_by_handler(error):
+            raise
         raise TypeError(
             f"put(): the {type(value).__name__} cannot be pickled "
             f"({type(error).__name__}: {error})") from error

@@ -240,7 +240,10 @@ def pack_call(
     except RayError:
         raise
     except Exception as error:
-        from hpcray.client import serialization
+        from hpcray.client import interrupts, serialization
+
+        if interrupts.raised_by_handler(error):
+            raise
 
         named = [(f"argument {index}", arg) for index, arg in enumerate(args)]
         named += [(f"argument {key!r}", arg) for key, arg in kwargs.items()]

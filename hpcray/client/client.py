@@ -50,6 +50,8 @@ from hpcray.protocol.sizes import check_refs
 _LOOPED = 64
 # Of the objects that a timed-out get has waited for, so many are explained.
 _EXPLAINED = 5
+# A node that is not stopped answers within a turn; it asks others for up to 0.7 s.
+_EXPLAIN_S = 1.0
 
 
 class Client:
@@ -324,7 +326,9 @@ class Client:
                 if called is not None:
                     called.over(ids.task_of_object(object_id), ref._value)
         if late:
-            raise self._timed_out(timeout_s, [object_id], 1)
+            why = self._explain([object_id])
+            if ref._value is None and ref._ready < LOCAL:
+                raise _timed_out(timeout_s, 1, 1, why)
         return ref._value
 
     def get_packed(
@@ -337,6 +341,7 @@ class Client:
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         objects = self.core.objects
         result: list[Any] = [ref._value for ref in refs]
+        again = False
         while True:
             missing = [i for i, item in enumerate(result) if item is None]
             if not missing:
@@ -366,8 +371,17 @@ class Client:
                 if error is not None:
                     return [error]
             if not done:
-                late = [ref._id for ref in refs if ref._id in absent and ref._ready < LOCAL]
-                raise self._timed_out(timeout_s, late, len(refs))
+                late = [ref for ref in refs if ref._id in absent and ref._ready < LOCAL]
+                why = self._explain([ref._id for ref in late])
+                # What was ready all the time has come before the explanation.
+                error = _first_error([ref._value for ref in refs]) if fail_fast else None
+                if error is not None:
+                    return [error]
+                late = [ref for ref in late if ref._ready < LOCAL]
+                if late or again:
+                    raise _timed_out(timeout_s, len(late) or len(absent), len(refs), why)
+                again = True
+                continue
             for i in missing:
                 if result[i] is None:
                     # Outside the lock: opening a segment may take a round trip.
@@ -392,22 +406,14 @@ class Client:
             if not in_time or waiter.result is not None:  # an error or interrupted: forget the rest
                 objects.forget(objects.value_waiters, absent, waiter)
 
-    def _timed_out(
-        self, timeout_s: float | None, absent: list[bytes], count: int
-    ) -> exceptions.GetTimeoutError:
-        text = (f"get() timed out after {timeout_s:g} s: {len(absent)} of {count} objects "
-                f"{'is' if len(absent) == 1 else 'are'} not ready")
-        asked = absent[:_EXPLAINED]
-        assert timeout_s is not None
+    def _explain(self, absent: list[bytes]) -> list[str]:
+        """What the first of these objects wait for, in sentences. Behind it has come whatever the
+        node had for us."""
         try:
-            why = self.request("explain", {"ids": b"".join(asked)}, min(0.2 + timeout_s, 1.0))
+            found = self.request("explain", {"ids": b"".join(absent[:_EXPLAINED])}, _EXPLAIN_S)
         except exceptions.RayError:
-            return exceptions.GetTimeoutError(text)  # the node is stopped, or gone
-        found = [sentence for sentence in why if sentence]
-        more = len(absent) - len(asked)
-        if found and more > 0:
-            found.append(f"and {more} more")
-        return exceptions.GetTimeoutError(f"{text} ({'; '.join(found)})" if found else text)
+            return []  # the node is stopped, or gone
+        return [sentence for sentence in found if sentence]
 
     def check_session(self, object_ids: Sequence[bytes]) -> None:
         """Raises ValueError: one of them is of an earlier session."""
@@ -757,6 +763,16 @@ class Client:
 
 def _wire(descriptor: int) -> socket.socket:
     return socket.socket(fileno=descriptor)
+
+
+def _timed_out(
+    timeout_s: float | None, absent: int, count: int, why: list[str]
+) -> exceptions.GetTimeoutError:
+    text = (f"get() timed out after {timeout_s:g} s: {absent} of {count} objects "
+            f"{'is' if absent == 1 else 'are'} not ready")
+    if why and absent > _EXPLAINED:
+        why.append(f"and {absent - _EXPLAINED} more")
+    return exceptions.GetTimeoutError(f"{text} ({'; '.join(why)})" if why else text)
 
 
 def _open(data: Any) -> Any:

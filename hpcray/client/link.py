@@ -15,7 +15,7 @@ The rules, and what each is for:
   callbacks) is an effect, done when the lock is free.
 - **Nothing is raised inside by an interrupt.** Ctrl-C and cancellation set a flag while the main
   thread is inside; they strike as it leaves. What a signal handler of the user's raises can still
-  come anywhere: then what was encoded and not sent yet stays in `_unsent` and leaves first.
+  come anywhere: so each step that sends or takes a datagram notes it in the same call.
 - **Who holds the lock may wait for room in the socket**: the node reads it whatever else it does.
 
 A call that finds itself inside already can only come from a signal handler of the user's: it is
@@ -33,7 +33,6 @@ import socket
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -41,12 +40,14 @@ from typing import Any
 from hpcray import exceptions
 from hpcray.client.core import Core
 from hpcray.client.helper import Helper
+from hpcray.client.interrupts import raised_by_handler
 from hpcray.client.waiters import Waiter
 from hpcray.protocol import messages
 from hpcray.protocol.sizes import DATAGRAM_MAX_BYTES, parts
 from hpcray.transport import datagrams
 from hpcray.transport.datagrams import FULL, SENT, SHORT, ChannelClosed
 
+_NOTHING: tuple[list[Any], list[int]] = ([], [])
 # A datagram of this many messages is long enough to amortise its system call.
 _BATCH_MESSAGES = 48
 # Submissions further apart than this leave at once; closer ones are gathered.
@@ -61,6 +62,8 @@ _SAY_AFTER_S = 10.0
 _SHORT_S = 5.0
 _NO_WAIT_S = 3600.0
 
+_CLIENT = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_PACKAGE = os.path.dirname(os.path.dirname(_CLIENT)) + os.sep
 _get_ident = threading.get_ident
 _gc_enable = gc.enable
 _gc_disable = gc.disable
@@ -96,13 +99,15 @@ class Link:
         # Threads that wait while another one reads: (what wakes it, what it waits for).
         self._sleepers: list[tuple[Any, Waiter]] = []
         self._buffer = datagrams.receive_buffer()
-        self._unsent: deque[bytes] = deque()  # encoded, not sent yet
+        self._sending: list[bytes] = []  # datagrams, encoded and not sent yet
+        self._noted: list[Any] = []  # but the first of them, if something is here
+        self._taken: list[Any] = []  # a datagram that is in the buffer
+        # Messages of a datagram that a handler of the user's has interrupted, and its descriptors.
+        self._unhandled: tuple[list[Any], list[int]] = ([], [])
         self.sent = 0  # datagrams
         self._settling = threading.Lock()  # by the thread that carries out effects
         # Of the one thread that polls.
-        self._poller = select.poll()
-        self._poller.register(sock, select.POLLIN)
-        self._poller.register(self._nudge_fd, select.POLLIN)
+        self._poller = self._new_poller()
         self._nudged = False
         self._closed = False
         self._main = threading.main_thread().ident
@@ -123,16 +128,30 @@ class Link:
 
     def enter(self) -> None:
         """Take the lock. Hot paths write `enter`, `try`, `finally: leave` themselves."""
-        self.lock.acquire()
-        if self.inside:
-            self.lock.release()
-            raise RuntimeError(
-                "a signal handler called hpcray while it had interrupted hpcray itself; let the "
-                "handler set a flag, or raise an exception, and call hpcray from the program")
+        lock = self.lock
+        if lock._is_owned():  # type: ignore[attr-defined]  # what Condition asks, too
+            self._refuse_or_repair()
+        lock.acquire()
         self.inside = True
         if _gc_is_enabled():
             _gc_disable()
             self._collecting = True
+
+    def _refuse_or_repair(self) -> None:
+        """This thread holds the lock already. Either a signal handler of the user's has interrupted
+        us and calls us, or one has raised something just where we were about to let go.
+        """
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and _is_ours(frame):  # this call
+            frame = frame.f_back
+        while frame is not None and not frame.f_code.co_filename.startswith(_CLIENT):
+            frame = frame.f_back
+        if frame is None:
+            self.lock.release()
+            return
+        raise RuntimeError(
+            "a signal handler called hpcray while it had interrupted hpcray itself; let the "
+            "handler set a flag, or raise an exception, and call hpcray from the program")
 
     def leave(self) -> None:
         self._release()
@@ -236,7 +255,7 @@ class Link:
         core = self.core
         now_s = time.monotonic()
         outbox = core.collect(now_s, drain=drain)
-        if not outbox and not self._unsent:
+        if not outbox and not self._sending:
             return
         self._last_flush_s = now_s
         self._send_batch(outbox)
@@ -247,25 +266,30 @@ class Link:
                 self._send_batch(outbox)
 
     def _send_batch(self, outbox: list[Any]) -> None:
-        if outbox:
-            encoded = messages.encode(outbox)
-            if len(encoded) <= DATAGRAM_MAX_BYTES and not self._unsent:
-                # The common case; no signal can come between encoding and clearing but by a call.
-                if datagrams.send(self.socket, encoded) == SENT:
-                    outbox.clear()
-                    self.sent += 1
-                    return
-                self._unsent.append(encoded)
-            else:
-                self._unsent.extend(parts(outbox, messages.encode))
-            outbox.clear()
-        unsent = self._unsent
+        """Each message exactly once, whatever a signal handler of the user's raises meanwhile: an
+        assignment and the next call are one step, as handlers run behind calls."""
+        if self._sending:
+            self._send_rest()
+        if not outbox:
+            return
+        encoded = messages.encode(outbox)
+        rest = [] if len(encoded) <= DATAGRAM_MAX_BYTES else list(
+            parts(outbox, messages.encode))
+        self._sending = rest or [encoded]
+        outbox.clear()
+        self._send_rest()
+
+    def _send_rest(self) -> None:
+        """What is encoded. `_noted` says that the first of it has been sent."""
+        sending = self._sending
+        noted = self._noted
         since_s = 0.0
-        while unsent:
-            outcome = datagrams.send(self.socket, unsent[0])
+        while sending:
+            outcome = SENT if noted else datagrams.send(self.socket, sending[0], (), noted)
             if outcome == SENT:
-                unsent.popleft()
                 self.sent += 1
+                noted.clear()
+                del sending[0]
             elif outcome in (FULL, SHORT):
                 since_s = self._await_room(outcome, since_s)
             else:
@@ -292,25 +316,27 @@ class Link:
             time.sleep(0.01)
         if self.interrupted and threading.get_ident() == self._main:
             self.interrupted = False
-            self.on_interrupt()  # nothing is lost by it: what is not sent stays in `_unsent`
+            self.on_interrupt()  # nothing is lost by it: what is not sent stays in `_sending`
         return since_s
 
     # --- reading (inside) -------------------------------------------------------------------------
 
     def read(self, *, all: bool = False) -> bool:
         """Handle what has come, or at least the first of it; False if there was nothing."""
-        found = False
+        found = bool(self._unhandled[0])
+        if found:
+            self._handle_rest()
         try:
-            while True:
-                received = datagrams.receive(self.socket, self._buffer)
-                if received is None:
-                    break
+            while self._taken or datagrams.take(self.socket, self._buffer, self._taken):
                 found = True
-                data, descriptors = received
-                self.core.receive(messages.decode_to_client(data), descriptors)
+                data, descriptors = datagrams.content(self._taken[0], self._buffer)
+                self._unhandled = (messages.decode_to_client(data), descriptors)
+                self._taken.clear()
+                self._handle(*self._unhandled)
                 if not all and len(data) < _LIKELY_MORE_BYTES:
                     break
         except ChannelClosed as closed:
+            self._taken.clear()
             self.set_lost(str(closed))
         if found:
             self.last_read_s = time.monotonic()
@@ -321,6 +347,29 @@ class Link:
             if self.core.outbox and not self.helper.armed:
                 self.helper.arm()  # an answer to what was read, or memory given back
         return found
+
+    def _handle(self, batch: list[Any], descriptors: list[int]) -> None:
+        done = 0
+        handlers = self.core.handlers
+        try:
+            for message in batch:
+                handlers[type(message)](message, descriptors)
+                done += 1
+            self._unhandled = _NOTHING
+        except BaseException as error:
+            if raised_by_handler(error):
+                self._unhandled = (batch[done:], descriptors)
+            else:
+                self._unhandled = _NOTHING
+            raise
+
+    def _handle_rest(self) -> None:
+        """Of a datagram that was interrupted: its first message may have been handled in part."""
+        batch, descriptors = self._unhandled
+        self._unhandled = (batch[1:], descriptors)
+        with contextlib.suppress(ValueError, KeyError, IndexError):
+            self.core.receive(batch[:1], descriptors)
+        self._handle(*self._unhandled)
 
     def set_lost(self, reason: str) -> None:
         if self.lost is None:
@@ -383,6 +432,8 @@ class Link:
         wait for may have come by then.
         """
         outer = self._reader
+        # In a signal handler this thread is in `poll` already.
+        poller = self._poller if outer is None else self._new_poller()
         self._reader = waiter
         self._reader_thread = _get_ident()
         try:
@@ -390,9 +441,9 @@ class Link:
             if self.interrupted or self._effects:
                 self._outside()
             if timeout_s is None:
-                self._poller.poll()
+                poller.poll()
             else:
-                self._poller.poll(min(timeout_s, _NO_WAIT_S) * 1000 + 0.999)
+                poller.poll(min(timeout_s, _NO_WAIT_S) * 1000 + 0.999)
         finally:
             self._reenter()
             self._reader = outer
@@ -403,6 +454,12 @@ class Link:
                 self._nudge()
             elif self._closed:
                 self._close_nudge_fd()
+
+    def _new_poller(self) -> select.poll:
+        poller = select.poll()
+        poller.register(self.socket, select.POLLIN)
+        poller.register(self._nudge_fd, select.POLLIN)
+        return poller
 
     def _nudge(self) -> None:
         """Wake the thread that polls."""
@@ -457,7 +514,7 @@ class Link:
         """Send what has waited; whether there was anything."""
         with self:
             if self.lost is not None or not (
-                self._unsent or self.core.has_more(time.monotonic())
+                self._sending or self.core.has_more(time.monotonic())
             ):
                 return False
             self.flush()
@@ -503,6 +560,10 @@ class Link:
         self.socket.close()
         self._close_nudge_fd()
         self.core.neighbours.close()
+
+
+def _is_ours(frame: FrameType) -> bool:
+    return frame.f_code.co_filename.startswith(_PACKAGE)
 
 
 def _raise_interrupt() -> None:

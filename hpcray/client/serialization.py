@@ -58,7 +58,8 @@ def _is_plain(value: Any, depth: int = 3) -> bool:
             )
         return False
     numpy = sys.modules.get("numpy")
-    return numpy is not None and kind is numpy.ndarray and not value.dtype.hasobject
+    # Another thread may be importing it.
+    return kind is getattr(numpy, "ndarray", None) and not value.dtype.hasobject
 
 
 _reducers: dict[type, Callable[[Any], Any]] = {}

@@ -21,6 +21,7 @@ import mmap
 import os
 import socket
 from collections.abc import Sequence
+from typing import Any
 
 from hpcray.protocol.sizes import DATAGRAM_MAX_BYTES, MESSAGE_MAX_BYTES, RECEIVE_BYTES
 
@@ -35,6 +36,7 @@ _MAX_DESCRIPTORS = 16
 _ANCILLARY_BYTES = socket.CMSG_SPACE(_MAX_DESCRIPTORS * 4)
 # Plain ints: combining the enum members costs a microsecond at each call.
 _SEND_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+_SEND_FLAGS_ONCE = (_SEND_FLAGS,)
 _LOOK_FLAGS = int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
 _LOST_FLAGS = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
 _TRUNCATED = int(socket.MSG_TRUNC)
@@ -68,23 +70,33 @@ def enlarge_buffers(sock: socket.socket) -> None:
             sock.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
 
 
-def send(sock: socket.socket, data: bytes, descriptors: Sequence[int] = ()) -> int:
-    """Send one datagram: SENT, FULL, SHORT or GONE. Descriptors are duplicated to the receiver."""
+def send(
+    sock: socket.socket, data: bytes, descriptors: Sequence[int] = (), note: list[Any] | None = None
+) -> int:
+    """Send one datagram: SENT, FULL, SHORT or GONE. Descriptors are duplicated to the receiver.
+
+    Something is appended to `note` in the same step as it is sent: whatever a signal handler raises
+    then, it is known that it was.
+    """
+    note = [] if note is None else note
     try:
         if len(data) > DATAGRAM_MAX_BYTES:
-            return _send_in_memory(sock, data, descriptors)
+            return _send_in_memory(sock, data, descriptors, note)
         if descriptors:
-            _send_with(sock, data, descriptors)
+            _send_with(sock, data, descriptors, note)
         else:
-            sock.send(data, _SEND_FLAGS)
+            # One call into C, between whose parts no Python code can run.
+            note.extend(map(sock.send, (data,), _SEND_FLAGS_ONCE))
         return SENT
     except OSError as error:
         if error.errno == errno.EMSGSIZE:  # a host with less room than any default
-            return _send_in_memory(sock, data, descriptors)
+            return _send_in_memory(sock, data, descriptors, note)
         return _outcome(error)
 
 
-def _send_in_memory(sock: socket.socket, data: bytes, descriptors: Sequence[int]) -> int:
+def _send_in_memory(
+    sock: socket.socket, data: bytes, descriptors: Sequence[int], note: list[Any]
+) -> int:
     try:
         fd = os.memfd_create("hpcray-message", os.MFD_CLOEXEC)
         try:
@@ -92,7 +104,7 @@ def _send_in_memory(sock: socket.socket, data: bytes, descriptors: Sequence[int]
             while view:
                 view = view[os.write(fd, view):]
             head = bytes((_IN_MEMORY,)) + len(data).to_bytes(8, "little")
-            _send_with(sock, head, (fd, *descriptors))
+            _send_with(sock, head, (fd, *descriptors), note)
         finally:
             os.close(fd)
     except OSError as error:
@@ -100,10 +112,12 @@ def _send_in_memory(sock: socket.socket, data: bytes, descriptors: Sequence[int]
     return SENT
 
 
-def _send_with(sock: socket.socket, data: bytes, descriptors: Sequence[int]) -> None:
+def _send_with(
+    sock: socket.socket, data: bytes, descriptors: Sequence[int], note: list[Any]
+) -> None:
     # Not `socket.send_fds`: it ignores the flags it is given.
     rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))
-    sock.sendmsg([data], [rights], _SEND_FLAGS)
+    note.extend(map(sock.sendmsg, ([data],), ([rights],), _SEND_FLAGS_ONCE))
 
 
 def _outcome(error: OSError) -> int:
@@ -123,12 +137,29 @@ def receive(sock: socket.socket, buffer: memoryview) -> Received | None:
       ChannelClosed: the other end has hung up.
       Malformed: a datagram came that is too long, or has lost its descriptors.
     """
+    taken: list[Any] = []
+    return content(taken[0], buffer) if take(sock, buffer, taken) else None
+
+
+def take(sock: socket.socket, buffer: memoryview, taken: list[Any]) -> bool:
+    """The first half of `receive`: False if there is nothing. What is in `taken` then is for
+    `content`; it is there in the same step as the datagram has left the socket.
+
+    Raises:
+      ChannelClosed: the other end has hung up.
+    """
     try:
-        nbytes, ancillary, flags, _ = sock.recvmsg_into([buffer], _ANCILLARY_BYTES, _LOOK_FLAGS)
+        taken.extend(map(sock.recvmsg_into, ([buffer],), (_ANCILLARY_BYTES,), (_LOOK_FLAGS,)))
     except BlockingIOError:
-        return None
+        return False
     except OSError as error:
         raise ChannelClosed(str(error)) from None
+    return True
+
+
+def content(taken: tuple[Any, ...], buffer: memoryview) -> Received:
+    """The second half of `receive`."""
+    nbytes, ancillary, flags, _ = taken
     if nbytes == 0:
         raise ChannelClosed("the other end closed the connection")
     descriptors = _descriptors(ancillary) if ancillary else []

@@ -149,6 +149,9 @@ class Worker:
         client.link.check_interrupt = self._check_interrupt
         client.link.on_interrupt = self._read_cancels
         signal.signal(INTERRUPT_SIGNAL, self._on_interrupt)
+        self._struck = b""  # the task that a cancel has interrupted, until it is over
+        self._unraisable = sys.unraisablehook
+        sys.unraisablehook = self._on_unraisable
         self.actor: Any = None  # worker.hosting.HostedActor, once created
 
     # --- the loop ---------------------------------------------------------------------------------
@@ -232,7 +235,7 @@ class Worker:
             try:
                 result = loaded.function(*args, **kwargs)
             finally:
-                self.interruptible = b""
+                self.interruptible = self._struck = b""
             del args, kwargs
             self.deliver(run, template, result, began_s)
         except SystemExit as request:
@@ -267,7 +270,17 @@ class Worker:
         task = self.interruptible
         if task and task in self.cancelled and threading.get_ident() == self._main:
             self.interruptible = b""  # once
+            self._struck = task
             raise KeyboardInterrupt
+
+    def _on_unraisable(self, unraisable: Any) -> None:
+        """If a finaliser has swallowed the interrupt of a cancel, it comes again."""
+        if (self._struck and unraisable.exc_type is KeyboardInterrupt
+                and threading.get_ident() == self._main):
+            self.interruptible = self._struck
+            os.kill(os.getpid(), INTERRUPT_SIGNAL)
+        else:
+            self._unraisable(unraisable)
 
     def cancellation(self, run: Run, began_s: float) -> Failed:
         self.leave_if_forked()

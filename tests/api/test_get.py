@@ -394,6 +394,17 @@ def test_of_errors_that_are_there_the_first_in_the_list(ray, held, fail, with_sl
     assert ray.get(slow, timeout=20) == [0, 1][: len(slow)]
 
 
+def test_an_error_wins_over_the_timeout(ray, held, fail):
+    [slow] = held(1)
+    failed = fail.remote(KeyError("x"))
+    ray.wait([failed], timeout=20)
+    with pytest.raises(KeyError):
+        ray.get([slow, failed], timeout=0)
+    with pytest.raises(ray.exceptions.GetTimeoutError):
+        ray.get([slow, ray.put(1)], timeout=0)
+    held.gate.open()
+
+
 @pytest.mark.parametrize("how", ["killed actor", "cancelled", "dead worker"])
 def test_fails_fast_with_the_failures_of_the_system(ray, held, how):
     [slow] = held(1)

@@ -181,3 +181,21 @@ def test_many_threads_of_an_actor(ray):
 
     actor = A.remote()
     assert ray.get([actor.work.remote(i) for i in range(32)], timeout=50) == list(range(32))
+
+
+def test_calls_while_another_thread_imports(run_driver):
+    """A library that is half imported is not there yet."""
+    done = run_driver("""
+import sys, threading
+ray.init(num_cpus=1, **INIT)
+class Mine:
+    pass
+ray.put(Mine())
+importing = threading.Thread(target=__import__, args=("numpy",))
+importing.start()
+while importing.is_alive():
+    assert isinstance(ray.get(ray.put(Mine())), Mine)
+importing.join()
+print("all done")
+""")
+    assert done.stdout == "all done\n"
