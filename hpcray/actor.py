@@ -372,12 +372,12 @@ class ActorClass(Generic[T]):
         detached = options.get("lifetime") == "detached"
         if name:
             # Last of all: nothing that fails after it may leave the name reserved.
-            other = client.request("reserve_name", {
+            other, held = client.look_up("reserve_name", {
                 "namespace": namespace, "name": name, "actor_id": actor, "handle": encoded,
                 "get_if_exists": bool(options.get("get_if_exists")),
             })
-            if other is not None:
-                return _handle_of(client, other)
+            if held is not None:
+                return _handle_of(client, other, held)
         ref = client.create_actor(CreateActor(
             actor, self._template.template_id, packed, refs, count, name, namespace, detached,
             encoded))
@@ -653,11 +653,9 @@ def _load_method(handle: ActorHandle[Any], name: str, options: options_.Options)
     return ActorMethod(handle, _Method(kind, name, known.description, options))
 
 
-def _handle_of(client: Client, found: dict[str, Any]) -> ActorHandle[Any]:
+def _handle_of(client: Client, found: dict[str, Any], ref: ObjectRef[Any]) -> ActorHandle[Any]:
     """The handle of an actor the node has told us about."""
-    actor: bytes = found["actor_id"]
-    ref = client.intern(ids.creation_object_id(actor))
-    return _new_handle(_kind_of(found["handle"]), actor, ref, client)
+    return _new_handle(_kind_of(found["handle"]), found["actor_id"], ref, client)
 
 
 # --- by name and by id ---------------------------------------------------------------------------
@@ -677,7 +675,9 @@ def get_actor(name: str, namespace: str | None = None) -> ActorHandle[Any]:
         check_namespace(namespace)
     client = references.current_client()
     where = context.current().namespace if namespace is None else namespace
-    return _handle_of(client, client.request("get_actor", {"name": name, "namespace": where}))
+    found, held = client.look_up("get_actor", {"name": name, "namespace": where})
+    assert held is not None
+    return _handle_of(client, found, held)
 
 
 def list_named_actors(all_namespaces: bool = False) -> list[Any]:
@@ -701,7 +701,9 @@ def current_actor() -> ActorHandle[Any]:
     if not actor:
         raise RuntimeError("no actor is running here; there is one inside an actor's methods only")
     client = references.current_client()
-    return _handle_of(client, client.request("actor_handle", {"actor_id": actor}))
+    # Of itself: an actor's refs to itself count for nothing.
+    return _handle_of(client, client.request("actor_handle", {"actor_id": actor}),
+                      client.intern(ids.creation_object_id(actor)))
 
 
 __all__ = ["ActorClass", "ActorExitRequest", "ActorHandle", "ActorMethod", "ActorProxy",

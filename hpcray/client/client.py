@@ -692,6 +692,19 @@ class Client:
     ) -> Any:
         """Ask the node something rare: the reply or its error. `rows` takes what comes in parts."""
         found: list[Any] = [] if rows is None else rows
+        reply, _ = self._ask(name, arguments, timeout_s, found)
+        return found + reply.result if rows is None and found else reply.result
+
+    def look_up(self, name: str, arguments: Any) -> tuple[Any, ObjectRef[Any] | None]:
+        """Ask the node for a name of an actor; the answer, and the ref that makes the actor's
+        handle count. What this process has dropped comes first: it may be the last handle."""
+        self.flush(drain=True)
+        reply, ref = self._ask(name, arguments, None, [])
+        return reply.result, ref
+
+    def _ask(
+        self, name: str, arguments: Any, timeout_s: float | None, found: list[Any]
+    ) -> tuple[Reply, ObjectRef[Any] | None]:
         with self.link as link:
             link.check()
             self.refs.tell_holds(self.core.outbox)
@@ -703,10 +716,10 @@ class Client:
                     raise exceptions.GetTimeoutError(f"no answer to {name!r} in {timeout_s} s")
             finally:
                 self.core.requests.forget(number)
-        reply: Reply = waiter.result
+        reply, ref = waiter.result
         if reply.error is not None:
             raise serialization.failure_to_exception(reply.error)
-        return found + reply.result if rows is None and found else reply.result
+        return reply, ref
 
     def notify(self, message: Any) -> None:
         """Send a one-way message now."""

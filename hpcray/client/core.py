@@ -62,6 +62,7 @@ from hpcray.protocol.messages import (
     StreamRoom,
     SubmitCall,
     SubmitTask,
+    Taken,
     Template,
     TemplateIs,
     Value,
@@ -293,6 +294,17 @@ class Core:
             self.neighbours.on_value(message)
         self.objects.on_value(message)
 
+    def _on_reply(self, message: Reply) -> None:
+        if not message.held:
+            self.requests.on_reply(message, None)
+            return
+        # The node counts it for us until then. Ours must come before: also if nobody waits any
+        # more, for another handle of this process may just be going.
+        ref = self.refs.intern(message.held)
+        self.refs.tell_holds(self.outbox)
+        self.outbox.append(Taken(message.request))
+        self.requests.on_reply(message, ref)
+
     def _hearing(self, handler: Callable[[Any], None]) -> Callable[[Any, list[Any]], None]:
         """Of what tells that somebody has done something (NB-2)."""
         neighbours = self.neighbours
@@ -342,7 +354,7 @@ class Core:
             Ready: hearing(objects.on_ready),
             Yielded: hearing(streams.on_yielded),
             StreamEnded: hearing(streams.on_ended),
-            Reply: hearing(requests.on_reply),
+            Reply: hearing(self._on_reply),
             Rows: lambda message, _: requests.on_rows(message),
             TemplateIs: lambda message, _: requests.on_template(message),
             StreamRoom: lambda message, _: rooms.on_room(message),

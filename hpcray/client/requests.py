@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from hpcray.client.references import ObjectRef
 from hpcray.client.waiters import Waiter
 from hpcray.protocol.messages import FetchTemplate, Reply, Request, Rows, TemplateIs
 
@@ -16,7 +17,8 @@ class Requests:
         self._templates: dict[bytes, Waiter] = {}
 
     def ask(self, name: str, arguments: Any, rows: list[Any]) -> tuple[int, Waiter]:
-        """Its number, and who is told of the Reply; parts of the answer are appended to `rows`."""
+        """Its number, and who is told of the Reply, with the ref of what the node holds for it;
+        parts of the answer are appended to `rows`."""
         self._count += 1
         waiter = Waiter(1)
         self._waiting[self._count] = (waiter, rows)
@@ -26,10 +28,10 @@ class Requests:
     def forget(self, number: int) -> None:
         self._waiting.pop(number, None)
 
-    def on_reply(self, message: Reply) -> None:
+    def on_reply(self, message: Reply, held: ObjectRef[Any] | None) -> None:
         found = self._waiting.pop(message.request, None)
         if found is not None:
-            found[0].result = message
+            found[0].result = (message, held)
             found[0].remaining = 0
 
     def on_rows(self, message: Rows) -> None:

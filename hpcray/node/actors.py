@@ -106,9 +106,9 @@ class Route:
 
 
 class ActorHome:
-    __slots__ = ("actor_id", "args", "client", "dep_count", "detached", "failure", "handle",
-                 "incarnation", "name", "namespace", "pid", "rank", "refs", "restarts_left",
-                 "state", "subscribers", "template")
+    __slots__ = ("actor_id", "args", "client", "dep_count", "detached", "ending", "failure",
+                 "handle", "incarnation", "name", "namespace", "pid", "rank", "refs",
+                 "restarts_left", "state", "subscribers", "template")
 
     def __init__(self, message: CreateActor, template: Template, client: int) -> None:
         self.actor_id = message.actor_id
@@ -128,6 +128,8 @@ class ActorHome:
         self.restarts_left = template.max_restarts
         self.subscribers: list[int] = []
         self.failure: values.Failure | None = None
+        # ALIVE, but its host has been told to end it for good.
+        self.ending = False
 
 
 class Hosted:
@@ -287,10 +289,19 @@ class Actors:
             return
         if home.state is ActorState.ALIVE:
             home.restarts_left = 0
+            home.ending = True
             self._stop(home, kill=False)
         elif home.state is ActorState.DEAD:
             self._forget(home)
         # PENDING or RESTARTING: `_created` looks again.
+
+    def hold_for(self, actor_id: bytes, rank: int) -> bool:
+        """Count a handle that `rank` is about to give out; False: the actor is dead or ending."""
+        home = self.homes.get(actor_id)
+        if home is None or home.ending or home.state is ActorState.DEAD:
+            return False
+        self._machine.directory.hold_for(ids.creation_object_id(actor_id), rank)
+        return True
 
     def kill(self, actor_id: bytes, *, no_restart: bool) -> None:
         """`kill(handle)`: at once; what is queued fails."""
@@ -300,6 +311,7 @@ class Actors:
         if no_restart:
             home.restarts_left = 0
         if home.state is ActorState.ALIVE:
+            home.ending = home.restarts_left == 0
             self._stop(home, kill=True)
             return
         task = self._machine.tasks.records.get(ids.creation_task_id(actor_id))

@@ -512,6 +512,30 @@ class Directory:
             if not holders and record.count <= 0:
                 self._free(record)
 
+    def hold_for(self, object_id: bytes, rank: int) -> None:
+        """Of an object homed here, whose maker lives: count `rank`, as if it had announced a hold;
+        there it says `held_for_us`."""
+        record = self.records.get(object_id)
+        if record is None:  # freed, but its maker is at work: it is pending again
+            record = self.records[object_id] = ObjectRecord(object_id)
+        if rank == self._rank:
+            record.count += 1
+            return
+        extra = record.more()
+        if extra.holders is None:
+            extra.holders = []
+        extra.holders.append(rank)
+
+    def held_for_us(self, object_id: bytes) -> None:
+        """The home has counted us already (`hold_for`): a local use, with nothing to announce."""
+        if object_id[16:20] == self._rank_bytes:
+            return
+        extra = self.hold(object_id).more()
+        if extra.added:
+            self.holders.drop(object_id)  # once is enough
+        else:
+            extra.added = True
+
     def hand_over(self, joined: bytes, to_rank: int) -> int:
         """Hold refs inside a result on their way to `to_rank`; the number to be answered (0: none).
 

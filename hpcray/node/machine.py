@@ -210,6 +210,9 @@ class Machine:
         self.directory.answer_after_all(
             [(message.client, object_id) for object_id in ids.split_ids(message.ids)])
 
+    def _taken(self, client: ClientRecord, message: m.Taken) -> None:
+        self.requests.taken(client.number, message.request)
+
     def _end_job(self, client: ClientRecord, message: m.EndJob) -> None:
         self.outbox.actions.append(StopJob(message.park, message.status))
 
@@ -382,6 +385,7 @@ class Machine:
             m.Yield: self.streams.yielded,
             m.StreamTaken: lambda _, message: self.streams.taken(message),
             m.StreamDropped: self.streams.dropped,
+            m.Taken: self._taken,
         }
 
     def _peer_handlers(self) -> dict[type, Callable[[int, Any], None]]:

@@ -5,6 +5,7 @@
 
 A name is reserved before its actor exists, so that only one of several creators goes on. Whoever
 asks for it meanwhile waits: a handle given out before the home knows the actor would hold nothing.
+So does whoever the home has told that the actor is ending: the name is free when it is dead.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ class Entry:
         # (request's name, arguments, asker) of those who must wait.
         self.waiting: list[tuple[str, Any, Asker]] = []
 
-    def facts(self) -> dict[str, Any]:
-        if not self.created:
+    def facts(self, ending: bytes) -> dict[str, Any]:
+        """`ending`: the asker knows that this actor will be of no use."""
+        if not self.created or self.actor_id == ending:
             raise NotYet(self)
         return {"actor_id": self.actor_id, "handle": self.handle}
 
@@ -64,13 +66,9 @@ class Names:
             self.entries[key] = Entry(arguments["actor_id"], arguments["handle"])
             self.changes.append((*key, arguments["actor_id"]))
             return None
-        if arguments.get("get_if_exists"):
-            return entry.facts()
-        raise RequestError(
-            "ActorAlreadyExistsError",
-            f"The name {key[1]!r} (namespace={key[0]}) is already taken. Please use a "
-            "different name, or get_if_exists=True, or get the actor with "
-            f"hpcray.get_actor({key[1]!r}).")
+        if not entry.created and not arguments.get("get_if_exists"):
+            raise already_taken(arguments)
+        return entry.facts(arguments.get("ending", b""))
 
     def created(self, arguments: Any) -> list[tuple[str, Any, Asker]]:
         """Its home knows the actor; who waits can be answered now."""
@@ -104,7 +102,7 @@ class Names:
                 "1. You are trying to look up a named actor you didn't create. 2. The named actor "
                 "died. 3. You did not use the namespace it is in (looked in "
                 f"{arguments['namespace']!r}).")
-        return entry.facts()
+        return entry.facts(arguments.get("ending", b""))
 
     def list(self, arguments: Any) -> list[dict[str, str]]:
         everywhere = arguments.get("all_namespaces", False)
@@ -113,3 +111,12 @@ class Names:
             for (namespace, name), entry in self.entries.items()
             if entry.created and (everywhere or namespace == arguments.get("namespace"))
         ]
+
+
+def already_taken(arguments: Any) -> RequestError:
+    name = arguments["name"]
+    return RequestError(
+        "ActorAlreadyExistsError",
+        f"The name {name!r} (namespace={arguments['namespace']}) is already taken. Please use a "
+        "different name, or get_if_exists=True, or get the actor with "
+        f"hpcray.get_actor({name!r}).")

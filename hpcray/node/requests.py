@@ -6,12 +6,20 @@ requests keep the asking client's number until the answer comes back. Names:
     nodes  cluster_resources  available_resources  statistics            facts
     reserve_name  name_created  release_name  get_actor  list_named_actors   names, at node 0
     create_placement_group  remove_placement_group  placement_groups     groups, at node 0
-    kill_actor  actor_handle                                             at the actor's home
+    kill_actor  actor_handle  hold_actor                                 at the actor's home
     cancel                                                               at the task's home
     explain {ids}          why objects are not there yet, a sentence each: see node/explain.py
     holdings {names}       of resources: what is free when tasks have ended, who keeps the rest
     locations  local_locations                      at the objects' home; at the asker's node
     state                              what there is, at every node: see node/inventory.py
+
+An actor that node 0 knows by name may have lost its last handle, or be about to. So the asker's
+node lets the home count the handle before it gives it out, and asks node 0 again if that refuses:
+
+    reserve_name    ASKED --no such actor--> GRANTED --CreateActor--> gone (the creator died: free)
+    get_actor         | ^
+                      | +--- the actor is ending ---+
+                      +--an actor--> hold_actor ----+--counted--> HELD --Taken--> gone
 """
 
 from __future__ import annotations
@@ -19,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from hpcray.node.names import Asker, Names, NotYet, RequestError
+from hpcray.node.names import Asker, Names, NotYet, RequestError, already_taken
 from hpcray.node.outbox import Outbox
 from hpcray.protocol import ids, labels
 from hpcray.protocol.messages import (
@@ -54,14 +62,16 @@ def parts(rows: list[Any]) -> Iterator[list[Any]]:
         yield part
 
 
-class Reservation:
-    __slots__ = ("actor_id", "granted", "name", "namespace")
+class LookUp:
+    """What a client here has asked of a name, until that has had its consequences."""
 
-    def __init__(self, actor_id: bytes, namespace: str, name: str) -> None:
-        self.actor_id = actor_id
-        self.namespace = namespace
-        self.name = name
-        self.granted = False
+    __slots__ = ("arguments", "granted", "held", "request")
+
+    def __init__(self, request: str, arguments: Any) -> None:
+        self.request = request
+        self.arguments = arguments
+        self.granted = False  # the name: its actor is not created yet
+        self.held = b""  # the object of the handle that the client has not counted yet
 
 
 class Requests:
@@ -72,8 +82,7 @@ class Requests:
         self._forwarded: dict[int, Asker | Callable[[PeerReply], None] | None] = {}
         self._count = 0
         self.names = Names()  # used on node 0
-        # Names asked for here whose actors are not created yet: (client, its number) -> which.
-        self._reserving: dict[tuple[int, int], Reservation] = {}
+        self._look_ups: dict[tuple[int, int], LookUp] = {}  # by client and its number
         self._handlers: dict[str, Callable[[Any], Any]] = {
             "nodes": self._nodes,
             "cluster_resources": self._cluster_resources,
@@ -84,6 +93,8 @@ class Requests:
             "get_actor": self.names.find,
             "list_named_actors": self.names.list,
             "actor_handle": self._actor_handle,
+            "hold_actor": lambda arguments: machine.actors.hold_for(
+                arguments["actor_id"], arguments["rank"]),
             "kill_actor": self._kill_actor,
             "cancel": self._cancel,
             "create_placement_group": machine.groups.create,
@@ -107,11 +118,12 @@ class Requests:
             self._machine.explain.asked(
                 arguments, lambda found: self._deliver(asker, found, None), peer=False)
             return
-        if name == "reserve_name":
-            self._reserving[client, message.request] = Reservation(
-                arguments["actor_id"], arguments["namespace"], arguments["name"])
+        if name in ("reserve_name", "get_actor"):
+            self._look_ups[client, message.request] = LookUp(name, arguments)
+        self._ask(name, arguments, (self._machine.rank, client, message.request))
+
+    def _ask(self, name: str, arguments: Any, asker: Asker) -> None:
         rank = self._rank_for(name, arguments)
-        asker = (self._machine.rank, client, message.request)
         if rank == self._machine.rank:
             self._answer(name, arguments, asker)
         else:
@@ -128,7 +140,7 @@ class Requests:
         return self._count
 
     def _rank_for(self, name: str, arguments: Any) -> int:
-        if name in ("kill_actor", "actor_handle"):
+        if name in ("kill_actor", "actor_handle", "hold_actor"):
             return ids.home_of_actor(arguments["actor_id"])
         if name == "cancel":
             return ids.home_of_object(arguments["object_id"])
@@ -175,18 +187,20 @@ class Requests:
         if client < 0:
             self._outbox.peers[rank].append(PeerReply(number, result, error))
             return
-        alive = client in self._machine.clients
-        if alive:
+        look_up = self._look_ups.get((client, number))
+        if look_up is not None:
+            if result is not None:
+                self._hold_actor(asker, look_up, result)
+                return
+            look_up.granted = error is None
+            if error is not None or client not in self._machine.clients:
+                self._give_up((client, number))
+        if client in self._machine.clients:
             to_client = self._outbox.clients[client]
             if type(result) is list and len(encode(result)) > ROWS_BYTES:
                 to_client += [Rows(number, part) for part in parts(result)]
                 result = []
             to_client.append(Reply(number, result, error))
-        reservation = self._reserving.get((client, number)) if self._reserving else None
-        if reservation is not None:
-            reservation.granted = result is None and error is None
-            if not (alive and reservation.granted):
-                self._give_up((client, number))
 
     # --- facts ------------------------------------------------------------------------------------
 
@@ -233,9 +247,9 @@ class Requests:
 
     def actor_created(self, actor_id: bytes, namespace: str, name: str) -> None:
         """At its home: CreateActor is here."""
-        for key, reservation in list(self._reserving.items()):
-            if reservation.actor_id == actor_id:
-                del self._reserving[key]
+        for key, look_up in list(self._look_ups.items()):
+            if look_up.granted and look_up.arguments["actor_id"] == actor_id:
+                del self._look_ups[key]
         self._tell_names("name_created", actor_id, namespace, name)
 
     def actor_died(self, actor_id: bytes, namespace: str, name: str) -> None:
@@ -251,16 +265,66 @@ class Requests:
             self.forward(NAMES_RANK, request, arguments, None)
 
     def client_gone(self, number: int) -> None:
-        """Names it has reserved for actors that will not be."""
-        for key, reservation in list(self._reserving.items()):
-            if key[0] == number and reservation.granted:
+        """Names it has reserved for actors that will not be, and handles it has not taken."""
+        for key, look_up in list(self._look_ups.items()):
+            if key[0] == number and (look_up.granted or look_up.held):
                 self._give_up(key)
 
+    def taken(self, client: int, number: int) -> None:
+        """The client counts the handle itself now."""
+        look_up = self._look_ups.get((client, number))
+        if look_up is not None and look_up.held:
+            self._give_up((client, number))
+
     def _give_up(self, key: tuple[int, int]) -> None:
-        reservation = self._reserving.pop(key)
-        if reservation.granted:
-            self._tell_names("release_name", reservation.actor_id, reservation.namespace,
-                             reservation.name)
+        look_up = self._look_ups.pop(key)
+        if look_up.granted:
+            self._tell_names("release_name", look_up.arguments["actor_id"],
+                             look_up.arguments["namespace"], look_up.arguments["name"])
+        if look_up.held:
+            self._machine.directory.release(look_up.held)
+
+    def _hold_actor(self, asker: Asker, look_up: LookUp, facts: dict[str, Any]) -> None:
+        """Node 0 knows this actor by the name; its home is asked whether it can be given out."""
+        arguments = {"actor_id": facts["actor_id"], "rank": self._machine.rank}
+        worker = self._machine.dispatcher.workers.get(asker[1])
+        if worker is not None and worker.actor_id == facts["actor_id"]:
+            # Of itself: its own handles do not count, and its end must not wait for its end.
+            self._give_out(asker, look_up, facts)
+            return
+        rank = self._rank_for("hold_actor", arguments)
+        if rank == self._machine.rank:
+            self._home_answered(asker, look_up, facts, self._handlers["hold_actor"](arguments))
+        else:
+            self.forward(rank, "hold_actor", arguments,
+                         lambda reply: self._home_answered(asker, look_up, facts, reply.result))
+
+    def _home_answered(
+        self, asker: Asker, look_up: LookUp, facts: dict[str, Any], counted: bool
+    ) -> None:
+        if not counted and asker[1] in self._machine.clients:
+            look_up.arguments = {**look_up.arguments, "ending": facts["actor_id"]}
+            self._ask(look_up.request, look_up.arguments, asker)
+            return
+        if counted:
+            look_up.held = ids.creation_object_id(facts["actor_id"])
+            self._machine.directory.held_for_us(look_up.held)
+        self._give_out(asker, look_up, facts)
+
+    def _give_out(self, asker: Asker, look_up: LookUp, facts: dict[str, Any]) -> None:
+        _, client, number = asker
+        alive = client in self._machine.clients
+        if look_up.request == "get_actor" or look_up.arguments.get("get_if_exists"):
+            held = ids.creation_object_id(facts["actor_id"])
+            reply = Reply(number, facts, None, held)
+            keep = alive and look_up.held == held
+        else:
+            reply = Reply(number, None, already_taken(look_up.arguments).failure)
+            keep = False
+        if not keep:
+            self._give_up((client, number))
+        if alive:
+            self._outbox.clients[client].append(reply)
 
     # --- acts -------------------------------------------------------------------------------------
 

@@ -355,11 +355,18 @@ class Meanwhile(_Message, tag=33):
     heard: tuple[tuple[int, int], ...] = ()
 
 
+class Taken(_Message, tag=34):
+    """The client counts what the answer to this request has held for it (`Reply.held`)."""
+
+    request: int
+
+
 ToNode = (
     Hello | DefineFunction | DefineTemplate | SubmitTask | SubmitCall | CreateActor | PutInline
     | PutLocated | Hold | Drop | Unpin | PinForJob | Get | Watch | Done | DoneMany | Failed
     | Blocked | Unblocked | SegmentRequest | SegmentReturn | SegmentOpen | FetchTemplate | Request
     | EndJob | ActorExit | Yield | StreamTaken | StreamDropped | Untold | Unsent | Meanwhile
+    | Taken
 )
 
 # --- node -> client -----------------------------------------------------------------------------
@@ -445,6 +452,8 @@ class Reply(_Message, tag=12):
     request: int
     result: Any = None
     error: Failure | None = None
+    # An object that the node holds for the client until it says Taken.
+    held: bytes = b""
 
 
 class Output(_Message, tag=13):

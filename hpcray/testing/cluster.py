@@ -306,6 +306,8 @@ class SimulatedNode:
         check("leases", machine.cluster._leases)
         check("bundles", machine.bundles.held)
         check("streams", list(machine.streams.records))
+        check("names", list(machine.requests.names.entries))
+        check("look-ups", machine.requests._look_ups)
         check("function waits", machine._function_waits)
         check("requests for memory", machine.memory._waiting)
         for client in machine.clients.values():

@@ -492,8 +492,17 @@ class Process:
         rows: list[Any] = []
         number, waiter = self.core.requests.ask(name, arguments, rows)
         self.rows[number] = rows
-        reply: m.Reply = yield from self._exchange(waiter)
+        reply: m.Reply
+        reply, _ = yield from self._exchange(waiter)
         return reply
+
+    def look_up(self, name: str, arguments: Any) -> Generator[Any, Any, tuple[m.Reply, Ref | None]]:
+        """Ask for a name of an actor; the ref counts as its handle. (Drops wait for the end of the
+        batch here, where a real process sends them first: the more difficult order.)"""
+        self.core.refs.tell_holds(self.outbox)
+        _, waiter = self.core.requests.ask(name, arguments, [])
+        found: tuple[m.Reply, Ref | None] = yield from self._exchange(waiter)
+        return found
 
     def _view(self, object_id: bytes, location: m.Located) -> Generator[Any, Any, View]:
         store = self.core.store
@@ -684,15 +693,32 @@ class Process:
             if not room.need(self._emitted - window + 1):
                 yield from self._wait(_over(room))
 
+    def named_actor(
+        self, name: str, body: str, args: Sequence[Any] = (), *, get_if_exists: bool = True,
+        **options: Any
+    ) -> Generator[Any, Any, Ref]:
+        """The handle of the actor of this name, made if there is none."""
+        actor_id = self.core.new_actor_id()
+        reply, held = yield from self.look_up("reserve_name", {
+            "namespace": "", "name": name, "actor_id": actor_id, "handle": b"",
+            "get_if_exists": get_if_exists})
+        if reply.error is not None:
+            raise SystemFailed(reply.error)
+        return held if held is not None else self._create_actor(actor_id, name, body, args, options)
+
     def create_actor(self, name: str, args: Sequence[Any] = (), **options: Any) -> Ref:
         """The handle: a ref to the creation object."""
+        return self._create_actor(self.core.new_actor_id(), "", name, args, options)
+
+    def _create_actor(
+        self, actor_id: bytes, name: str, body: str, args: Sequence[Any], options: dict[str, Any]
+    ) -> Ref:
         options.setdefault("held_resources", ())
-        template = self.template(name, kind=m.ACTOR_CREATION, **options)
-        actor_id = self.core.new_actor_id()
+        template = self.template(body, kind=m.ACTOR_CREATION, **options)
         deps: list[bytes] = []
         packed, contained = self._pack(list(args), deps)
         handle = self.core.create_actor(m.CreateActor(
-            actor_id, template.template_id, packed, b"".join(deps) + contained, len(deps)))
+            actor_id, template.template_id, packed, b"".join(deps) + contained, len(deps), name))
         self.cluster.submitted(ids.creation_task_id(actor_id), template)
         return handle
 

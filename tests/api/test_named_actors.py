@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 
 import pytest
 
@@ -124,6 +125,60 @@ def test_name_is_free_after_kill(ray, A, eventually):
     a = A.options(name="again").remote(2)
     assert ray.get(ray.get_actor("again").get.remote()) == 2
     ray.kill(a)
+
+
+def test_named_again_and_again(ray, A):
+    """By one thread, and by two: an actor that ends is never handed out."""
+    failures = []
+
+    def loop(first):
+        try:
+            for number in range(first, first + 30):
+                a = A.options(name="loop", get_if_exists=True, num_cpus=0).remote(number)
+                assert ray.get(a.get.remote(), timeout=20) is not None
+                del a
+        except Exception as error:
+            failures.append(error)
+
+    loop(0)
+    other = threading.Thread(target=loop, args=(100,))
+    other.start()
+    loop(0)
+    other.join()
+    assert failures == []
+
+
+@pytest.mark.ray_differs("a name is taken until a dropped or killed actor has ended")
+def test_the_same_name_at_once(ray, A):
+    for number in range(6):
+        a = A.options(name="at once", num_cpus=0).remote(number)
+        assert ray.get(a.get.remote()) == number
+        if number % 2:
+            ray.kill(a)
+        del a
+    with pytest.raises(ValueError, match="at once"):
+        ray.get_actor("at once")
+
+
+def test_found_by_itself_as_it_ends(ray, eventually, tmp_path):
+    class Last:
+        def __init__(self, path):
+            self.path = path
+
+        def __del__(self):
+            found = ray.get_actor("last words")
+            with open(self.path, "w") as file:
+                file.write(str(found is not None))
+
+        def ready(self):
+            return True
+
+    path = tmp_path / "words"
+    last = ray.remote(Last).options(name="last words", num_cpus=0).remote(str(path))
+    assert ray.get(last.ready.remote())
+    del last
+    gc.collect()
+    eventually(lambda: path.exists() and path.read_text() == "True")
 
 
 def test_a_name_does_not_keep_the_actor(ray, A, eventually):

@@ -53,8 +53,11 @@ class ScriptedNode:
         elif isinstance(message, messages.Request):
             result = self.answers[message.name](message.arguments)
             failed = isinstance(result, values.Failure)
+            held = b""
+            if message.name in ("reserve_name", "get_actor") and isinstance(result, dict):
+                held = ids.creation_object_id(result["actor_id"])
             self.send(messages.Reply(message.request, None if failed else result,
-                                     result if failed else None))
+                                     result if failed else None, held))
         with self._changed:
             self.received.append(message)
             self._changed.notify_all()

@@ -6,6 +6,7 @@ from typing import Any
 
 from hpcray.node.machine import Machine
 from hpcray.node.records import DRIVER
+from hpcray.protocol import ids
 from hpcray.protocol import messages as m
 
 JOB = b"\0\0\0\1"
@@ -31,10 +32,10 @@ def reserve(node: Machine, client: int, number: int = 1, *, if_exists: bool = Tr
     ask(node, client, number, "reserve_name", actor_id=actor(client), get_if_exists=if_exists)
 
 
-def create(node: Machine, client: int) -> None:
+def create(node: Machine, client: int, *, detached: bool = True) -> None:
     node.client_messages(client, [
         m.DefineTemplate(m.Template(b"t" * 16, b"f" * 16, m.ACTOR_CREATION, "A.__init__")),
-        m.CreateActor(actor(client), b"t" * 16, b"", b"", 0, "a", "", True, b"h")])
+        m.CreateActor(actor(client), b"t" * 16, b"", b"", 0, "a", "", detached, b"h")])
 
 
 def replies(node: Machine, client: int) -> list[tuple[int, Any, str]]:
@@ -74,7 +75,7 @@ def test_a_creator_that_dies_leaves_the_name_to_the_next() -> None:
     node.worker_exited(2, m.Failure("WorkerCrashedError", "it died"))
     assert replies(node, DRIVER) == [(5, None, "ValueError")]
     assert not node.requests.names.entries
-    assert not node.requests._reserving
+    assert not node.requests._look_ups
 
 
 def test_one_that_dies_while_it_waits() -> None:
@@ -84,7 +85,7 @@ def test_one_that_dies_while_it_waits() -> None:
     node.worker_exited(2, m.Failure("WorkerCrashedError", "it died"))
     node.worker_exited(1, m.Failure("WorkerCrashedError", "it died"))
     assert not node.requests.names.entries
-    assert not node.requests._reserving
+    assert not node.requests._look_ups
 
 
 def test_nothing_is_kept_of_names_that_exist() -> None:
@@ -93,4 +94,63 @@ def test_nothing_is_kept_of_names_that_exist() -> None:
     create(node, 1)
     for number in range(2, 5):
         reserve(node, 2, number)
-    assert not node.requests._reserving
+        node.client_messages(2, [m.Taken(number)])
+    assert not node.requests._look_ups
+
+
+HANDLE = ids.creation_object_id(actor(1))
+
+
+def found(node: Machine, client: int, number: int) -> None:
+    """It has been given the handle, counted."""
+    reply = node.outbox.clients.pop(client)[-1]
+    assert (reply.request, reply.error, reply.held) == (number, None, HANDLE)
+
+
+def test_a_handle_by_name_is_counted_until_its_client_does_so() -> None:
+    node = machine()
+    reserve(node, 1)
+    create(node, 1, detached=False)
+    ask(node, 2, 1, "get_actor")
+    found(node, 2, 1)
+    node.client_messages(1, [m.Drop(HANDLE)])
+    assert HANDLE in node.directory.records
+    node.client_messages(2, [m.Hold(HANDLE), m.Taken(1)])
+    assert HANDLE in node.directory.records
+    node.client_messages(2, [m.Drop(HANDLE)])
+    assert HANDLE not in node.directory.records
+    assert not node.requests._look_ups
+
+
+def test_an_earlier_handle_of_the_asker_may_go_meanwhile() -> None:
+    node = machine()
+    reserve(node, 1)
+    create(node, 1, detached=False)
+    ask(node, 1, 2, "get_actor")
+    node.client_messages(1, [m.Drop(HANDLE)])
+    found(node, 1, 2)
+    node.client_messages(1, [m.Hold(HANDLE), m.Taken(2)])
+    assert node.directory.records[HANDLE].count == 1
+
+
+def test_nothing_is_counted_for_who_dies_before_it_takes_the_handle() -> None:
+    node = machine()
+    reserve(node, 1)
+    create(node, 1, detached=False)
+    ask(node, 2, 1, "get_actor")
+    node.client_messages(1, [m.Drop(HANDLE)])
+    node.worker_exited(2, m.Failure("WorkerCrashedError", "it died"))
+    assert HANDLE not in node.directory.records
+    assert not node.requests._look_ups
+
+
+def test_an_actor_that_waits_for_room_is_found_without_any_handle() -> None:
+    node = machine()
+    reserve(node, 1)
+    create(node, 1, detached=False)
+    node.client_messages(1, [m.Drop(HANDLE)])
+    ask(node, 2, 1, "get_actor")
+    found(node, 2, 1)
+    reserve(node, DRIVER, if_exists=False)
+    assert replies(node, DRIVER) == [(1, None, "ActorAlreadyExistsError")]
+    assert node.directory.records[HANDLE].count == 1

@@ -165,6 +165,47 @@ print("names", flush=True)
     assert [line for line in ("environments", "names") if f"{line}\n" not in output] == []
 
 
+def test_a_name_looked_up_elsewhere_while_its_owner_drops_it(start: Start):
+    """Made on either rank, placed on the other, asked for by both: each handle can be called."""
+    job = start(HEAD + """
+from hpcray.util import list_named_actors
+
+@ray.remote(num_cpus=0)
+class Lock:
+    def acquire(self, number):
+        return number
+
+@ray.remote(num_cpus=1)
+def loop(rounds, rank):
+    for number in range(rounds):
+        lock = Lock.options(name="lock", get_if_exists=True, scheduling_strategy=on[rank]).remote()
+        assert ray.get(lock.acquire.remote(number), timeout=WAIT_S) == number
+        del lock
+
+@ray.remote(num_cpus=1)
+def look(rounds):
+    found = 0
+    for number in range(rounds):
+        try:
+            lock = ray.get_actor("lock")
+        except ValueError:
+            continue
+        assert ray.get(lock.acquire.remote(number), timeout=WAIT_S) == number
+        found += 1
+        del lock
+    return found
+
+start(num_cpus=2)
+others = [loop.options(scheduling_strategy=on[1]).remote(20, 0),
+          look.options(scheduling_strategy=on[1]).remote(60)]
+loop.__wrapped__(20, 1)
+ray.get(others, timeout=2 * WAIT_S)
+until(lambda: not list_named_actors())
+print("looped", flush=True)
+""", ranks=2)
+    assert "looped\n" in job.finish(timeout_s=90)
+
+
 def test_cancelling_from_another_rank(start: Start):
     job = start(HEAD + """
 import asyncio
