@@ -295,15 +295,15 @@ class Core:
         self.objects.on_value(message)
 
     def _on_reply(self, message: Reply) -> None:
-        if not message.held:
-            self.requests.on_reply(message, None)
-            return
-        # The node counts it for us until then. Ours must come before: also if nobody waits any
-        # more, for another handle of this process may just be going.
-        ref = self.refs.intern(message.held)
-        self.refs.tell_holds(self.outbox)
-        self.outbox.append(Taken(message.request))
-        self.requests.on_reply(message, ref)
+        ref = None
+        if message.held:
+            # The node counts it for us until Taken, and ours comes before: another handle of this
+            # process may just be going.
+            ref = self.refs.intern(message.held)
+            self.refs.tell_holds(self.outbox)
+        awaited = self.requests.on_reply(message, ref)
+        if message.held or not awaited:
+            self.outbox.append(Taken(message.request))
 
     def _hearing(self, handler: Callable[[Any], None]) -> Callable[[Any, list[Any]], None]:
         """Of what tells that somebody has done something (NB-2)."""

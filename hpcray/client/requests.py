@@ -28,11 +28,14 @@ class Requests:
     def forget(self, number: int) -> None:
         self._waiting.pop(number, None)
 
-    def on_reply(self, message: Reply, held: ObjectRef[Any] | None) -> None:
+    def on_reply(self, message: Reply, held: ObjectRef[Any] | None) -> bool:
+        """Whether somebody waits for it."""
         found = self._waiting.pop(message.request, None)
-        if found is not None:
-            found[0].result = (message, held)
-            found[0].remaining = 0
+        if found is None:
+            return False
+        found[0].result = (message, held)
+        found[0].remaining = 0
+        return True
 
     def on_rows(self, message: Rows) -> None:
         found = self._waiting.get(message.request)

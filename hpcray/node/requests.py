@@ -271,9 +271,9 @@ class Requests:
                 self._give_up(key)
 
     def taken(self, client: int, number: int) -> None:
-        """The client counts the handle itself now."""
+        """The client counts the handle itself now, or has given the name up."""
         look_up = self._look_ups.get((client, number))
-        if look_up is not None and look_up.held:
+        if look_up is not None and (look_up.held or look_up.granted):
             self._give_up((client, number))
 
     def _give_up(self, key: tuple[int, int]) -> None:

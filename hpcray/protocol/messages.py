@@ -356,7 +356,8 @@ class Meanwhile(_Message, tag=33):
 
 
 class Taken(_Message, tag=34):
-    """The client counts what the answer to this request has held for it (`Reply.held`)."""
+    """Of the answer to this request: the client counts what it has held for it (`Reply.held`), or
+    nobody waits for the answer any more."""
 
     request: int
 

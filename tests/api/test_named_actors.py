@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
+import signal
 import threading
 
 import pytest
@@ -179,6 +181,38 @@ def test_found_by_itself_as_it_ends(ray, eventually, tmp_path):
     del last
     gc.collect()
     eventually(lambda: path.exists() and path.read_text() == "True")
+
+
+def test_a_name_that_was_waited_for_in_vain_is_free(ray, A, gate, eventually):
+    enter = gate.enter
+
+    class Slow:
+        def __del__(self):
+            enter()
+
+        def ready(self):
+            return True
+
+    slow = ray.remote(Slow).options(name="late", num_cpus=0).remote()
+    assert ray.get(slow.ready.remote())
+    del slow
+    eventually(lambda: gate.arrivals() == 1)
+    late = A.options(name="late", num_cpus=0)
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(KeyboardInterrupt):
+            late.remote(1)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    gate.open()
+
+    def made():
+        with contextlib.suppress(ValueError):  # taken, until the answer has come and gone back
+            return ray.get(late.remote(2).get.remote(), timeout=20) == 2
+
+    eventually(made)
 
 
 def test_a_name_does_not_keep_the_actor(ray, A, eventually):

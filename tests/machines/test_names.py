@@ -98,6 +98,17 @@ def test_nothing_is_kept_of_names_that_exist() -> None:
     assert not node.requests._look_ups
 
 
+def test_a_name_whose_asker_has_given_up_is_free() -> None:
+    node = machine()
+    reserve(node, 1)
+    reserve(node, 2)
+    node.client_messages(1, [m.Taken(1)])
+    assert replies(node, 2) == [(1, None, "")]
+    node.client_messages(2, [m.Taken(1)])
+    assert not node.requests.names.entries
+    assert not node.requests._look_ups
+
+
 HANDLE = ids.creation_object_id(actor(1))
 
 
