@@ -35,6 +35,7 @@ from typing import Any, Protocol
 
 from hpcray.protocol import ids, messages, values
 from hpcray.protocol.messages import Done, Meanwhile, Run, Stop, SubmitCall, Unsent, Untold, Value
+from hpcray.protocol.sizes import parts
 
 _SEND_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 # A larger call is the node's affair.
@@ -223,7 +224,7 @@ class Neighbours:
             batch = [Value(done.task_id + ids.FIRST_RETURN, done.value, self.number, sent, apart)
                      for done, apart in outcomes]
             try:
-                for datagram in messages.split_batch(batch, messages.encode(batch)):
+                for datagram in parts(batch, messages.encode):
                     channel.send(datagram, _SEND_FLAGS)
             except BlockingIOError:
                 # Some of them may have been: a value that comes twice is no harm.

@@ -68,6 +68,8 @@ _STARTING_MAX = 16
 _FIRST_DELAY_S = 0.05
 _LAST_DELAY_S = 2.0
 _REFUSED_S = 10.0
+# Actors that wait for a worker fail when none of them has got one for so long: others may live on.
+_CREATION_REFUSED_S = 20.0
 # Workers kept for tasks when no more can be started: actors would take every one.
 _KEPT_MAX = 4
 
@@ -188,6 +190,7 @@ class Dispatcher:
         # Why no worker can be started now; "": nothing is known against it.
         self.refused = ""
         self._refused_since_s = 0.0
+        self._created_s = 0.0  # an actor has got a worker, or the first was refused one
         # When to ask again, and how long after that: for an actor's worker and for tasks'.
         self._retry_s = [0.0, 0.0]
         self._delay_s = [_FIRST_DELAY_S, _FIRST_DELAY_S]
@@ -341,7 +344,7 @@ class Dispatcher:
     def _refuse(self, reason: str, details: str, for_tasks: bool) -> None:
         now_s = self._machine.now_s
         if not self.refused:
-            self._refused_since_s = now_s
+            self._refused_since_s = self._created_s = now_s
             self._delay_s = [_FIRST_DELAY_S, _FIRST_DELAY_S]
         self.refused = reason
         if now_s >= self._retry_s[for_tasks]:  # the first of those that were started together
@@ -352,7 +355,8 @@ class Dispatcher:
             self._reasons_told.add(reason)
             self._outbox.notices.append(
                 f"Warning: rank {self._machine.rank} cannot start another worker: {reason} "
-                f"({details}). What waits for one waits until others end.")
+                f"({details}). What waits for one waits until others end, an actor for at most "
+                f"{_CREATION_REFUSED_S:g} s.")
 
     def _retry_refused(self, now_s: float) -> None:
         """On the tick: look whether workers can be started by now; fail what waits in vain."""
@@ -366,19 +370,21 @@ class Dispatcher:
             self._refused_since_s = now_s
         elif now_s - self._refused_since_s > _REFUSED_S:
             self._refused_since_s = now_s
-            self._fail_refused()
+            self._fail_refused(creation=False, after_s=_REFUSED_S)
+        if now_s - self._created_s > _CREATION_REFUSED_S:
+            self._created_s = now_s
+            self._fail_refused(creation=True, after_s=_CREATION_REFUSED_S)
 
-    def _fail_refused(self) -> None:
-        """No worker is there that could ever run what waits. Actors' turn comes when one ends."""
-        actors = any(worker.state is WorkerState.ACTOR for worker in self.workers.values())
+    def _fail_refused(self, *, creation: bool, after_s: float) -> None:
+        """No worker has come that could run what waits in these queues."""
         for queue in self.queues.values():
-            if not (queue.creation and actors) and self.ledger.fits(queue.shape):
+            if queue.creation == creation and self.ledger.fits(queue.shape):
                 tasks, queue.tasks = queue.tasks, deque()
                 for task in tasks:
                     if not task.cancelled:
                         self._machine.tasks.refuse(task, (
                             f"no worker could be started for it on rank {self._machine.rank} for "
-                            f"{_REFUSED_S:g} s: {self.refused}"))
+                            f"{after_s:g} s: {self.refused}"))
 
     def _kept_for_tasks(self, queue: ShapeQueue) -> bool:
         """Whether the workers that are left are for others than this queue."""
@@ -583,6 +589,7 @@ class Dispatcher:
             self.piled[worker.number] = worker
         self._outbox.tasks.append((worker.number, run))
         if queue.creation:
+            self._created_s = now_s
             worker.state = WorkerState.ACTOR
             worker.actor_id = datagram[0].actor_id
             self._machine.actors.creating(datagram[0], worker.number, worker.devices)

@@ -944,15 +944,3 @@ decode_to_node = msgspec.msgpack.Decoder(list[ToNode]).decode
 decode_to_client = msgspec.msgpack.Decoder(list[ToClient]).decode
 decode_to_worker = msgspec.msgpack.Decoder(list[ToWorker]).decode
 decode_to_peer = msgspec.msgpack.Decoder(list[ToPeer]).decode
-
-
-
-def split_batch(batch: list[Any], encoded: bytes) -> list[bytes]:
-    """Datagrams of at most DATAGRAM_MAX_BYTES for a batch whose one encoding is too large."""
-    if len(encoded) <= DATAGRAM_MAX_BYTES or len(batch) == 1:
-        return [encoded]
-    middle = len(batch) // 2
-    first, second = batch[:middle], batch[middle:]
-    return split_batch(first, encode(first)) + split_batch(
-        second, encode(second)
-    )
