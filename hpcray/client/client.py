@@ -168,10 +168,6 @@ class Client:
         return self.core.session
 
     @property
-    def inline_max_bytes(self) -> int:
-        return self.core.inline_max_bytes
-
-    @property
     def task_prefix(self) -> bytes:
         return self.core.task_prefix
 
@@ -310,21 +306,30 @@ class Client:
         objects = core.objects
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         late = False
-        with self.link as link:
+        link = self.link
+        link.enter()
+        try:
             if ref._value is None and ref._view is None and not objects.has_arrived(object_id):
-                self.check_session((object_id,))
+                if object_id[20:24] != core.job_id:
+                    self.check_session((object_id,))
                 waiter = Waiter(1)
                 waiter.ids = (object_id,)
                 called = core.want_result(object_id)
-                waiters.add(objects.value_waiters, object_id, waiter)
+                table = objects.value_waiters
+                if object_id in table:
+                    waiters.add(table, object_id, waiter)
+                else:
+                    table[object_id] = waiter
                 try:
                     link.flush()
                     late = not link.wait(waiter, deadline_s)
                 finally:
                     if waiter.remaining > 0:
-                        waiters.remove(objects.value_waiters, object_id, waiter)
+                        waiters.remove(table, object_id, waiter)
                 if called is not None:
                     called.over(ids.task_of_object(object_id), ref._value)
+        finally:
+            link.leave()
         if late:
             why = self._explain([object_id])
             if ref._value is None and ref._ready < LOCAL:
@@ -346,15 +351,10 @@ class Client:
             missing = [i for i, item in enumerate(result) if item is None]
             if not missing:
                 return result
-            absent: dict[bytes, None] = {}
             waiter: Waiter = FailFast(0) if fail_fast else Waiter(0)
             done = True
             with self.link:
-                for i in missing:
-                    ref = refs[i]
-                    item = result[i] = objects.find(ref)
-                    if item is None and not objects.has_arrived(ref._id):
-                        absent[ref._id] = None
+                absent = objects.look(refs, result)
                 error = _first_error(result) if fail_fast and absent else None
                 if error is not None:
                     return [error]
@@ -754,13 +754,21 @@ class Client:
 
     def report(self, message: Any, reply_to: int = -1) -> None:
         """Queue a task's outcome; `flush` sends it, and the value of a Done to `reply_to`."""
-        with self.link:
+        link = self.link
+        link.enter()
+        try:
             self.core.report(message, reply_to)
+        finally:
+            link.leave()
 
     def on_runs(self, batch: list[Run | Stop]) -> None:
         """Of each datagram of the task channel."""
-        with self.link:
+        link = self.link
+        link.enter()
+        try:
             self.core.neighbours.on_runs(batch)
+        finally:
+            link.leave()
 
     def flush(self, *, drain: bool = False) -> None:
         """Send what is queued; with `drain` (before a process idles) dropped refs too."""

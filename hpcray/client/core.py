@@ -133,7 +133,7 @@ class Core:
         outbox = self.outbox
         refs = self.refs
         objects = self.objects
-        dropped = objects.drain(now_s, at_once=drain) if refs.pending_drops() else None
+        dropped = objects.drain(now_s, at_once=drain) if refs.dropped else None
         if refs.new_holds:
             holds: list[Any] = []
             refs.tell_holds(holds)
@@ -277,12 +277,14 @@ class Core:
         objects = self.objects
         if objects.is_asked(object_id):
             return None
-        self.refs.tell_holds(self.outbox)
-        link = self.neighbours.called(self.outbox, object_id)
-        if link is not None and self.neighbours.call(link, self.outbox):
+        outbox = self.outbox
+        if self.refs.new_holds:
+            self.refs.tell_holds(outbox)
+        link = self.neighbours.called(outbox, object_id)
+        if link is not None and self.neighbours.call(link, outbox):
             objects.will_come(object_id)
         else:
-            objects.want((object_id,))
+            objects.want_one(object_id)
         return link
 
     # --- messages ---------------------------------------------------------------------------------

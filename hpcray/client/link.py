@@ -8,8 +8,8 @@
 
 The rules, and what each is for:
 
-- **Only who holds the lock touches the core or the socket.** A thread that waits polls the socket
-  without the lock, and reads it with the lock: there is no second reader, and no buffer is shared.
+- **Only who holds the lock touches the core.** One waiting thread at a time takes a datagram from
+  the socket, without the lock, and handles it with the lock. While it does so nobody else reads.
 - **Under the lock nothing runs that is not ours.** The garbage collector is off there, so no
   finaliser of a user does (it may call `put` or `get`). What runs other code (printing output,
   callbacks) is an effect, done when the lock is free.
@@ -30,6 +30,7 @@ import os
 import select
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
@@ -45,7 +46,7 @@ from hpcray.client.waiters import Waiter
 from hpcray.protocol import messages
 from hpcray.protocol.sizes import DATAGRAM_MAX_BYTES, parts
 from hpcray.transport import datagrams
-from hpcray.transport.datagrams import FULL, SENT, SHORT, ChannelClosed
+from hpcray.transport.datagrams import FULL, SEND_FLAGS, SENT, SHORT, ChannelClosed
 
 _NOTHING: tuple[list[Any], list[int]] = ([], [])
 # A datagram of this many messages is long enough to amortise its system call.
@@ -61,6 +62,7 @@ _SAY_AFTER_S = 10.0
 # For want of descriptors or memory a send is tried again for so long.
 _SHORT_S = 5.0
 _NO_WAIT_S = 3600.0
+_LOOK_US = 500_000
 
 _CLIENT = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _PACKAGE = os.path.dirname(os.path.dirname(_CLIENT)) + os.sep
@@ -91,11 +93,10 @@ class Link:
         self.inside = False  # some thread is
         self._collecting = False  # the collector is off because of that
         self._effects = core.effects
-        # What the thread that polls the socket waits for, and what wakes it when that has come by
-        # another thread's reading.
+        self._handlers = core.handlers
+        # What the thread that reads for all waits for.
         self._reader: Waiter | None = None
         self._reader_thread = 0
-        self._nudge_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         # Threads that wait while another one reads: (what wakes it, what it waits for).
         self._sleepers: list[tuple[Any, Waiter]] = []
         self._buffer = datagrams.receive_buffer()
@@ -106,15 +107,13 @@ class Link:
         self._unhandled: tuple[list[Any], list[int]] = ([], [])
         self.sent = 0  # datagrams
         self._settling = threading.Lock()  # by the thread that carries out effects
-        # Of the one thread that polls.
-        self._poller = self._new_poller()
-        self._nudged = False
-        self._closed = False
         self._main = threading.main_thread().ident
         self._pid = os.getpid()
         self.helper = Helper(self, is_driver=is_driver)
         datagrams.enlarge_buffers(sock)
-        sock.setblocking(False)
+        sock.setblocking(True)
+        # A thread that waits looks now and then whether the client was closed.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, _LOOK_US))
         self._replaced_handler = False
 
     # --- the door ---------------------------------------------------------------------------------
@@ -128,10 +127,9 @@ class Link:
 
     def enter(self) -> None:
         """Take the lock. Hot paths write `enter`, `try`, `finally: leave` themselves."""
-        lock = self.lock
-        if lock._is_owned():  # type: ignore[attr-defined]  # what Condition asks, too
+        self.lock.acquire()
+        if self.inside:
             self._refuse_or_repair()
-        lock.acquire()
         self.inside = True
         if _gc_is_enabled():
             _gc_disable()
@@ -146,15 +144,24 @@ class Link:
             frame = frame.f_back
         while frame is not None and not frame.f_code.co_filename.startswith(_CLIENT):
             frame = frame.f_back
+        self.lock.release()
         if frame is None:
-            self.lock.release()
             return
         raise RuntimeError(
             "a signal handler called hpcray while it had interrupted hpcray itself; let the "
             "handler set a flag, or raise an exception, and call hpcray from the program")
 
     def leave(self) -> None:
-        self._release()
+        self.inside = False  # `_release`, written out
+        try:
+            if self._collecting:
+                self._collecting = False
+                _gc_enable()
+        finally:
+            try:
+                self.lock.release()
+            except RuntimeError:
+                pass
         if self.interrupted or self._effects:
             self._outside()
 
@@ -165,7 +172,10 @@ class Link:
                 self._collecting = False
                 _gc_enable()
         finally:
-            self.lock.release()
+            try:
+                self.lock.release()
+            except RuntimeError:
+                pass  # two handlers that raised, one upon the other, have kept `_reenter` from it
 
     def _outside(self) -> None:
         """What was left for when this thread does not hold the lock any more. May raise."""
@@ -178,8 +188,12 @@ class Link:
         """Nothing can keep us from it: what a signal handler raises meanwhile comes afterwards."""
         raised: BaseException | None = None
         while True:
-            try:
-                self.enter()
+            try:  # `enter`, written out
+                self.lock.acquire()
+                self.inside = True
+                if _gc_is_enabled():
+                    _gc_disable()
+                    self._collecting = True
                 break
             except BaseException as error:
                 raised = error
@@ -273,10 +287,20 @@ class Link:
         if not outbox:
             return
         encoded = messages.encode(outbox)
-        rest = [] if len(encoded) <= DATAGRAM_MAX_BYTES else list(
-            parts(outbox, messages.encode))
-        self._sending = rest or [encoded]
-        outbox.clear()
+        if len(encoded) <= DATAGRAM_MAX_BYTES:
+            self._sending = [encoded]
+            outbox.clear()
+            try:  # the common case, `datagrams.send` written out
+                self._noted.extend(map(self.socket.send, self._sending, SEND_FLAGS))
+                self.sent += 1
+                self._sending = []
+                self._noted.clear()
+                return
+            except OSError:
+                pass  # `_send_rest` meets it, too
+        else:
+            self._sending = list(parts(outbox, messages.encode))
+            outbox.clear()
         self._send_rest()
 
     def _send_rest(self) -> None:
@@ -293,6 +317,8 @@ class Link:
             elif outcome in (FULL, SHORT):
                 since_s = self._await_room(outcome, since_s)
             else:
+                # It may have said why before it hung up.
+                self.read(all=True)
                 self.set_lost("the node closed the connection")
                 self.check()
 
@@ -323,16 +349,29 @@ class Link:
 
     def read(self, *, all: bool = False) -> bool:
         """Handle what has come, or at least the first of it; False if there was nothing."""
+        if self._reader is not None and self._reader_thread != _get_ident():
+            return False  # another thread is about to
         found = bool(self._unhandled[0])
         if found:
             self._handle_rest()
         try:
-            while self._taken or datagrams.take(self.socket, self._buffer, self._taken):
+            taken = self._taken
+            while taken or datagrams.take(self.socket, self._buffer, taken):
                 found = True
-                data, descriptors = datagrams.content(self._taken[0], self._buffer)
-                self._unhandled = (messages.decode_to_client(data), descriptors)
-                self._taken.clear()
-                self._handle(*self._unhandled)
+                data, descriptors = datagrams.content(taken[0], self._buffer)
+                batch = messages.decode_to_client(data)
+                self._unhandled = (batch, descriptors)
+                taken.clear()
+                if len(batch) == 1:  # as an answer that somebody waits for mostly is
+                    try:
+                        self._handlers[type(batch[0])](batch[0], descriptors)
+                        self._unhandled = _NOTHING
+                    except BaseException as error:
+                        if not raised_by_handler(error):
+                            self._unhandled = _NOTHING
+                        raise
+                else:
+                    self._handle(batch, descriptors)
                 if not all and len(data) < _LIKELY_MORE_BYTES:
                     break
         except ChannelClosed as closed:
@@ -342,15 +381,13 @@ class Link:
             self.last_read_s = time.monotonic()
             if self._sleepers:
                 self._wake_sleepers()
-            if self._reader is not None and self._reader.remaining <= 0:
-                self._nudge()
             if self.core.outbox and not self.helper.armed:
                 self.helper.arm()  # an answer to what was read, or memory given back
         return found
 
     def _handle(self, batch: list[Any], descriptors: list[int]) -> None:
         done = 0
-        handlers = self.core.handlers
+        handlers = self._handlers
         try:
             for message in batch:
                 handlers[type(message)](message, descriptors)
@@ -377,7 +414,6 @@ class Link:
             for lock, _ in self._sleepers:
                 lock.release()
             self._sleepers.clear()
-            self._nudge()
             self.core.effects.append(lambda: self.on_lost(reason))
             self.helper.wake()
 
@@ -426,46 +462,36 @@ class Link:
                 self.flush()
 
     def _await_input(self, waiter: Waiter, timeout_s: float | None) -> None:
-        """Until something can be read; it is read by whoever is first inside then.
+        """Until something can be read, or has been taken for `read`: without the lock, by one
+        thread at a time.
 
         Outside a finaliser may run, and wait in here itself: it reads in our place, and what we
-        wait for may have come by then.
+        wait for may have come by then. So nothing that could start one is between the look at the
+        waiter and the system call.
         """
         outer = self._reader
-        # In a signal handler this thread is in `poll` already.
-        poller = self._poller if outer is None else self._new_poller()
         self._reader = waiter
         self._reader_thread = _get_ident()
         try:
             self._release()
+            while self.lock._is_owned():  # type: ignore[attr-defined]
+                self.lock.release()  # one that raised has kept an earlier call from it
             if self.interrupted or self._effects:
                 self._outside()
             if timeout_s is None:
-                poller.poll()
+                taking = datagrams.taking(self.socket, self._buffer)
+                if waiter.remaining > 0 and self.lost is None:
+                    self._taken.extend(taking)
             else:
-                poller.poll(min(timeout_s, _NO_WAIT_S) * 1000 + 0.999)
+                poller = select.poll()
+                poller.register(self.socket, select.POLLIN)
+                if waiter.remaining > 0 and self.lost is None:
+                    poller.poll(min(timeout_s * 1000 + 0.999, _LOOK_US / 1000))
+        except OSError:
+            pass  # it was only a look, or the end: `read` meets it, too
         finally:
             self._reenter()
             self._reader = outer
-            if self._nudged:
-                self._nudged = False
-                os.eventfd_read(self._nudge_fd)
-            if outer is not None:
-                self._nudge()
-            elif self._closed:
-                self._close_nudge_fd()
-
-    def _new_poller(self) -> select.poll:
-        poller = select.poll()
-        poller.register(self.socket, select.POLLIN)
-        poller.register(self._nudge_fd, select.POLLIN)
-        return poller
-
-    def _nudge(self) -> None:
-        """Wake the thread that polls."""
-        if not self._nudged and self._nudge_fd >= 0:
-            self._nudged = True
-            os.eventfd_write(self._nudge_fd, 1)
 
     def _sleep(self, waiter: Waiter, timeout_s: float | None) -> None:
         """Until the thread that reads wakes us: what we wait for has come, or it reads no more."""
@@ -540,14 +566,6 @@ class Link:
             self.socket.close()
             self.core.neighbours.close()
             self.core.objects.close()
-            self._closed = True
-            if self._reader is None:
-                self._close_nudge_fd()  # else the thread that polls it does
-
-    def _close_nudge_fd(self) -> None:
-        fd, self._nudge_fd = self._nudge_fd, -1
-        if fd >= 0:
-            os.close(fd)
 
     def forked(self) -> None:
         """In a child of this process: the channel is its parent's."""
@@ -558,7 +576,6 @@ class Link:
             self.lock = threading.RLock()
             self.inside = self._collecting = False
         self.socket.close()
-        self._close_nudge_fd()
         self.core.neighbours.close()
 
 

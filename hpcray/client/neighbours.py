@@ -35,7 +35,7 @@ from typing import Any, Protocol
 
 from hpcray.protocol import ids, messages, values
 from hpcray.protocol.messages import Done, Meanwhile, Run, Stop, SubmitCall, Unsent, Untold, Value
-from hpcray.protocol.sizes import parts
+from hpcray.protocol.sizes import DATAGRAM_MAX_BYTES, parts
 
 _SEND_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 # A larger call is the node's affair.
@@ -224,8 +224,12 @@ class Neighbours:
             batch = [Value(done.task_id + ids.FIRST_RETURN, done.value, self.number, sent, apart)
                      for done, apart in outcomes]
             try:
-                for datagram in parts(batch, messages.encode):
-                    channel.send(datagram, _SEND_FLAGS)
+                encoded = messages.encode(batch)
+                if len(encoded) <= DATAGRAM_MAX_BYTES:
+                    channel.send(encoded, _SEND_FLAGS)
+                else:
+                    for datagram in parts(batch, messages.encode):
+                        channel.send(datagram, _SEND_FLAGS)
             except BlockingIOError:
                 # Some of them may have been: a value that comes twice is no harm.
                 outbox.append(Untold(client, b"".join(value.object_id for value in batch)))

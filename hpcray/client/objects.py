@@ -15,7 +15,7 @@ from typing import Any
 
 from hpcray.client import waiters
 from hpcray.client.references import LOCAL, READY, ObjectRef, ReferenceTable
-from hpcray.client.waiters import Table, Waiter
+from hpcray.client.waiters import FailFast, Table, Waiter
 from hpcray.protocol import ids, values
 from hpcray.protocol.messages import Drop, Get, Located, Ready, Unpin, Value, ValueAt, Watch
 from hpcray.protocol.sizes import IDS_PER_MESSAGE
@@ -54,6 +54,11 @@ class Objects:
             asked.update(ask)
             self._ask(Get, ask)
 
+    def want_one(self, object_id: bytes) -> None:
+        """As `want`, of one that was not asked for."""
+        self._asked.add(object_id)
+        self._outbox.append(Get(object_id))
+
     def is_asked(self, object_id: bytes) -> bool:
         return object_id in self._asked
 
@@ -75,8 +80,12 @@ class Objects:
             self._outbox.append(message(b"".join(ask[start : start + IDS_PER_MESSAGE]), *rest))
 
     def await_values(self, object_ids: Sequence[bytes], waiter: Waiter) -> None:
+        table = self.value_waiters
         for object_id in object_ids:
-            waiters.add(self.value_waiters, object_id, waiter)
+            if object_id in table:
+                waiters.add(table, object_id, waiter)
+            else:
+                table[object_id] = waiter
 
     def forget(self, table: Table, object_ids: Sequence[bytes], waiter: Waiter) -> None:
         """It timed out, was interrupted or needs no more."""
@@ -95,6 +104,22 @@ class Objects:
     def has_arrived(self, object_id: bytes) -> bool:
         return object_id in self._arrivals
 
+    def look(self, refs: Sequence[ObjectRef[Any]], found: list[Any]) -> dict[bytes, None]:
+        """Complete `found`, what is here of each ref; the ids of those that have not arrived."""
+        absent: dict[bytes, None] = {}
+        arrivals = self._arrivals
+        for index, item in enumerate(found):
+            if item is None:
+                ref = refs[index]
+                item = ref._value
+                if item is None and ref._view is not None:
+                    item = ref._view()
+                if item is not None:
+                    found[index] = item
+                elif ref._id not in arrivals:
+                    absent[ref._id] = None
+        return absent
+
     def take_arrival(self, object_id: bytes) -> Located | None:
         """Where it lies, for the one who will map it: it is pinned once."""
         return self._arrivals.pop(object_id, None)
@@ -109,7 +134,18 @@ class Objects:
         if ref is not None:
             ref._value = message.value
             ref._ready = LOCAL
-        self._arrived(object_id, message.value)
+        # `waiters.tell`, written out: this is the message that comes most often.
+        waiter = self.value_waiters.pop(object_id, None)
+        if waiter is not None:
+            if type(waiter) is Waiter or (
+                type(waiter) is FailFast and message.value[0] < values.ERROR
+            ):
+                waiter.remaining -= 1
+            else:
+                self.value_waiters[object_id] = waiter
+                waiters.tell(self.value_waiters, object_id, message.value)
+        if self.ready_waiters:
+            waiters.tell(self.ready_waiters, object_id)
 
     def on_value_at(self, message: ValueAt) -> None:
         object_id = message.object_id
@@ -144,16 +180,14 @@ class Objects:
     # --- what the node is told --------------------------------------------------------------------
 
     def drops_are_due(self, now_s: float) -> bool:
-        return self._refs.pending_drops() > 0 and now_s - self._last_drain_s > DRAIN_S
+        return bool(self._refs.dropped) and now_s - self._last_drain_s > DRAIN_S
 
     def drain(self, now_s: float, *, at_once: bool) -> list[bytes]:
         """Refs to be told of as dropped, if it is time. Before new holds are told: a ref that came
         and went is never mentioned."""
-        pending = self._refs.pending_drops()
-        if not pending or not (
-            at_once or now_s - self._last_drain_s > DRAIN_S or pending > _DRAIN_REFS
-            or self.unpins  # large objects may be among them
-        ):
+        if not (at_once or now_s - self._last_drain_s > DRAIN_S
+                or len(self._refs.dropped) > _DRAIN_REFS
+                or self.unpins):  # large objects may be among them
             return []
         dropped = self._refs.drain()
         self._last_drain_s = now_s

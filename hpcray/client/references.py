@@ -170,7 +170,7 @@ class ReferenceTable:
         self, kind: type[ObjectRef[Any]] = ObjectRef, dropped: deque[bytes] = _dropped
     ) -> None:
         self._kind = kind
-        self._dropped = dropped
+        self.dropped = dropped  # refs and generators that have died
         self.live: dict[bytes, weakref.ref[ObjectRef[Any]]] = {}
         # First refs to objects from elsewhere: told before anything that relies on it.
         self.new_holds: dict[bytes, None] = {}
@@ -219,7 +219,7 @@ class ReferenceTable:
 
     def drain(self) -> list[bytes]:
         """Ids whose last ref is gone and that the node counts."""
-        dropped = self._dropped
+        dropped = self.dropped
         live = self.live
         holds = self.new_holds
         own = self.own
@@ -246,8 +246,6 @@ class ReferenceTable:
                 ref._value = None
                 ref._ready = NOT_READY
 
-    def pending_drops(self) -> int:
-        return len(self._dropped)
 
 
 _client: Client | None = None

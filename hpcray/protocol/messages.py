@@ -22,7 +22,6 @@ from typing import Any
 
 import msgspec
 
-from hpcray.protocol.sizes import DATAGRAM_MAX_BYTES
 from hpcray.protocol.values import Failure
 
 NO_ARGS = b""

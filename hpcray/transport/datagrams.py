@@ -20,7 +20,7 @@ import errno
 import mmap
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from hpcray.protocol.sizes import DATAGRAM_MAX_BYTES, MESSAGE_MAX_BYTES, RECEIVE_BYTES
@@ -36,7 +36,9 @@ _MAX_DESCRIPTORS = 16
 _ANCILLARY_BYTES = socket.CMSG_SPACE(_MAX_DESCRIPTORS * 4)
 # Plain ints: combining the enum members costs a microsecond at each call.
 _SEND_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-_SEND_FLAGS_ONCE = (_SEND_FLAGS,)
+SEND_FLAGS = (_SEND_FLAGS,)
+_WAIT_FLAGS = int(socket.MSG_CMSG_CLOEXEC)
+_NO_DESCRIPTORS: list[int] = []
 _LOOK_FLAGS = int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
 _LOST_FLAGS = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
 _TRUNCATED = int(socket.MSG_TRUNC)
@@ -78,15 +80,16 @@ def send(
     Something is appended to `note` in the same step as it is sent: whatever a signal handler raises
     then, it is known that it was.
     """
-    note = [] if note is None else note
     try:
         if len(data) > DATAGRAM_MAX_BYTES:
             return _send_in_memory(sock, data, descriptors, note)
         if descriptors:
             _send_with(sock, data, descriptors, note)
         else:
-            # One call into C, between whose parts no Python code can run.
-            note.extend(map(sock.send, (data,), _SEND_FLAGS_ONCE))
+            if note is None:
+                sock.send(data, _SEND_FLAGS)
+            else:  # one call into C, between whose parts no Python code can run
+                note.extend(map(sock.send, (data,), SEND_FLAGS))
         return SENT
     except OSError as error:
         if error.errno == errno.EMSGSIZE:  # a host with less room than any default
@@ -95,7 +98,7 @@ def send(
 
 
 def _send_in_memory(
-    sock: socket.socket, data: bytes, descriptors: Sequence[int], note: list[Any]
+    sock: socket.socket, data: bytes, descriptors: Sequence[int], note: list[Any] | None
 ) -> int:
     try:
         fd = os.memfd_create("hpcray-message", os.MFD_CLOEXEC)
@@ -113,11 +116,12 @@ def _send_in_memory(
 
 
 def _send_with(
-    sock: socket.socket, data: bytes, descriptors: Sequence[int], note: list[Any]
+    sock: socket.socket, data: bytes, descriptors: Sequence[int], note: list[Any] | None
 ) -> None:
     # Not `socket.send_fds`: it ignores the flags it is given.
     rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))
-    note.extend(map(sock.sendmsg, ([data],), ([rights],), _SEND_FLAGS_ONCE))
+    (note if note is not None else []).extend(
+        map(sock.sendmsg, ([data],), ([rights],), SEND_FLAGS))
 
 
 def _outcome(error: OSError) -> int:
@@ -137,8 +141,15 @@ def receive(sock: socket.socket, buffer: memoryview) -> Received | None:
       ChannelClosed: the other end has hung up.
       Malformed: a datagram came that is too long, or has lost its descriptors.
     """
-    taken: list[Any] = []
-    return content(taken[0], buffer) if take(sock, buffer, taken) else None
+    try:
+        taken = sock.recvmsg_into([buffer], _ANCILLARY_BYTES, _LOOK_FLAGS)
+    except BlockingIOError:
+        return None
+    except OSError as error:
+        raise ChannelClosed(str(error)) from None
+    if not taken[1] and not taken[2] & _LOST_FLAGS and taken[0]:
+        return buffer[: taken[0]], _NO_DESCRIPTORS
+    return content(taken, buffer)
 
 
 def take(sock: socket.socket, buffer: memoryview, taken: list[Any]) -> bool:
@@ -157,9 +168,16 @@ def take(sock: socket.socket, buffer: memoryview, taken: list[Any]) -> bool:
     return True
 
 
+def taking(sock: socket.socket, buffer: memoryview) -> Iterator[Any]:
+    """As `take`, but it waits (if the socket blocks), and only when it is iterated over."""
+    return map(sock.recvmsg_into, ([buffer],), (_ANCILLARY_BYTES,), (_WAIT_FLAGS,))
+
+
 def content(taken: tuple[Any, ...], buffer: memoryview) -> Received:
     """The second half of `receive`."""
     nbytes, ancillary, flags, _ = taken
+    if nbytes and not ancillary and not flags & _LOST_FLAGS and buffer[0] != _IN_MEMORY:
+        return buffer[:nbytes], _NO_DESCRIPTORS
     if nbytes == 0:
         raise ChannelClosed("the other end closed the connection")
     descriptors = _descriptors(ancillary) if ancillary else []

@@ -60,6 +60,8 @@ from hpcray.worker.zygote import INTERRUPT_SIGNAL
 _WELCOME_S = 60.0
 # Outcomes do not wait longer than this for the rest of their datagram.
 _FLUSH_S = 0.001
+# An interrupt that a finaliser has swallowed comes again after this.
+_AGAIN_S = 0.002
 # What a blocked worker waits for is told if it is at most so many objects.
 _TOLD_IDS = 256
 
@@ -148,6 +150,7 @@ class Worker:
         self.interruptible = b""
         client.link.check_interrupt = self._check_interrupt
         client.link.on_interrupt = self._read_cancels
+        client.on_cancel(self._on_cancel)
         signal.signal(INTERRUPT_SIGNAL, self._on_interrupt)
         self._struck = b""  # the task that a cancel has interrupted, until it is over
         self._unraisable = sys.unraisablehook
@@ -261,6 +264,11 @@ class Worker:
         else:
             self._read_cancels()
 
+    def _on_cancel(self, task_id: bytes) -> None:
+        """Another thread has read it, after the bell perhaps: it rings once more."""
+        if task_id == self.interruptible and threading.get_ident() != self._main:
+            os.kill(os.getpid(), INTERRUPT_SIGNAL)
+
     def _read_cancels(self) -> None:
         self.client.link.read_now()
         self._check_interrupt()
@@ -278,7 +286,10 @@ class Worker:
         if (self._struck and unraisable.exc_type is KeyboardInterrupt
                 and threading.get_ident() == self._main):
             self.interruptible = self._struck
-            os.kill(os.getpid(), INTERRUPT_SIGNAL)
+            # Not from here: what it raised would be swallowed, too.
+            again = threading.Timer(_AGAIN_S, os.kill, (os.getpid(), INTERRUPT_SIGNAL))
+            again.daemon = True
+            again.start()
         else:
             self._unraisable(unraisable)
 
@@ -408,7 +419,8 @@ class Worker:
 
     def deliver(self, run: Run, template: Template, result: Any, began_s: float) -> None:
         """Report a result; a generator runs now. Large values are in shared memory by then."""
-        self.leave_if_forked()
+        if references._forked:
+            self.leave_if_forked()
         if type(result) is GeneratorType or template.stream:
             generators.run(self, run, template, result, began_s)
         else:
@@ -433,7 +445,7 @@ class Worker:
     def _outcome(self, run: Run, template: Template, result: Any, began_s: float) -> Any:
         count = template.return_count
         if count == 1:
-            limit = self.client.inline_max_bytes
+            limit = self.client.core.inline_max_bytes
             packed = serialization.pack_atom(result, limit)
             if packed:
                 return Done(run.task_id, run.attempt, _us(began_s), packed)
@@ -469,7 +481,7 @@ class Worker:
         contained = b"".join(serialized.contained)
         sizes.check_refs(len(contained), "the result holds")
         nbytes = serialized.nbytes
-        if nbytes <= self.client.inline_max_bytes and (
+        if nbytes <= self.client.core.inline_max_bytes and (
             nbytes <= sizes.SMALL_BYTES or before_bytes + nbytes <= sizes.GATHERED_BYTES
         ):
             return Return(values.pack(serialized.pickled, serialized.buffers), contained)
@@ -495,7 +507,7 @@ class Worker:
     ) -> bytes | Located:
         """A large one travels as a large result does."""
         packed = serialization.dump_error(error)
-        if len(packed) <= self.client.inline_max_bytes:
+        if len(packed) <= self.client.core.inline_max_bytes:
             return packed
         try:
             if template is not None and template.return_count == 1 and not template.stream:
