@@ -147,8 +147,6 @@ def receive(sock: socket.socket, buffer: memoryview) -> Received | None:
         return None
     except OSError as error:
         raise ChannelClosed(str(error)) from None
-    if not taken[1] and not taken[2] & _LOST_FLAGS and taken[0]:
-        return buffer[: taken[0]], _NO_DESCRIPTORS
     return content(taken, buffer)
 
 
