@@ -823,8 +823,9 @@ class Dispatcher:
             self._machine.tasks.give_back(task)
 
     def give_back_foreign(self) -> None:
-        """Other homes' tasks that cannot start here return to them."""
-        for queue in self.queues.values():
+        """What cannot start here and could elsewhere: other homes' tasks return to them, and actors
+        of this home ask for a place again."""
+        for queue in list(self.queues.values()):
             if queue.tasks and not self.ledger.fits(queue.shape):
                 kept: deque[TaskRecord] = deque()
                 for task in queue.tasks:
@@ -833,6 +834,9 @@ class Dispatcher:
                     if (task.home != self._machine.rank and task.state == QUEUED
                             and task.template.rank < 0 and task.template.kind != METHOD):
                         self._machine.tasks.give_back(task)
+                    elif (queue.creation and task.home == self._machine.rank
+                            and task.template.rank < 0 and not task.template.group_id):
+                        self._machine.cluster.place_actor(task)
                     else:
                         kept.append(task)
                 queue.tasks = kept

@@ -291,7 +291,9 @@ class Machine:
 
     def _give_back_foreign(self, now_s: float) -> None:
         # Others' tasks that wait here for long go back even unasked: somebody may have room.
-        if any(t.home != self.rank for q in self.dispatcher.queues.values() for t in q.tasks):
+        # So do actors of ours: their place was chosen by loads that had changed by then.
+        if any(q.creation or t.home != self.rank
+               for q in self.dispatcher.queues.values() for t in q.tasks):
             if self._foreign_since_s is None:
                 self._foreign_since_s = now_s
             elif now_s - self._foreign_since_s > _FOREIGN_WAIT_S:
