@@ -296,8 +296,10 @@ class Link:
                 self._sending = []
                 self._noted.clear()
                 return
-            except OSError:
-                pass  # `_send_rest` meets it, too
+            except OSError as error:
+                if error.errno is None:
+                    raise  # a signal handler's, such as a TimeoutError
+                # `_send_rest` meets it, too
         else:
             self._sending = list(parts(outbox, messages.encode))
             outbox.clear()
@@ -487,8 +489,10 @@ class Link:
                 poller.register(self.socket, select.POLLIN)
                 if waiter.remaining > 0 and self.lost is None:
                     poller.poll(min(timeout_s * 1000 + 0.999, _LOOK_US / 1000))
-        except OSError:
-            pass  # it was only a look, or the end: `read` meets it, too
+        except OSError as error:
+            if error.errno is None:
+                raise  # a signal handler's, such as a TimeoutError
+            # It was only a look, or the end: `read` meets it, too.
         finally:
             self._reenter()
             self._reader = outer

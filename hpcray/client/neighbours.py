@@ -209,8 +209,11 @@ class Neighbours:
                 link.channel.send(datagram, _SEND_FLAGS)
             except BlockingIOError:
                 outbox.append(Unsent(call.task_id))
-            except OSError:
-                pass  # its worker has ended: the node, which knows of the call, sees to it
+            except OSError as error:
+                if error.errno is None:  # a signal handler's, behind the call: it was sent
+                    self._sent = True
+                    raise
+                # its worker has ended: the node, which knows of the call, sees to it
         if self._values:
             self._send_values(outbox, sent)
         self._sent = True

@@ -125,6 +125,8 @@ def _send_with(
 
 
 def _outcome(error: OSError) -> int:
+    if error.errno is None:
+        raise error  # not the system's: a signal handler's, such as a TimeoutError
     if error.errno in _FULL_ERRORS:
         return FULL
     if error.errno in _SHORT_ERRORS:
@@ -162,6 +164,8 @@ def take(sock: socket.socket, buffer: memoryview, taken: list[Any]) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
+        if error.errno is None:
+            raise  # a signal handler's
         raise ChannelClosed(str(error)) from None
     return True
 

@@ -165,6 +165,26 @@ def test_ctrl_c_ends_a_wait_and_loses_nothing(ends):
         signal.signal(signal.SIGINT, before)
 
 
+def test_a_handler_that_raises_an_error_of_the_system_ends_a_wait(ends):
+    """TimeoutError is an OSError; it is the program's, and not the socket's."""
+    def handler(*_: Any) -> None:
+        raise TimeoutError("the program's own")
+
+    before = signal.signal(signal.SIGUSR2, handler)
+    try:
+        _, waiter = ends.ask(1)
+        [request] = ends.heard()
+        for deadline_s in (None, time.monotonic() + 60):
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGUSR2)).start()
+            with pytest.raises(TimeoutError, match="own"), ends.link as link:
+                link.wait(waiter, deadline_s)
+        ends.say(m.Reply(request.request, "still there"))
+        with ends.link as link:
+            assert link.wait(waiter, time.monotonic() + 10)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
 def test_a_full_socket_is_waited_for_while_others_read_nothing(ends):
     """The node reads whatever it does; here it begins late."""
     count = 400
