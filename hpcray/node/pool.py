@@ -489,7 +489,7 @@ class WorkerPool:
         # zygote would have done: a shell puts what it starts into groups of their own.
         sessions = {handle.pid for handle in self._handles.values() if handle.pid}
         if sessions:
-            zygote.kill_sessions(sessions, signal.SIGKILL)
+            zygote.end_sessions(sessions)
 
 
 def _encode(message: Any) -> bytes:

@@ -74,6 +74,9 @@ _RECEIVE_BYTES = INLINE_SETTINGS_BYTES + 4096
 DEFAULT_GRACE_S = 1.0
 # A process in uninterruptible sleep does not die of SIGKILL; do not wait for it for ever.
 _REAP_LIMIT_S = 5.0
+# Generations that may be forked while their elders are killed: only something that forks without
+# end gets that far.
+_LOOKS_FOR_CHILDREN = 50
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
@@ -292,9 +295,7 @@ class Zygote:
 
         When nothing else is to do, and for all at once: each look goes through all of /proc.
         """
-        for _ in range(3):  # What is killed may be in the middle of a fork.
-            if not kill_sessions(set(self._burying), signal.SIGKILL):
-                break
+        end_sessions(set(self._burying))
         for pid in self._burying:
             os.waitpid(pid, 0)  # Returns at once: a zombie.
         self._burying.clear()
@@ -441,12 +442,12 @@ def reseed() -> None:
         numpy.random.seed()
 
 
-def kill_sessions(sessions: set[int], signal_number: int) -> int:
-    """Signal every process of these sessions, whatever its process group; how many there were.
+def kill_sessions(sessions: set[int], signal_number: int) -> set[int]:
+    """Signal every process of these sessions, whatever its process group; the pids there were.
 
     Zombies do not count. What has left its session (a daemon) is not found.
     """
-    found = 0
+    found: set[int] = set()
     for name in os.listdir("/proc"):
         if not name.isdigit():
             continue
@@ -456,10 +457,21 @@ def kill_sessions(sessions: set[int], signal_number: int) -> int:
                 state, _, _, session = file.read().rpartition(b")")[2].split()[:4]
             if int(session) in sessions and state not in b"ZX":
                 os.kill(int(name), signal_number)
-                found += 1
+                found.add(int(name))
         except (OSError, ValueError):
             continue  # It has ended between two of these lines.
     return found
+
+
+def end_sessions(sessions: set[int]) -> None:
+    """SIGKILL to all of them, until a look finds nobody new: one look misses what is forked
+    while it goes on. Who was killed can fork no more, so each look finds children only."""
+    killed: set[int] = set()
+    for _ in range(_LOOKS_FOR_CHILDREN):
+        found = kill_sessions(sessions, signal.SIGKILL)
+        if found <= killed:
+            return
+        killed |= found
 
 
 def _no_action(signal_number: int, frame: types.FrameType | None) -> None:

@@ -292,6 +292,19 @@ def test_dead_zygote_takes_its_workers_and_a_new_one_serves(driver: Driver) -> N
         driver.pool.restart_zygote()
 
 
+def test_dead_zygote_takes_what_is_being_forked(driver: Driver) -> None:
+    """One look through /proc misses what is forked while it goes on."""
+    for number in range(1, 6):
+        assert hear(driver.pool.start(number, {"do": "breeder"})) == "up"
+        driver.wait_for(Forked, number)
+        os.kill(driver.pool.zygote_pid, signal.SIGKILL)
+        driver.wait_for(ZygoteLost)
+        driver.events.clear()
+        driver.pool.forget(number)
+        driver.pool.restart_zygote()
+    # The look for what a test leaves behind does the rest.
+
+
 def test_numbers_are_unique(driver: Driver) -> None:
     before = len(descriptors())
     driver.pool.start(1, {"do": "echo"})

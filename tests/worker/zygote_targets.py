@@ -127,6 +127,14 @@ def family(number: int, tasks: socket.socket, say: Any, settings: dict[str, Any]
     tasks.recv(1)
 
 
+def breeder(number: int, tasks: socket.socket, say: Any, settings: dict[str, Any]) -> None:
+    """Children that start long-lived children all the time."""
+    for _ in range(4):
+        subprocess.Popen(["sh", "-c", "while :; do sleep 1000 & sleep 0.002; done"])
+    say("up")
+    tasks.recv(1)
+
+
 def stubborn(number: int, tasks: socket.socket, say: Any, settings: dict[str, Any]) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     say("up")
