@@ -44,7 +44,7 @@ from hpcray.protocol.messages import (
     Template,
     TemplateIs,
 )
-from hpcray.protocol.sizes import check_refs
+from hpcray.protocol.sizes import check_refs, check_request
 
 # A list this long may be one that a loop waits on.
 _LOOPED = 64
@@ -705,6 +705,7 @@ class Client:
     def _ask(
         self, name: str, arguments: Any, timeout_s: float | None, found: list[Any]
     ) -> tuple[Reply, ObjectRef[Any] | None]:
+        check_request(len(messages.encode(arguments)), name)
         with self.link as link:
             link.check()
             self.refs.tell_holds(self.core.outbox)

@@ -12,6 +12,7 @@ place that splits, stores or refuses what is larger.
     refs in one call, value or yield  REFS_MAX             `check_refs`, at the call
     returns of one task               RETURNS_MAX          options, at the declaration
     definition of a task or actor     TEMPLATE_MAX_BYTES   `check_template`, at the declaration
+    a question to the node            REQUEST_MAX_BYTES    `check_request`, at the call
     inline values in one message      GATHERED_BYTES       who gathers them: the rest goes through
                                                            shared memory, or is asked for by id
     ids in one message                IDS_PER_MESSAGE      who sends lists of ids cuts them
@@ -37,6 +38,7 @@ MESSAGE_MAX_BYTES = 256 * 1024 * 1024
 REFS_MAX = 1_000_000
 RETURNS_MAX = 1_000_000
 TEMPLATE_MAX_BYTES = 1024 * 1024
+REQUEST_MAX_BYTES = 1024 * 1024
 # Inline values that one message of several values gathers (arguments of a task, its returns).
 GATHERED_BYTES = 100 * 1024
 # Up to this size a value is inline however many there are: it costs as little as its record.
@@ -139,3 +141,15 @@ def check_template(nbytes: int, name: str) -> None:
             f"the definition of {name[:80]} takes {nbytes:,} B, and at most "
             f"{TEMPLATE_MAX_BYTES:,} B can travel: its name, resources and runtime_env are too "
             "long; pass large data as arguments")
+
+
+def check_request(nbytes: int, name: str) -> None:
+    """Of the encoded arguments of a question to the node: whether they may travel.
+
+    Raises:
+      ValueError: no.
+    """
+    if nbytes > REQUEST_MAX_BYTES:
+        raise ValueError(
+            f"{name.replace('_', ' ')}: its names and lists take {nbytes:,} B, and at most "
+            f"{REQUEST_MAX_BYTES:,} B can be asked at once; use shorter names, or several calls")

@@ -526,3 +526,18 @@ def test_a_long_repr_of_what_is_refused(ray):
         ray.put(Long())
     with pytest.raises(TypeError):
         ray.get(ray.remote(lambda: Long()).remote(), timeout=20)
+
+
+@pytest.mark.hpcray_only("a sentence instead of a slow answer")
+def test_questions_have_a_limit(ray):
+    """A look-up, a placement group and a filter of any length: found, not found, or refused."""
+    with pytest.raises(ValueError, match="Failed to look up|not found|no actor"):
+        ray.get_actor("x" * 1_000_000)
+    for asked in (
+        lambda: ray.get_actor("x" * (1 << 20)),
+        lambda: ray.get_actor("x", namespace="n" * 10_000_000),
+        lambda: ray.util.placement_group([{"CPU": 1}], name="x" * 300_000_000),
+        lambda: ray.util.placement_group([{"CPU": 0.001}] * 200_000),
+    ):
+        with pytest.raises(ValueError, match="at most 1,048,576 B"):
+            asked()
