@@ -219,11 +219,13 @@ class Neighbours:
         self._sent = True
 
     def _send_values(self, outbox: list[Any], sent: int) -> None:
-        found, self._values = self._values, {}
-        for client, outcomes in found.items():
+        # They stay until they are sent: a signal handler of the program may raise in the middle.
+        while self._values:
+            client, outcomes = next(iter(self._values.items()))
             channel = self._clients.get(client)
             if channel is None:
-                continue  # that process has ended
+                del self._values[client]  # that process has ended
+                continue
             batch = [Value(done.task_id + ids.FIRST_RETURN, done.value, self.number, sent, apart)
                      for done, apart in outcomes]
             try:
@@ -236,5 +238,8 @@ class Neighbours:
             except BlockingIOError:
                 # Some of them may have been: a value that comes twice is no harm.
                 outbox.append(Untold(client, b"".join(value.object_id for value in batch)))
-            except OSError:
+            except OSError as error:
+                if error.errno is None:
+                    raise  # a signal handler's
                 self._forget_client(client)
+            del self._values[client]

@@ -116,6 +116,39 @@ def test_one_that_has_ended_is_forgotten(ends):
     assert done.told == -1, "the next value is the node's to send"
 
 
+class Struck:
+    """A channel during whose first send a signal handler of the program raises."""
+
+    def __init__(self, behind: socket.socket, error: BaseException) -> None:
+        self._behind = behind
+        self._error: BaseException | None = error
+
+    def send(self, data: bytes, flags: int) -> int:
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        return self._behind.send(data, flags)
+
+    def close(self) -> None:
+        self._behind.close()
+
+
+@pytest.mark.parametrize("error", [TimeoutError("late"), RuntimeError("late")])
+def test_a_handler_that_raises_costs_no_value(ends, error):
+    neighbours = known(ends)
+    neighbours.introduce(5, Struck(duplicate(ends[0]), error))
+    neighbours.answer(5, outcome(1), 0)
+    neighbours.answer(7, outcome(2), 0)
+    outbox: list[Any] = []
+    with pytest.raises(type(error), match="late"):
+        neighbours.send(outbox, 3)
+    assert neighbours.waiting
+    neighbours.send(outbox, 3)
+    assert not neighbours.waiting and outbox == []
+    assert [v.object_id[0] for v in received(ends[1])] == [1, 2]
+    neighbours.close()
+
+
 def test_a_value_says_whether_its_sender_can_know_of_others(ends):
     neighbours = known(ends)
     neighbours.introduce(8, duplicate(ends[0]))
