@@ -41,13 +41,10 @@ LAUNCH_PREFIXES: tuple[str, ...] = (
     "MV2_COMM_WORLD_",
     "OPAL_USER_PARAMS_GIVEN",
     LAUNCH_ID_VARIABLE,
-    # The task and the step, not the job: without PMI, Open MPI reads a step id as "srun forgot
-    # --mpi" and aborts. The job (SLURM_JOB_*, SLURM_CPUS_*) stays: resources are read from it,
-    # and `srun` from a worker must find its allocation.
-    "SLURM_PROCID",
-    "SLURM_LOCALID",
-    "SLURM_NODEID",
-    "SLURM_GTIDS",
+    # The step: without PMI, Open MPI reads a step id as "srun forgot --mpi" and aborts. The job
+    # (SLURM_JOB_*, SLURM_CPUS_*) stays: resources are read from it, and `srun` from a worker must
+    # find its allocation. So does the place (SLURM_PROCID, SLURM_LOCALID, SLURM_NODEID): programs
+    # ask it, and as a batch script has it too it makes nothing a rank.
     "SLURM_TASK_PID",
     "SLURM_STEP_",
     "SLURM_STEPID",

@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
-from hpcray.config import expanded
 from hpcray.exceptions import LaunchError
 from hpcray.launch.identity import (
     Launch,
     identity_fds,
+    is_identity,
     read_launch,
     slurm_step,
     strip_identity,
@@ -62,6 +62,9 @@ class _Node:
 
 _node: _Node | None = None
 _session_count = 0
+# Variables that differed from those of this process's start in any session: nodes that are parked
+# may have them from an earlier one.
+_changed: set[bytes] = set()
 
 
 def start_early() -> None:
@@ -207,12 +210,28 @@ def _for_node(config: InitConfig) -> dict[str, Any]:
     data["session"] = _session_count
     data["cwd"] = os.getcwd()
     data["sys_path"] = [os.path.abspath(entry) if entry else os.getcwd() for entry in sys.path]
-    data["environ"] = {
-        **{k: v for k, v in strip_identity(os.environ).items() if k != "HPCRAY_REDIS_URL"},
-        **expanded(config.runtime_env.get("env_vars") or {}),
-    }
+    data["environ"] = _changed_environment()
     data["script"] = sys.argv[0] if sys.argv else ""
     return data
+
+
+def _changed_environment() -> dict[bytes, bytes | None]:
+    """What this process has changed in the environment that it was started with (None: removed).
+
+    Every rank has an environment of its own: the launcher sets CUDA_VISIBLE_DEVICES, TMPDIR or
+    SLURMD_NODENAME per host. So the driver hands on what the program did, and not what it found.
+    """
+    try:
+        with open("/proc/self/environ", "rb") as file:
+            entries = file.read().split(b"\0")
+    except OSError:
+        return {}
+    started = dict(entry.split(b"=", 1) for entry in entries if b"=" in entry)
+    _changed.update(
+        name for name in started.keys() | os.environb.keys()
+        if started.get(name) != os.environb.get(name)
+        and name != b"HPCRAY_REDIS_URL" and not is_identity(os.fsdecode(name)))
+    return {name: os.environb.get(name) for name in _changed}
 
 
 def _refuse_initialised_mpi() -> None:

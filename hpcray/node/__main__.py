@@ -61,7 +61,7 @@ def main() -> int:
     worker_environ = strip_identity(environ)
     worker_environ.pop("HPCRAY_REDIS_URL", None)  # it may hold a password
     notices: list[str] = []
-    journal = Journal(worker_environ, notices.append)
+    journal = Journal(notices.append)
     if launch.rank == 0:
         several_hosts = launch.local_size < launch.size
         journal.start_store(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import getpass
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -32,8 +32,7 @@ _encode = msgspec.msgpack.Encoder().encode
 
 
 class Journal:
-    def __init__(self, worker_environ: Mapping[str, str], notice: Callable[[str], None]) -> None:
-        self.worker_environ = dict(worker_environ)
+    def __init__(self, notice: Callable[[str], None]) -> None:
         self._notice = notice
         self._sidecar: Sidecar | None = None
         self._address: ControlAddress | None = None

@@ -776,6 +776,7 @@ class NodeServer:
             "job_key": self._job_key.hex(),
             "node_ids": [ids.node_id_hex(rank, self._job_key) for rank in range(self.size)],
             "nodes": [messages.encode(node) for node in nodes],
+            "environ": self._config.pop("environ", {}),
             "config": self._config,
             "control": self._journal.address_bytes(),
             "secret": secrets.token_bytes(32),
@@ -794,7 +795,8 @@ class NodeServer:
         mine = dict(nodes[self.rank].resources)
         capacity_bytes = mine["object_store_memory"] // messages.UNIT
         # The secret and the control store's password are the nodes' own: clients do not get them.
-        public = {k: v for k, v in session.items() if k not in ("secret", "control", "nodes")}
+        own = ("secret", "control", "nodes", "environ")
+        public = {k: v for k, v in session.items() if k not in own}
         machine = Machine(self.rank, self.size, mine, capacity_bytes, job_id, public)
         for node in nodes:
             machine.cluster.joined(node)
@@ -810,9 +812,11 @@ class NodeServer:
             self._pool = self._connections.pool = self._pool.again()
             self._watch_zygote()
         self._pool.set_cleanup_folder(self._packages)
-        environ = {**self._journal.worker_environ, **config.get("environ", {})}
+        # Workers are forks of the zygote, so they start with this node's environment.
         self._settings = {
-            "environ": environ, "cwd": config.get("cwd") or os.getcwd(),
+            "environ": session["environ"],
+            "env_vars": config.get("runtime_env", {}).get("env_vars"),
+            "cwd": config.get("cwd") or os.getcwd(),
             "sys_path": config.get("sys_path"), "blas_threads": 1, "rank": self.rank,
             "host": self._me.host, "address": self._me.address,
             "namespace": config.get("namespace", ""), "packages": self._packages,

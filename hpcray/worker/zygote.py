@@ -88,7 +88,8 @@ class WorkerSettings(TypedDict, total=False):
 
     cwd: str
     sys_path: list[str]
-    environ: dict[str, str]  # the whole environment, not additions
+    environ: dict[bytes, bytes | None]  # changes of the zygote's own; None takes one away
+    env_vars: dict[str, str]  # on top of those, with ${NAME} in them replaced
     blas_threads: int
 
 
@@ -401,9 +402,7 @@ class Zygote:
     def _take_settings(self, settings: dict[str, Any]) -> None:
         """Make the process look as if the job had started it, before any user code runs."""
         reseed()
-        environ = settings.get("environ")
-        if environ is not None:
-            _replace_environment(environ)
+        _change_environment(settings.get("environ") or {}, settings.get("env_vars") or {})
         threads = settings.get("blas_threads")
         if threads:
             # For libraries loaded later; those loaded already are asked one by one.
@@ -495,14 +494,19 @@ def _read_settings(request: ForkRequest, descriptors: list[int]) -> dict[str, An
     return msgspec.msgpack.decode(encoded, type=dict[str, Any])
 
 
-def _replace_environment(environ: Mapping[str, str]) -> None:
+def _change_environment(changes: Mapping[bytes, bytes | None], env_vars: Mapping[str, str]) -> None:
     old_zone = os.environ.get("TZ")
-    for name in [name for name in os.environ if name not in environ]:
-        del os.environ[name]
-    for name, value in environ.items():
-        if os.environ.get(name) != value:
-            os.environ[name] = value
-    if environ.get("TZ") != old_zone:
+    # As bytes: a variable need not be UTF-8, and messages carry no other text.
+    for name, value in changes.items():
+        if value is None:
+            os.environb.pop(name, None)
+        else:
+            os.environb[name] = value
+    if env_vars:
+        from hpcray.config import expanded
+
+        os.environ.update(expanded(env_vars))
+    if os.environ.get("TZ") != old_zone:
         time.tzset()
 
 
@@ -570,15 +574,6 @@ def load_target(name: str) -> Target | str:
         return f"the worker's main function {name} cannot be imported: {error}"
 
 
-def restore_environment(original: Mapping[str, str | None]) -> None:
-    """Undo what was set for the time of the imports only."""
-    for name, value in original.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     import argparse
 
@@ -609,15 +604,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     started_s = time.monotonic()
     gc.disable()  # No collection may leave holes in pages that are about to be shared.
-    for name in BLAS_VARIABLES:
-        os.environ[name] = "1"
+    # What was set for the time of the imports, and what they set themselves, is not the workers'.
+    changes = {os.fsencode(name): None if value is None else os.fsencode(value)
+               for name, value in options.restore.items()}
+    started = dict(os.environb)
     if options.sys_path is not None:
         sys.path[:] = options.sys_path
     problems, suspects = import_preloads([*_ALWAYS_PRELOADED, *options.preload])
     target = load_target(options.target)
     if isinstance(target, str):
         problems.append(target)
-    restore_environment(options.restore)
+    changes = {**dict.fromkeys(os.environb.keys() - started.keys()), **started, **changes}
+    _change_environment(changes, {})
     # User code must not find the zygote under the name of its own main module.
     sys.modules["__main__"] = types.ModuleType("__main__")
     sys.argv[:] = [""]

@@ -99,7 +99,7 @@ def test_strip_keeps_the_user_and_the_job():
     kept = {
         "PATH": "/bin", "OMPI_MCA_btl": "^openib", "OMPI_MCA_pml": "ucx", "PMIX_MCA_gds": "hash",
         "OMPI_ALLOW_RUN_AS_ROOT": "1", "SLURM_JOB_ID": "12", "SLURM_CPUS_ON_NODE": "4",
-        "SLURM_NTASKS": "4",
+        "SLURM_NTASKS": "4", "SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_NODEID": "1",
         "UCX_TLS": "sm", "FI_PROVIDER": "cxi", "OPAL_PREFIX": "/opt/mpi", "PMIX_PREFIX": "/opt/mpi",
         "HPCRAY_NUM_CPUS": "2", "I_MPI_FABRICS": "shm",
     }

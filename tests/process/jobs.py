@@ -63,8 +63,9 @@ class Job:
     def __init__(
         self, source: str, *args: str, ranks: int = 0, bare: bool = False, pty: bool = False,
         program: tuple[str, ...] = (), own_mpirun: bool = False, stdin: str | None = None,
-        **environ: str,
+        wrapper: tuple[str, ...] = (), **environ: str,
     ) -> None:
+        """`wrapper` is a command in front of each rank's."""
         # Short: a socket path has 107 bytes.
         self.directory = Path(tempfile.mkdtemp(prefix="job-", dir="/tmp"))
         self.script = self.directory / "script.py"
@@ -78,7 +79,7 @@ class Job:
             "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", **environ,
         }
         self.environ = {k: v for k, v in self.environ.items() if k != "HPCRAY_REDIS_URL"}
-        python = [sys.executable, *program]
+        python = [*wrapper, sys.executable, *program]
         if ranks and own_mpirun:
             command = [*python, "-m", "hpcray", "run", "-n", str(ranks), str(self.script), *args]
         elif ranks:
