@@ -292,8 +292,8 @@ class Directory:
         elif rank not in copies:
             copies.append(rank)
 
-    def keep_foreign(self, object_id: bytes, location: Located) -> None:
-        """A worker here made a large value homed elsewhere: this node has the copy."""
+    def keep_foreign(self, object_id: bytes, location: Located, *, failed: bool = False) -> None:
+        """A worker here made a large value, or error, homed elsewhere: this node has the copy."""
         self._machine.memory.used(location)
         record = self.records.get(object_id)
         if record is None:
@@ -304,6 +304,8 @@ class Directory:
         record.location = location
         record.nbytes = location.nbytes
         record.state = READY
+        if failed:
+            record.more().failed = True
         if record.extra is not None or record.waiters is not None:
             self._announce_ready(record)
 
@@ -316,6 +318,7 @@ class Directory:
         extra.wanted = False
         if type(value) is Remote:
             extra.sources = value.ranks
+            extra.failed = value.failed
             record.nbytes = value.nbytes
             if record.state == PENDING:
                 record.state = READY
@@ -491,7 +494,8 @@ class Directory:
         if record.value is not None:
             value = record.value
         else:
-            value = Remote(record.nbytes, tuple(record.more().copies or ()))
+            extra = record.more()
+            value = Remote(record.nbytes, tuple(extra.copies or ()), extra.failed)
         self._outbox.peers[rank].append(ObjectReady(record.object_id, value))
 
     def holder_added(self, rank: int, joined: bytes) -> None:

@@ -437,7 +437,8 @@ class Tasks:
             return
         template = task.template
         if type(error) is Located and (
-                template.return_count != 1 or template.stream or template.kind == ACTOR_CREATION):
+                template.return_count != 1 or template.stream or message.retry
+                or template.kind == ACTOR_CREATION):
             raise ValueError(f"the error of {template.name} has to be inline")
         self._ran(task, message.run_us)
         self.statistics[template.template_id].raised += 1
@@ -451,7 +452,8 @@ class Tasks:
         nbytes = 0
         if type(error) is Located:
             nbytes = error.nbytes
-            self._machine.directory.keep_foreign(task.task_id + ids.FIRST_RETURN, error)
+            self._machine.directory.keep_foreign(
+                task.task_id + ids.FIRST_RETURN, error, failed=True)
             error = b""
         assert isinstance(error, bytes)
         self._report(task, client, TaskFailed(
@@ -612,7 +614,6 @@ class Tasks:
     def raised(self, task: TaskRecord, error: bytes | Located | ErrorAt, retry: bool) -> None:
         """The task raised; retried only if it asks for that."""
         if retry and task.retries_left != 0 and not task.cancelled:
-            self._forget_error(task.task_id, error)
             self._count_retry(task)
             if task.template.kind == METHOD:
                 self._machine.actors.call_again(task)

@@ -112,6 +112,7 @@ class Remote(msgspec.Struct, array_like=True, gc=False, frozen=True):
 
     nbytes: int
     ranks: tuple[int, ...]
+    failed: bool = False  # it is an error
 
 
 class Return(msgspec.Struct, array_like=True, gc=False, frozen=True):
@@ -246,8 +247,8 @@ class DoneMany(_Message, tag=17):
 class Failed(_Message, tag=18):
     """The task raised. `error` is an ERROR (or, passed on, FAILURE) value for all its returns.
 
-    A large one lies in shared memory if the task has one return, and neither is a stream nor
-    creates an actor.
+    A large one lies in shared memory if the task has one return, neither is a stream nor creates
+    an actor, and is not to be retried.
     """
 
     task_id: bytes

@@ -19,6 +19,7 @@ No threads, no sockets, no user pickles. What a script must not do: wait other t
 
 from __future__ import annotations
 
+import errno
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -202,7 +203,7 @@ class _Wire:
         cluster = self._sender.cluster
         target = self._sender.node.processes.get(self._number)
         if target is None or not target.alive:
-            raise BrokenPipeError
+            raise BrokenPipeError(errno.EPIPE, "closed")
         if cluster.rng.random() < 0.1:
             raise BlockingIOError  # it is full
         if self._box == "inbox":
@@ -778,9 +779,14 @@ class Process:
             if run.actor_id and ids.creation_task_id(run.actor_id) == run.task_id:
                 packed = values.pack_failure(values.Failure("ActorDiedError", str(error)))
                 self.queue.append(m.Stop())
+            value: bytes | m.Located = packed
             retry = template is not None and template.retry_exceptions \
                 and "TaskCancelledError" not in str(error)
-            report = m.Failed(run.task_id, run.attempt, self._run_us(), packed, retry)
+            if (len(packed) > INLINE_BYTES and not retry and template is not None
+                    and template.return_count == 1 and not template.stream
+                    and template.kind != m.ACTOR_CREATION):
+                value = yield from self._write(packed)
+            report = m.Failed(run.task_id, run.attempt, self._run_us(), value, retry)
         self.core.rooms.close(run.task_id)
         self.core.report(report, run.reply_to)
         self.cluster.finished(run, self)

@@ -364,7 +364,9 @@ class Mix:
         return self.value(body.rng, seed, [])
 
     def boom(self, p: Process, seed: int, path: list[int], pairs: list[Pair], *deps: Any) -> Any:
-        raise TaskFailed("boom")
+        rng = random.Random(seed)
+        length = rng.randint(600, 3000) if rng.random() < self.large else 0
+        raise TaskFailed("boom" + "!" * length)
 
     def two(self, p: Process, seed: int, pairs: list[Pair]) -> list[Any]:
         rng = random.Random(seed)

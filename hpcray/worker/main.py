@@ -494,26 +494,28 @@ class Worker:
         task_error = exceptions.TaskError(
             name, self.describe(name, error), error, os.getpid(), self.address, self.rank,
             run.actor_id.hex() or None, None if self.actor is None else self.actor.own_repr())
-        packed = self._error_value(task_error, template)
         if isinstance(error, exceptions.UserCodeException) and error.__cause__ is not None:
             error = error.__cause__
         retry = (template is not None and template.retry_exceptions
                  and not isinstance(error, exceptions.TaskCancelledError)
                  and (not template.retry_only or isinstance(error, self._retried(template))))
+        packed = self._error_value(task_error, template, retry)
         return Failed(run.task_id, run.attempt, _us(began_s), packed, retry)
 
     def _error_value(
-        self, error: exceptions.TaskError, template: Template | None
+        self, error: exceptions.TaskError, template: Template | None, retry: bool
     ) -> bytes | Located:
-        """A large one travels as a large result does."""
+        """A large one travels as a large result does; unless the home may run the task again: who
+        waits on this node would take what lies here for the outcome."""
         packed = serialization.dump_error(error)
         if len(packed) <= self.client.core.inline_max_bytes:
             return packed
         try:
-            if template is not None and template.return_count == 1 and not template.stream:
+            if (template is not None and template.return_count == 1 and not template.stream
+                    and not retry):
                 return self.client.write_packed(packed)
             if len(packed) <= sizes.MESSAGE_MAX_BYTES // 2:
-                return packed  # of several returns: one message, and one value for all
+                return packed  # one message, and one value for all returns
         except exceptions.ObjectStoreFullError:
             pass
         return serialization.dump_error(error, with_cause=False)

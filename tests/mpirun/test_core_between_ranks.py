@@ -395,6 +395,44 @@ error = check(actor.fail.remote(4), 1, 4, "Fails.fail")
 assert error.pid == ray.get(actor.pid.remote(), timeout=WAIT_S)
 print("errors", flush=True)
 
+@ray.remote(num_cpus=0)
+def wait_for(name):
+    until(lambda: count(name))
+
+@ray.remote
+def fail_at_length(size):
+    raise ValueError("x" * size)
+
+@ray.remote
+def first_of(refs):
+    return len(failure(ValueError, refs).cause.args[0])
+
+for size in (10, 1_000_000):  # inline, and in memory that the reader's node has to copy
+    for failing, reading in ((0, 1), (1, 0), (1, 1)):
+        name = f"slow {size} {failing} {reading}"
+        slow = wait_for.options(scheduling_strategy=on[0]).remote(name)
+        refs = [slow, fail_at_length.options(scheduling_strategy=on[failing]).remote(size)]
+        found = ray.get(
+            first_of.options(scheduling_strategy=on[reading]).remote(refs), timeout=WAIT_S)
+        assert found == size
+        assert ray.wait([slow], timeout=0)[1] == [slow]
+        add(name)
+        ray.get(slow, timeout=WAIT_S)
+print("fails fast", flush=True)
+
+@ray.remote
+def succeeds_later(name):
+    add(name)
+    if count(name) < 3:
+        raise ValueError("x" * 1_000_000)
+    return "y" * 1_000_000
+
+later = succeeds_later.options(
+    scheduling_strategy=on[1], max_retries=2, retry_exceptions=True).remote("later")
+reads = ray.remote(lambda refs: ray.get(refs[0])[0])
+assert ray.get([reads.options(scheduling_strategy=s).remote([later]) for s in on],
+               timeout=WAIT_S) == ["y", "y"]
+
 @ray.remote
 def attempt(name, good):
     add(name)
@@ -478,7 +516,7 @@ assert (count("dies"), count("mortal made")) == (1, 1)
 print("died", flush=True)
 """, ranks=2)
     output = job.finish(timeout_s=60)
-    for line in ("errors", "retries", "call sent again", "restarted", "died"):
+    for line in ("errors", "fails fast", "retries", "call sent again", "restarted", "died"):
         assert f"{line}\n" in output, output
 
 
