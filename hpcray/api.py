@@ -17,6 +17,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, overload
 
 import msgspec
@@ -35,6 +36,7 @@ from hpcray.remote_function import RemoteFunction
 
 if TYPE_CHECKING:
     from hpcray.client.client import Client
+    from hpcray.protocol.messages import Output
     from hpcray.remote_function import RemoteGenerator
 
 P = ParamSpec("P")
@@ -159,10 +161,11 @@ def init(
             runtime_env=runtime_env, redis_url=redis_url)
         if not config.namespace:  # one of its own: nobody else's actors are in it
             config = msgspec.structs.replace(config, namespace=os.urandom(16).hex())
-        from hpcray.launch import start
+        from hpcray.launch import start, terminal
 
         client = start.connect(config)
-        client.on_output(_print_output if config.log_to_driver else _print_nothing)
+        client.on_output(partial(terminal.print_output, config.color_prefix)
+                         if config.log_to_driver else _print_nothing)
         client.on_lost(_print_lost)
         driver = ids.driver_task_id(client.rank, client.job_id)
         if not client.task_prefix:
@@ -280,15 +283,7 @@ def _exit_status() -> int:
 # These are called by whichever thread has read the news: they may not raise.
 
 
-def _print_output(lines: Sequence[str]) -> None:
-    try:
-        sys.stdout.write("\n".join(lines) + "\n")
-        sys.stdout.flush()
-    except Exception:  # a closed or replaced stdout; the output is lost, the program is not
-        pass
-
-
-def _print_nothing(_lines: Sequence[str]) -> None:
+def _print_nothing(_output: Output) -> None:
     pass
 
 

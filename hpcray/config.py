@@ -32,10 +32,19 @@ ENVIRONMENT = {
     "HPCRAY_LABELS": "labels of a node, read on every rank: JSON, or zone=a,tier=fast",
     "HPCRAY_NAMESPACE": "namespace of named actors",
     "HPCRAY_LOG_TO_DRIVER": "0: what workers print does not reach the driver's terminal",
+    "HPCRAY_COLOR_PREFIX": "of what workers print, on a terminal; 0: none, 1: one for each pid",
+    "HPCRAY_DEDUP_LOGS": "0: lines of workers that differ only in numbers are all shown",
+    "HPCRAY_DEDUP_LOGS_AGG_WINDOW_S": "after how many seconds such lines are counted: 5",
+    "HPCRAY_DEDUP_LOGS_ALLOW_REGEX": "lines that are always shown",
+    "HPCRAY_DEDUP_LOGS_SKIP_REGEX": "lines that are never shown",
     "HPCRAY_PRELOAD": "modules the zygote imports before it forks workers, separated by commas",
     "HPCRAY_REDIS_URL": "an existing control store instead of our own",
     "HPCRAY_START_TIMEOUT_S": "how long the start may take",
 }
+
+# These are Ray's as well: RAY_... is read if HPCRAY_... is not set.
+_ALSO_RAYS = {"HPCRAY_LOG_TO_DRIVER", "HPCRAY_COLOR_PREFIX",
+              *(name for name in ENVIRONMENT if name.startswith("HPCRAY_DEDUP_LOGS"))}
 
 
 class InitConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,6 +57,8 @@ class InitConfig(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: int | None = None
     namespace: str = ""
     log_to_driver: bool = True
+    log_rules: dict[str, Any] = {}  # which lines fold: `hpcray.observe.logs.LogRules`
+    color_prefix: str = ""
     preload: list[str] = []
     runtime_env: dict[str, Any] = {}  # as `check_runtime_env` returns it
     labels: dict[str, str] = {}
@@ -129,6 +140,8 @@ def make_config(
         namespace=found.text("HPCRAY_NAMESPACE") if namespace is None else namespace,
         log_to_driver=(found.flag("HPCRAY_LOG_TO_DRIVER", True)
                        if log_to_driver is None else bool(log_to_driver)),
+        log_rules=_log_rules(found),
+        color_prefix=found.text("HPCRAY_COLOR_PREFIX"),
         preload=modules,
         runtime_env=check_runtime_env(runtime_env),
         labels=_labels(labels, found.text("HPCRAY_LABELS")),
@@ -136,6 +149,25 @@ def make_config(
         start_timeout_s=_seconds("start_timeout_s", start_timeout_s,
                                  found.number("HPCRAY_START_TIMEOUT_S"), 300.0),
     )
+
+
+def _log_rules(found: _Environment) -> dict[str, Any]:
+    rules: dict[str, Any] = {}
+    if not found.flag("HPCRAY_DEDUP_LOGS", True):
+        rules["enabled"] = False
+    window_s = found.number("HPCRAY_DEDUP_LOGS_AGG_WINDOW_S")
+    if window_s is not None:
+        rules["window_s"] = window_s
+    for rule, name in (("keep", "HPCRAY_DEDUP_LOGS_ALLOW_REGEX"),
+                       ("skip", "HPCRAY_DEDUP_LOGS_SKIP_REGEX")):
+        try:
+            re.compile(pattern := found.text(name))
+        except re.error as error:
+            raise ValueError(f"{name}={pattern!r} in the environment is no regular expression: "
+                             f"{error}") from None
+        if pattern:
+            rules[rule] = pattern
+    return rules
 
 
 def check_runtime_env(runtime_env: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -325,7 +357,10 @@ class _Environment:
         self._variables = variables
 
     def text(self, name: str) -> str:
-        return self._variables.get(name, "").strip()
+        text = self._variables.get(name, "").strip()
+        if not text and name in _ALSO_RAYS:
+            text = self._variables.get(name.removeprefix("HPC"), "").strip()
+        return text
 
     def words(self, name: str) -> list[str]:
         return [word.strip() for word in self.text(name).split(",") if word.strip()]

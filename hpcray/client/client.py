@@ -36,6 +36,7 @@ from hpcray.protocol.messages import (
     CreateActor,
     DefineFunction,
     Located,
+    Output,
     PinForJob,
     Reply,
     Run,
@@ -130,7 +131,7 @@ class Client:
     def lost(self) -> str | None:
         return self.link.lost
 
-    def on_output(self, show: Callable[[Sequence[str]], None]) -> None:
+    def on_output(self, show: Callable[[Output], None]) -> None:
         """What to do with lines that workers have printed."""
         self.core.on_output = show
 

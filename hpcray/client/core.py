@@ -102,7 +102,7 @@ class Core:
         self._defined: set[bytes] = set()
         # Tasks of this worker that were cancelled, of which some may not have been read yet.
         self.cancelled: dict[bytes, None] = {}
-        self.on_output: Callable[[tuple[str, ...]], None] = lambda lines: None
+        self.on_output: Callable[[Output], None] = lambda output: None
         self.on_cancel: Callable[[bytes], None] = lambda task: None
         # Values up to this size travel in messages; the node lowers it when they fill its memory.
         self.inline_max_bytes = values.INLINE_MAX_BYTES
@@ -338,7 +338,7 @@ class Core:
         self.welcomed.remaining = 0
 
     def _on_output(self, message: Output, _: list[Any]) -> None:
-        self.effects.append(lambda: self.on_output(message.lines))
+        self.effects.append(lambda: self.on_output(message))
 
     def _on_inline_limit(self, message: InlineLimit, _: list[Any]) -> None:
         self.inline_max_bytes = message.nbytes

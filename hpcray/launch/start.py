@@ -34,6 +34,7 @@ from hpcray.launch.identity import (
     strip_identity,
 )
 from hpcray.launch.progress import cpu_progress, is_stopped
+from hpcray.launch.terminal import hide_false_terminals
 from hpcray.transport.patience import Patience
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ def _start(launch: Launch, extra: dict[str, str]) -> _Node:
         theirs.close()
     if launch.mode == "mpi":
         _lose_identity()
+        hide_false_terminals()
     _node = _Node(launch, process, ours)
     atexit.register(_end_node)
     return _node

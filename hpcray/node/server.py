@@ -606,6 +606,7 @@ class NodeServer:
             while self._on_output(number, stream, fd):
                 pass
             self._watcher.unwatch(fd)
+        self._output.forget(number)
         self._connections.detach(connection)
 
     def _on_output(self, number: int, stream: str, fd: int) -> bool:
@@ -824,6 +825,7 @@ class NodeServer:
         self._settings = {k: v for k, v in self._settings.items() if v is not None}
         self._journal.begin(
             job_id, session["secret"], session["control"], machine, config, self._me)
+        self._output.begin([node.address for node in nodes], config.get("log_rules", {}))
         self._state = RUNNING
         self._next_tick_s = 0.0
         machine.dispatcher.start_workers(

@@ -458,9 +458,11 @@ class Reply(_Message, tag=12):
 
 
 class Output(_Message, tag=13):
-    """Lines for the driver's terminal, ready to print."""
+    """Lines for the driver's terminal, from one source."""
 
+    prefix: str  # who said them
     lines: tuple[str, ...]
+    error: bool = False  # for stderr
 
 
 class CancelTask(_Message, tag=14):

@@ -29,7 +29,7 @@ from hpcray.client import context
 from hpcray.client.context import TaskContext
 from hpcray.protocol.messages import ActorExit, Failed, Run, Stop, Template
 from hpcray.transport.datagrams import ChannelClosed
-from hpcray.worker import generators
+from hpcray.worker import generators, output
 
 if TYPE_CHECKING:
     from hpcray.worker.main import Worker
@@ -91,6 +91,7 @@ class HostedActor:
         flushed_s = 0.0
         while self.exit_status is None:
             if not queue:
+                output.flush()
                 client.flush(drain=True)
                 worker.read_tasks(wait=True)
                 flushed_s = time.monotonic()
@@ -245,6 +246,7 @@ class ThreadedActor(ConcurrentActor):
         worker = self.worker
         while True:
             if not queue:
+                output.flush()
                 worker.client.flush(drain=True)
                 worker.read_tasks(wait=True)
                 continue
@@ -261,6 +263,7 @@ class ThreadedActor(ConcurrentActor):
             self._call(run)
             if self.exit_status is not None:
                 self.exit_by_itself()
+            output.flush()
             self.worker.client.flush()
         except (ChannelClosed, exceptions.RaySystemError):
             os._exit(1)  # the node is gone
@@ -437,6 +440,7 @@ class AsyncActor(ConcurrentActor):
 
     def _flush(self) -> None:
         self._flush_due = False
+        output.flush()
         self.worker.client.flush(drain=not self._running)
 
 

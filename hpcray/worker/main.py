@@ -53,7 +53,7 @@ from hpcray.protocol.messages import (
 )
 from hpcray.transport import datagrams
 from hpcray.transport.datagrams import ChannelClosed
-from hpcray.worker import environment, generators
+from hpcray.worker import environment, generators, output
 from hpcray.worker.hosting import FailedDependency, end_user_code, host
 from hpcray.worker.zygote import INTERRUPT_SIGNAL
 
@@ -81,6 +81,7 @@ def run_worker(number: int, task_fd: int, client_fd: int, settings: dict[str, An
     # Ctrl-C at the terminal is for the driver; cancellation comes as a message.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end_in_good_order)
+    output.open_streams()
     os.register_at_fork(
         before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
     client = Client(socket.socket(fileno=client_fd), is_driver=False)
@@ -165,6 +166,7 @@ class Worker:
         flushed_s = 0.0
         while True:
             if not queue:
+                output.flush()
                 client.flush(drain=True)
                 self.read_tasks(wait=True)
                 flushed_s = time.monotonic()
@@ -314,6 +316,7 @@ class Worker:
         """What its task finds around it: group, environment, resources."""
         current = self.context
         current.template = template
+        output.call(shown_name(template))
         current.resources = template.resources
         if template.env_vars or self._replaced:
             self._set_variables(template)
@@ -529,6 +532,9 @@ class Worker:
 
     def describe(self, name: str, error: BaseException) -> str:
         """The remote traceback, headed by where it comes from; our own frames left out."""
+        if type(error).__name__ == "BdbQuit":  # breakpoint(), which found the end of its input
+            error.add_note("A worker has no terminal for a debugger: call f.__wrapped__(...) in "
+                           "the driver, or wait in the task for a remote debugger (debugpy).")
         frames = error.__traceback__
         folder = os.path.dirname(os.path.abspath(__file__))
         while frames is not None and frames.tb_frame.f_code.co_filename.startswith(folder):
@@ -590,6 +596,9 @@ class Worker:
             return
         self.leave_if_forked()
         self.actor = actor
+        own = actor.own_repr()
+        if own is not None:
+            output.call(own)
         self.client.report(Done(run.task_id, run.attempt, _us(began_s), serialization.NONE))
 
     def creation_failure(self, run: Run, name: str, error: BaseException) -> bytes:
@@ -632,6 +641,13 @@ def _serialized(template: Template, result: Any) -> serialization.Serialized:
     except TypeError as error:
         error.add_note(f"(while the return value of {template.name} was pickled)")
         raise
+
+
+def shown_name(template: Template) -> str:
+    """In front of what it prints: the function without its module, or the name it was given."""
+    if template.kind == ACTOR_CREATION:
+        return template.name.removesuffix(".__init__").rpartition(".")[2]
+    return template.name if template.function_name else template.name.rpartition(".")[2]
 
 
 def _us(began_s: float) -> int:

@@ -330,13 +330,13 @@ def eventually() -> Callable[..., None]:
 def run_driver(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run a script, with `ray` imported, as a driver of its own; its output is text.
 
-    `prelude=False` leaves the `import` to the script. Killed, and the test failed, after
-    `timeout_s`.
+    `prelude=False` leaves the `import` to the script; `environ` is added to the environment.
+    Killed, and the test failed, after `timeout_s`.
     """
 
     def run(
         script: str, *, timeout_s: float = 40.0, check: bool = True, log_to_driver: bool = False,
-        prelude: bool = True,
+        prelude: bool = True, **environ: str,
     ) -> subprocess.CompletedProcess[str]:
         options = dict(_INIT_OF_BACKEND[BACKEND])
         if log_to_driver:
@@ -348,7 +348,8 @@ def run_driver(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
         assert spec is not None and spec.origin is not None
         root = str(Path(spec.origin).parents[1])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "RAY_DEDUP_LOGS": "0"}
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "RAY_DEDUP_LOGS": "0",
+               **environ}
         done = subprocess.run(
             [sys.executable, str(path)], env=env, cwd=tmp_path, capture_output=True, text=True,
             timeout=timeout_s, stdin=subprocess.DEVNULL,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -14,8 +15,9 @@ import hpcray as ray
 from hpcray import api
 from hpcray.client import references
 from hpcray.client.client import Client
+from hpcray.launch import terminal
 from hpcray.protocol.ids import node_id_hex
-from hpcray.protocol.messages import Ready
+from hpcray.protocol.messages import Output, Ready
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -194,12 +196,34 @@ def test_the_runtime_context_of_the_driver(node: Any) -> None:
         here.was_current_actor_reconstructed  # noqa: B018
 
 
-def test_output_and_loss_never_raise(capsys: pytest.CaptureFixture[str]) -> None:
-    api._print_output(["a", "b"])
+def test_output_and_loss_never_raise(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal.print_output("", Output("(f pid=1) ", ("a", "b")))
+    terminal.print_output("1", Output("(f pid=1) ", ("c",), True))
     api._print_lost("gone")
     shown = capsys.readouterr()
-    assert shown.out == "a\nb\n"
-    assert shown.err == "hpcray: the connection to the node is gone: gone\n"
+    assert shown.out == "(f pid=1) a\n(f pid=1) b\n"
+    assert shown.err == "(f pid=1) c\nhpcray: the connection to the node is gone: gone\n"
+    monkeypatch.setattr("sys.stdout", None)
+    terminal.print_output("", Output("", ("lost",)))
+
+
+@pytest.mark.parametrize(("wanted", "shown"), [
+    ("", "\x1b[36m(f pid=8, ip=10.0.0.1)\x1b[0m a\n"), ("0", "(f pid=8, ip=10.0.0.1) a\n"),
+    ("1", "\x1b[32m(f pid=8, ip=10.0.0.1)\x1b[0m a\n"),
+])
+def test_prefixes_are_coloured_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, wanted: str, shown: str
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr("sys.stdout", there := Terminal())
+    terminal.print_output(wanted, Output("(f pid=8, ip=10.0.0.1) ", ("a",)))
+    assert there.getvalue() == shown
 
 
 def test_import_is_light() -> None:

@@ -23,19 +23,32 @@ def test_the_environment_speaks_where_arguments_do_not() -> None:
         "HPCRAY_NUM_CPUS": "3", "HPCRAY_NUM_GPUS": "0", "HPCRAY_OBJECT_STORE_BYTES": "1000000",
         "HPCRAY_MEMORY_BYTES": "2e9", "HPCRAY_NAMESPACE": "n", "HPCRAY_LOG_TO_DRIVER": "0",
         "HPCRAY_PRELOAD": "a, b.c,", "HPCRAY_REDIS_URL": "redis://h",
-        "HPCRAY_START_TIMEOUT_S": "7.5", "HPCRAY_LABELS": "zone=a",
+        "HPCRAY_START_TIMEOUT_S": "7.5", "HPCRAY_LABELS": "zone=a", "HPCRAY_COLOR_PREFIX": "1",
+        "HPCRAY_DEDUP_LOGS": "0", "HPCRAY_DEDUP_LOGS_AGG_WINDOW_S": "2",
+        "HPCRAY_DEDUP_LOGS_ALLOW_REGEX": "always", "HPCRAY_DEDUP_LOGS_SKIP_REGEX": "never",
     }
     assert set(environment) == set(ENVIRONMENT)
     config = make_config(environment=environment)
     assert config == InitConfig(
         num_cpus=3.0, num_gpus=0.0, object_store_memory_bytes=1_000_000,
         memory_bytes=2_000_000_000, namespace="n", log_to_driver=False, preload=["a", "b.c"],
-        redis_url="redis://h", start_timeout_s=7.5)
+        redis_url="redis://h", start_timeout_s=7.5, color_prefix="1",
+        log_rules={"enabled": False, "window_s": 2.0, "keep": "always", "skip": "never"})
     assert make_config(num_cpus=1, log_to_driver=True, environment=environment).num_cpus == 1
     assert make_config(environment=dict.fromkeys(ENVIRONMENT, "")) == InitConfig()
 
 
+def test_rays_variables_for_output_count_too() -> None:
+    rays = {"RAY_DEDUP_LOGS": "0", "RAY_COLOR_PREFIX": "0", "RAY_LOG_TO_DRIVER": "0"}
+    config = make_config(environment=rays)
+    assert (config.log_rules, config.color_prefix, config.log_to_driver) == (
+        {"enabled": False}, "0", False)
+    assert make_config(environment={**rays, "HPCRAY_DEDUP_LOGS": "1"}).log_rules == {}
+    assert make_config(environment={"RAY_NUM_CPUS": "7"}).num_cpus is None
+
+
 @pytest.mark.parametrize(("name", "value"), [
+    ("HPCRAY_DEDUP_LOGS_SKIP_REGEX", "("), ("HPCRAY_DEDUP_LOGS_AGG_WINDOW_S", "-1"),
     ("HPCRAY_NUM_CPUS", "many"), ("HPCRAY_NUM_CPUS", "-1"), ("HPCRAY_NUM_CPUS", "nan"),
     ("HPCRAY_OBJECT_STORE_BYTES", "1.5"), ("HPCRAY_OBJECT_STORE_BYTES", "1GB"),
     ("HPCRAY_LABELS", "zone"), ("HPCRAY_LABELS", "{"), ("HPCRAY_LABELS", "ray.io/node-id=x"),

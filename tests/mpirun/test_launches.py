@@ -144,3 +144,34 @@ ray.init()
         path.unlink(missing_ok=True)
     assert "MPI_Init has not returned after 2 s" in output
     assert "never arrived" in output
+
+
+TERMINAL = """
+import sys
+first = sys.stdout.isatty()
+import hpcray as ray
+ray.init(num_cpus=1)
+import os
+print("terminal", first, sys.stdout.isatty(), os.environ.get("TERM"), flush=True)
+
+@ray.remote
+def speak():
+    print("spoken")
+ray.get(speak.remote())
+"""
+
+
+def test_a_file_behind_mpirun_is_no_terminal(start: Start) -> None:
+    """Open MPI gives rank 0 a pseudo-terminal, whatever mpirun's own stdout is."""
+    output = start(TERMINAL, ranks=1, TERM="xterm", HPCRAY_COLOR_PREFIX="").finish()
+    assert "terminal False False" in output and "\x1b" not in output
+    output = start(TERMINAL, ranks=1, bare=True, TERM="xterm").finish()
+    assert re.search("terminal (True|False) False", output) and "\x1b" not in output
+
+
+def test_a_terminal_behind_mpirun_is_one(start: Start) -> None:
+    output = start(TERMINAL, ranks=1, pty=True, TERM="xterm", NO_COLOR="").finish()
+    said = re.search("terminal (True|False) (True|False) xterm", output)
+    assert said is not None and said[1] == said[2], "nothing was changed"
+    if said[1] == "True":  # MPICH passes a pipe on
+        assert re.search(r"\x1b\[36m\(speak pid=\d+\)\x1b\[0m spoken", output)
