@@ -28,9 +28,9 @@ from hpcray.client import context, references
 from hpcray.client.interrupts import raised_by_handler
 from hpcray.client.references import ObjectRef
 from hpcray.client.streams import ObjectRefGenerator
-from hpcray.config import make_config
+from hpcray.config import make_config, unknown_variables
 from hpcray.exceptions import RayError
-from hpcray.protocol import ids
+from hpcray.protocol import ids, words
 from hpcray.protocol.messages import UNIT
 from hpcray.remote_function import RemoteFunction
 
@@ -133,8 +133,10 @@ def init(
       LaunchError: the processes could not be started.
     """
     if others:
-        raise TypeError(
-            f"init() does not know {', '.join(sorted(map(repr, others)))}; see help(hpcray.init)")
+        known = inspect.signature(init).parameters
+        near = "".join(words.did_you_mean(name, known) for name in sorted(others))
+        raise TypeError(f"init() does not know {', '.join(sorted(map(repr, others)))}.{near} See "
+                        "help(hpcray.init)")
     if address not in (None, "auto", "local", ""):
         raise ValueError(
             f"address={address!r}: hpcray joins no running cluster; it starts on the ranks it is "
@@ -154,6 +156,8 @@ def init(
                     "init(ignore_reinit_error=True) to go on with what there is")
             _logger.info("init() ignored: hpcray is initialised already")
             return InitContext(client, context.current().namespace)
+        for sentence in unknown_variables(os.environ):
+            print(f"hpcray: {sentence}", file=sys.stderr, flush=True)
         config = make_config(
             num_cpus=num_cpus, num_gpus=num_gpus, resources=resources, labels=labels,
             object_store_memory_bytes=object_store_memory, memory_bytes=_memory,
@@ -163,9 +167,8 @@ def init(
             config = msgspec.structs.replace(config, namespace=os.urandom(16).hex())
         from hpcray.launch import start, terminal
 
-        client = start.connect(config)
-        client.on_output(partial(terminal.print_output, config.color_prefix)
-                         if config.log_to_driver else _print_nothing)
+        client = start.connect(config, partial(terminal.print_output, config.color_prefix)
+                               if config.log_to_driver else _print_nothing)
         client.on_lost(_print_lost)
         driver = ids.driver_task_id(client.rank, client.job_id)
         if not client.task_prefix:
@@ -391,7 +394,8 @@ def get(object_refs: Any, *, timeout: float | None = None) -> Any:
     if list(map(type, object_refs)).count(ObjectRef) != len(object_refs):
         wrong = next(item for item in object_refs if type(item) is not ObjectRef)
         raise TypeError(
-            f"get() takes a list of ObjectRefs; this one holds a {type(wrong).__name__}: {wrong!r}")
+            f"get() takes a list of ObjectRefs; this one holds {wrong!r} "
+            f"(type {type(wrong).__name__})")
     if client is None:
         raise_stale("ref")
     if timeout is not None:
@@ -483,8 +487,8 @@ def wait(
     except TypeError:
         raise TypeError(f"num_returns must be an integer, not {num_returns!r}") from None
     if not 0 < num_returns <= count:
-        raise ValueError(f"num_returns must be within 1 and {count}, the number of refs, "
-                         f"not {num_returns}")
+        among = "1, as there is one ref" if count == 1 else f"from 1 to {count}, the number of refs"
+        raise ValueError(f"num_returns must be {among}, not {num_returns}")
     if client is None:
         raise_stale("ref")
     return client.wait(ray_waitables, num_returns, timeout, bool(fetch_local))
@@ -493,10 +497,10 @@ def wait(
 def _check_waitables(client: Any, refs: list[Any], known: int) -> None:
     """Of those behind the known ones. Passes in C: some 35 us for 1,000 refs."""
     if list(map(type, refs)).count(ObjectRef) != len(refs):
-        for kind in map(type, refs):
-            if kind is not ObjectRef and kind is not ObjectRefGenerator:
-                raise TypeError(
-                    f"wait() takes a list of ObjectRefs; this one holds a {kind.__name__}")
+        for ref in refs:
+            if type(ref) is not ObjectRef and type(ref) is not ObjectRefGenerator:
+                raise TypeError(f"wait() takes a list of ObjectRefs; this one holds {ref!r} "
+                                f"(type {type(ref).__name__})")
     if len(set(refs)) != len(refs) or (known and any(map(client.is_known, refs))):
         raise ValueError("wait() was given the same ref more than once")
 

@@ -18,12 +18,13 @@ from urllib.parse import urlsplit, urlunsplit
 
 import msgspec
 
+from hpcray.protocol import words
 from hpcray.protocol.labels import check_labels, parse_labels
 
 # The least that shared memory comes in: a page.
 _STORE_BYTES = 4096
 
-# Every variable read here, for `hpcray doctor` and the documentation.
+# Every variable read here: the arguments of `init` that have one.
 ENVIRONMENT = {
     "HPCRAY_NUM_CPUS": "CPUs of each node",
     "HPCRAY_NUM_GPUS": "GPUs of each node",
@@ -45,6 +46,21 @@ ENVIRONMENT = {
 # These are Ray's as well: RAY_... is read if HPCRAY_... is not set.
 _ALSO_RAYS = {"HPCRAY_LOG_TO_DRIVER", "HPCRAY_COLOR_PREFIX",
               *(name for name in ENVIRONMENT if name.startswith("HPCRAY_DEDUP_LOGS"))}
+
+# Those that others read; the last four by the templates in `slurm/` and by benchmarks.
+OTHER_VARIABLES = {
+    "HPCRAY_MPIRUN": "the mpirun of `hpcray run -n`",
+    "HPCRAY_MPIRUN_ARGS": "what `hpcray run -n` adds to the command line of mpirun",
+    "HPCRAY_KEEP_BINDING": "1: a rank keeps to the cores that mpirun bound it to",
+    "HPCRAY_POLL": "busy: a node never sleeps while it waits for MPI",
+    "HPCRAY_MAP_PEERS": "0: ranks of one host copy objects by MPI, not by shared memory",
+    "HPCRAY_LAUNCH_ID": "set by `hpcray run -n`",
+    "HPCRAY_FT": "set by `hpcray run -n N --ft`",
+    "HPCRAY_VENV": "the environment that the Slurm templates activate",
+    "HPCRAY_USE_MPIRUN": "1: slurm/multi_node.sbatch uses mpirun, not srun",
+    "HPCRAY_SRUN_MPI": "what the Slurm templates give to srun --mpi",
+    "HPCRAY_RAY_PYTHON": "the Python that has Ray, for benchmarks/compare.py",
+}
 
 
 class InitConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,6 +97,17 @@ class InitConfig(msgspec.Struct, frozen=True, kw_only=True):
     def __rich_repr__(self) -> Any:
         for name in self.__struct_fields__:
             yield name, self.public_redis_url if name == "redis_url" else getattr(self, name)
+
+
+def unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    """A sentence for each HPCRAY_* variable that is set and that nobody reads. Most are typos."""
+    known = [*ENVIRONMENT, *OTHER_VARIABLES]
+    return [
+        f"the environment has {name}, which hpcray does not know and ignores."
+        f"{words.did_you_mean(name, known, prefix='HPCRAY_')}"
+        for name in sorted(environ)
+        if name.startswith("HPCRAY_") and name not in known
+        and not name.startswith("HPCRAY_TEST_")]
 
 
 def without_password(url: str) -> str:

@@ -19,7 +19,7 @@ import msgspec
 
 from hpcray.client import context
 from hpcray.config import check_namespace, check_resource_name, check_runtime_env
-from hpcray.protocol import labels, messages, sizes
+from hpcray.protocol import labels, messages, sizes, words
 from hpcray.protocol.messages import (
     ACTOR_CREATION,
     DYNAMIC,
@@ -271,11 +271,8 @@ def valid_names(whom: str) -> list[str]:
 
 
 def _instead(name: str, whom: str) -> str:
-    import difflib  # every worker would have it in memory
-
     known = valid_names(whom)
-    close = difflib.get_close_matches(name, known, 1)
-    return f"{f'Did you mean {close[0]}? ' if close else ''}There are: {', '.join(known)}"
+    return f"{words.did_you_mean(name, known)} There are: {', '.join(known)}".lstrip()
 
 
 def check_options(options: Mapping[str, Any], whom: str, *, later: bool = False) -> Options:

@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -793,9 +794,14 @@ def _timed_out(
 ) -> exceptions.GetTimeoutError:
     text = (f"get() timed out after {timeout_s:g} s: {absent} of {count} objects "
             f"{'is' if absent == 1 else 'are'} not ready")
-    if why and absent > _EXPLAINED:
-        why.append(f"and {absent - _EXPLAINED} more")
-    return exceptions.GetTimeoutError(f"{text} ({'; '.join(why)})" if why else text)
+    if not why:
+        return exceptions.GetTimeoutError(text)
+    # Many tasks of one kind wait for the same: that is said once.
+    parts = [f"{count} times {sentence}" if count > 1 else sentence
+             for sentence, count in Counter(why).items()]
+    if absent > _EXPLAINED:
+        parts.append(f"and {absent - _EXPLAINED} more")
+    return exceptions.GetTimeoutError(f"{text} ({'; '.join(parts)})")
 
 
 def _open(data: Any) -> Any:

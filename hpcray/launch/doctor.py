@@ -67,6 +67,23 @@ def examine(environ: Mapping[str, str]) -> Iterator[Finding]:
     yield _guarded("control store", lambda: _control_store(environ))
     yield from _resources(environ, launch)
     yield _guarded("memfd", _memfd)
+    yield from _variables(environ)
+
+
+def _variables(environ: Mapping[str, str]) -> Iterator[Finding]:
+    """What the environment says to hpcray; first what it cannot understand."""
+    from hpcray.config import ENVIRONMENT, OTHER_VARIABLES, make_config, unknown_variables
+
+    try:
+        make_config(environment=environ)
+    except (TypeError, ValueError) as error:
+        yield Finding("environment", "problem", str(error), "mend it, or unset it")
+    for sentence in unknown_variables(environ):
+        yield Finding("environment", "note", sentence)
+    known = ENVIRONMENT | OTHER_VARIABLES
+    for name in sorted(environ):
+        if name in known and name != "HPCRAY_REDIS_URL":  # it may hold a password
+            yield Finding("environment", "ok", f"{name}={environ[name]} ({known[name]})")
 
 
 def _python() -> Finding:

@@ -72,17 +72,18 @@ def load(target: str, args: Sequence[str] = (), *, module: bool = False) -> Prog
     `args` are what follows its name on the command line.
 
     Raises:
-      LaunchError: there is no such thing.
+      LaunchError: there is no such thing, or the working directory has been removed.
       SyntaxError: as Python raises it, and without frames of ours if it stays uncaught.
     """
+    path0 = working_directory()
     if module:
-        path0 = os.getcwd()
         _set_path0(path0)
         sys.argv[:] = ["-m", *args]  # what its parent packages see, by Python's documentation
         spec = _module_spec(target)
         return _from_spec(spec, [spec.origin or target, *args], path0)
-    # The rarer form is decided by what the file is, since zip archives go by any name.
-    if os.path.isdir(target) or _is_archive(target):
+    # The rarer form is decided by what the file is, since zip archives go by any name. What is no
+    # regular file (a pipe: `<(...)`, /dev/stdin) can be read once only, and is a script.
+    if os.path.isdir(target) or (os.path.isfile(target) and _is_archive(target)):
         return _load_container(target, args)
     try:
         with open(target, "rb") as file:
@@ -102,6 +103,20 @@ def load(target: str, args: Sequence[str] = (), *, module: bool = False) -> Prog
         os.path.dirname(os.path.realpath(target)),
         {"__file__": path, "__cached__": None, "__loader__": SourceFileLoader("__main__", path)},
     )
+
+
+def working_directory() -> str:
+    """Where this process is: its workers will be there too.
+
+    Raises:
+      LaunchError: somebody has removed that directory.
+    """
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        raise LaunchError(
+            "the working directory of this process has been removed, and workers would start in "
+            "it. Change to a directory that exists (cd) and start again") from None
 
 
 _keep_alive: list[object] = []

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
@@ -34,6 +34,7 @@ from hpcray.launch.identity import (
     strip_identity,
 )
 from hpcray.launch.progress import cpu_progress, is_stopped
+from hpcray.launch.script import working_directory
 from hpcray.launch.terminal import hide_false_terminals
 from hpcray.transport.patience import Patience
 
@@ -132,8 +133,9 @@ def _lose_identity() -> None:
         del os.environ[name]
 
 
-def connect(config: InitConfig) -> Client:
-    """Connect this driver to its node, starting it if need be.
+def connect(config: InitConfig, on_output: Callable[[Any], None]) -> Client:
+    """Connect this driver to its node, starting it if need be. `on_output` shows what workers
+    print, and what the runtime tells while the job starts.
 
     Raises:
       LaunchError: what went wrong and what to do. On ranks other than 0 it does not return.
@@ -164,6 +166,7 @@ def connect(config: InitConfig) -> Client:
     # Jobs of one driver have numbers of their own, so that a ref of an earlier one is recognised.
     _session_count += 1
     client = Client(node.socket.dup(), is_driver=True)
+    client.on_output(on_output)
     try:
         with _late_ranks_told(node.launch):
             client.start(config.start_timeout_s + 5, _for_node(config))
@@ -210,8 +213,8 @@ def _for_node(config: InitConfig) -> dict[str, Any]:
     data: dict[str, Any] = msgspec.to_builtins(config)
     data.pop("redis_url", None)
     data["session"] = _session_count
-    data["cwd"] = os.getcwd()
-    data["sys_path"] = [os.path.abspath(entry) if entry else os.getcwd() for entry in sys.path]
+    data["cwd"] = cwd = working_directory()
+    data["sys_path"] = [os.path.join(cwd, entry) for entry in sys.path]
     data["environ"] = _changed_environment()
     data["script"] = sys.argv[0] if sys.argv else ""
     return data

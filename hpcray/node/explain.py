@@ -214,7 +214,8 @@ class Explain:
             queue = machine.dispatcher.queues.get((shape, template.kind == ACTOR_CREATION))
             behind = 0 if queue is None else next(
                 (n for n, other in enumerate(islice(queue.tasks, 1000)) if other is task), 0)
-            return f", behind {behind} others" if behind else ", waits for a worker process"
+            others = f"{behind} other{'s'[:behind > 1]}"
+            return f", behind {others}" if behind else ", waits for a worker process"
         return f", waits for {words.amounts(lacking)}{self.held_by(lacking)}"
 
     def _call(self, task: TaskRecord) -> str:

@@ -773,6 +773,7 @@ class NodeServer:
                     labels.NODE_ID: ids.node_id_hex(n.rank, self._job_key)}.items())))
             for _, n in sorted(self._joined.items())
         ]
+        self._tell_capped(self._config)
         session = {
             "job_key": self._job_key.hex(),
             "node_ids": [ids.node_id_hex(rank, self._job_key) for rank in range(self.size)],
@@ -789,6 +790,17 @@ class NodeServer:
         self._machine.connect(DRIVER)
         self._machine.clients[DRIVER].pid = self._config["driver_pid"]
         self._machine.welcome(DRIVER)
+
+    def _tell_capped(self, config: dict[str, Any]) -> None:
+        """Which nodes have less memory than `init` wants their object stores to have."""
+        wanted = config.get("object_store_memory_bytes") or 0
+        less = {f"rank {n.rank} has {words.size(nbytes)}" for n in self._joined.values()
+                if (nbytes := dict(n.resources)["memory"] // messages.UNIT) < wanted}
+        if less:
+            self._output.notice(
+                f"Warning: object_store_memory is {words.size(wanted)}, more than the memory of a "
+                f"node ({words.listed(sorted(less))}). The object store of such a node takes what "
+                "its memory allows.")
 
     def _begin(self, job_id: bytes, session: dict[str, Any]) -> None:
         config = session["config"]
@@ -999,9 +1011,11 @@ def _resources(detected: dict[str, int], config: dict[str, Any]) -> dict[str, in
     for key, name in (("num_cpus", "CPU"), ("num_gpus", "GPU"), ("memory_bytes", "memory")):
         if config.get(key) is not None:
             result[name] = round(config[key] * messages.UNIT)
-    store_bytes = config.get("object_store_memory_bytes") or int(
-        detected["memory"] // messages.UNIT * 0.3)
-    result["object_store_memory"] = store_bytes * messages.UNIT
+    # Of what the node has, whatever `init` says of the resource: a store that is larger than the
+    # memory is ended by the kernel, and not by an error.
+    memory_bytes = detected["memory"] // messages.UNIT
+    store_bytes = config.get("object_store_memory_bytes") or int(memory_bytes * 0.3)
+    result["object_store_memory"] = min(store_bytes, memory_bytes) * messages.UNIT
     for name, amount in (config.get("resources") or {}).items():
         result[name] = round(amount * messages.UNIT)
     return {name: amount for name, amount in result.items() if amount > 0}

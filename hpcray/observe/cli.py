@@ -11,7 +11,8 @@ that belong to the script).
     hpcray run script.py       rank 0, or no launcher: start this rank's node, then be the script
                                any other rank: become a node; the script is not imported
 
-A new command is a line in COMMANDS and a function `(arguments) -> exit status`.
+A new command is a line in COMMANDS: a function `(arguments) -> exit status`, and its help. A wrong
+command line costs one sentence that ends with where the help is; the help itself is long enough.
 """
 
 from __future__ import annotations
@@ -28,22 +29,63 @@ if TYPE_CHECKING:
 USAGE = """\
 usage: hpcray COMMAND ...
 
-  run [-n N] [--ft] SCRIPT [ARGS...]      run a script; with -n, as a job of N nodes under mpirun
-  run [-n N] [--ft] -m MODULE [ARGS...]   the same for a module, as `python -m`
-                                          --ft: Open MPI 5 tells the others when a rank dies, and
-                                          the job ends in good order; else mpirun kills it
-  doctor                                  check this machine, say what to fix
-  version                                 print the version
+  run [-n N] SCRIPT [ARGS...]   run a script; with -n, as a job of N nodes under mpirun
+  doctor                        check this machine, and say what to fix
+  version                       print the version
 
-Under a launcher leave -n out:  mpirun -n 4 hpcray run SCRIPT   or   srun hpcray run SCRIPT
+`hpcray COMMAND --help` tells more about one command.
+"""
+
+RUN_HELP = """\
+usage: hpcray run [-n N] [--ft] SCRIPT [ARGS...]
+       hpcray run [-n N] [--ft] -m MODULE [ARGS...]
+
+Runs a program on hpcray. The script runs once. Its tasks run on every node of the job.
+
+  hpcray run script.py                  one node: this machine, without MPI
+  hpcray run -n 4 script.py             four nodes: hpcray finds mpirun and starts it
+  mpirun -n 4 hpcray run script.py      four nodes under an mpirun of your own: no -n after `run`
+  srun --mpi=pmix hpcray run script.py  the same in a Slurm allocation
+
+  -n N, -np N  start N nodes under mpirun. HPCRAY_MPIRUN names another mpirun than the one found,
+               and HPCRAY_MPIRUN_ARGS adds arguments to it, for example "--hostfile hosts"
+  -m MODULE    run a module, as `python -m` does
+  --ft         with -n and Open MPI 5: when a rank dies, the other ranks are told and the job ends
+               with an error message. Without it mpirun kills the other ranks
+  -h, --help   print this
+
+Options stand before the script. What follows the script is the script's own.
+"""
+
+DOCTOR_HELP = """\
+usage: hpcray doctor
+
+Checks this machine in some seconds: Python, mpirun, MPI, the control store, CPUs, GPUs, memory,
+shared memory, and the HPCRAY_* variables that are set. Each problem comes with what to do.
+
+The exit status is 0 if all is well, and 1 if something must be fixed.
+"""
+
+VERSION_HELP = """\
+usage: hpcray version
+
+Prints the version of hpcray.
 """
 
 # As `python` does for a script it cannot open, and most programs for a wrong command line.
 EXIT_USAGE = 2
+# As the shell says it of a program that SIGPIPE ended.
+EXIT_BROKEN_PIPE = 141
+
+HELP = ("-h", "--help")
 
 
 class UsageError(Exception):
     """The command line cannot be understood; the text says why."""
+
+
+class HelpWantedError(Exception):
+    """The command line asks for the help of its command."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,20 +99,34 @@ class RunArguments:
     ft: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A word after `hpcray`: what it does, and what `--help` prints."""
+
+    act: Callable[[list[str]], int]
+    help: str
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status unless the script ends the process itself."""
     arguments = sys.argv[1:] if argv is None else argv
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(USAGE, end="", file=sys.stdout if arguments else sys.stderr)
-        return 0 if arguments else EXIT_USAGE
+    if not arguments:
+        print(USAGE, end="", file=sys.stderr)
+        return EXIT_USAGE
     name, rest = arguments[0], arguments[1:]
+    if name == "help" and rest:
+        name, rest = rest[0], ["--help"]
+    if name in ("help", *HELP):
+        return _printing(lambda: print(USAGE, end=""))
     command = COMMANDS.get("version" if name in ("-V", "--version") else name)
     if command is None:
-        return _refuse(f"there is no command {name!r}")
+        return _refuse("hpcray", _no_command(name, rest))
     try:
-        return command(rest)
+        return command.act(rest)
+    except HelpWantedError:
+        return _printing(lambda: print(command.help, end=""))
     except UsageError as error:
-        return _refuse(str(error))
+        return _refuse(f"hpcray {name}", str(error))
 
 
 def parse_run(arguments: list[str]) -> RunArguments:
@@ -78,18 +134,25 @@ def parse_run(arguments: list[str]) -> RunArguments:
 
     Raises:
       UsageError: an option we do not have, or no script.
+      HelpWantedError: --help.
     """
     ranks, ft, at = None, False, 0
     while at < len(arguments) and arguments[at].startswith("-"):
         option = arguments[at]
         at += 1
+        if option in HELP:
+            raise HelpWantedError
         if option == "--ft":
             ft = True
         elif option == "--":
             break
         elif option in ("-n", "-np"):
-            ranks = _ranks(arguments[at] if at < len(arguments) else "")
+            if at == len(arguments):
+                raise UsageError(f"{option} needs a number of nodes")
+            ranks = _ranks(arguments[at])
             at += 1
+        elif option.startswith(("-n=", "-np=")):
+            ranks = _ranks(option.partition("=")[2])
         elif option.startswith("-n") and option[2:].isdigit():
             ranks = _ranks(option[2:])
         elif option == "-m":
@@ -99,10 +162,9 @@ def parse_run(arguments: list[str]) -> RunArguments:
             return _checked(RunArguments(module, rest, True, ranks, ft))
         else:
             raise UsageError(
-                f"run has no option {option!r}; options of the script come after its name"
-            )
+                f"there is no option {option}; options of the script stand after the script")
     if at >= len(arguments):
-        raise UsageError("run needs a script, or -m and a module")
+        raise UsageError("it needs a script, or -m and a module")
     return _checked(RunArguments(arguments[at], tuple(arguments[at + 1 :]), False, ranks, ft))
 
 
@@ -129,10 +191,13 @@ def run(arguments: list[str]) -> int:
 
 def doctor(arguments: list[str]) -> int:
     """`hpcray doctor`: exit status 1 if anything must be fixed."""
+    _takes_none(arguments)
+    return _printing(_report)
+
+
+def _report() -> int:
     from hpcray.launch.doctor import examine
 
-    if arguments:
-        raise UsageError("doctor takes no arguments")
     problems = 0
     for finding in examine(os.environ):
         mark = {"ok": "ok", "note": "note", "problem": "PROBLEM"}[finding.level]
@@ -149,16 +214,34 @@ def version(arguments: list[str]) -> int:
     """`hpcray version`."""
     import hpcray
 
+    _takes_none(arguments)
+    return _printing(lambda: print(f"hpcray {hpcray.__version__}"))
+
+
+def _takes_none(arguments: list[str]) -> None:
+    if any(argument in HELP for argument in arguments):
+        raise HelpWantedError
     if arguments:
-        raise UsageError("version takes no arguments")
-    print(f"hpcray {hpcray.__version__}")
-    return 0
+        raise UsageError(f"it takes no arguments, and {arguments[0]!r} is one")
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "run": run,
-    "doctor": doctor,
-    "version": version,
+def _printing(act: Callable[[], int | None]) -> int:
+    """Do what only prints. A reader that has had enough (`| head`) is no error; never for a
+    script, whose BrokenPipeError is its own."""
+    try:
+        status = act() or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # What is still in the buffer goes nowhere; else the interpreter complains at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+
+
+COMMANDS = {
+    "run": Command(run, RUN_HELP),
+    "doctor": Command(doctor, DOCTOR_HELP),
+    "version": Command(version, VERSION_HELP),
 }
 
 
@@ -197,10 +280,16 @@ def _exec_mpirun(wanted: RunArguments, arguments: list[str], ranks: int) -> NoRe
     """Replace this process by mpirun: signals and the exit status need no middleman."""
     from hpcray.exceptions import LaunchError
     from hpcray.launch.mpirun import plan_mpirun
+    from hpcray.launch.script import working_directory
 
-    if not wanted.module and not os.path.exists(wanted.target):
-        # Said once and here, rather than by one rank among mpirun's own noise.
-        raise LaunchError(f"can't open file {os.path.abspath(wanted.target)!r}: no such file")
+    # Said once and here, rather than by one rank among mpirun's own noise.
+    path = os.path.join(working_directory(), wanted.target)
+    if not wanted.module and not os.path.exists(path):
+        raise LaunchError(f"can't open file {path!r}: no such file")
+    if not wanted.module and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise LaunchError(
+            f"{wanted.target} is a pipe, and mpirun hands no pipe on to its ranks: with -n the "
+            "script must be a file")
     tail = ["-m", wanted.target] if wanted.module else ["--", wanted.target]
     command = [*_this_command(arguments), "run", *tail, *wanted.rest]
     argv, env = plan_mpirun(ranks, command, os.environ, ft=wanted.ft)
@@ -222,12 +311,21 @@ def _this_command(arguments: list[str]) -> list[str]:
 
 def _ranks(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise UsageError(f"-n needs a number from 1 up, not {text!r}")
+        raise UsageError(f"-n needs a number of nodes from 1 up, not {text!r}")
     return int(text)
 
 
-def _refuse(reason: str) -> int:
-    print(f"hpcray: {reason}\n\n{USAGE}", end="", file=sys.stderr)
+def _no_command(name: str, rest: list[str]) -> str:
+    if os.path.exists(name):
+        return f"there is no command {name!r}. To run it: hpcray run {' '.join([name, *rest])}"
+    from hpcray.protocol.words import did_you_mean
+
+    return f"there is no command {name!r}.{did_you_mean(name, COMMANDS)}"
+
+
+def _refuse(command: str, reason: str) -> int:
+    end = "" if reason.endswith(("?", ".")) else "."
+    print(f"{command}: {reason}{end} See `{command} --help`.", file=sys.stderr)
     return EXIT_USAGE
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from hpcray.protocol import labels
 from hpcray.protocol.messages import UNIT
 
@@ -45,3 +47,13 @@ def counted(items: list[str], most: int = 4) -> str:
     for item in items:
         counts[item] = counts.get(item, 0) + 1
     return listed([f"{item} x{n}" if n > 1 else item for item, n in counts.items()], most)
+
+
+def did_you_mean(name: str, known: Iterable[str], *, prefix: str = "") -> str:
+    """` Did you mean num_cpus?`, or nothing if no known name is near. What all names begin with
+    says nothing about how near they are."""
+    import difflib  # for mistakes only: every worker would have it in memory
+
+    ends = [one.removeprefix(prefix) for one in known]
+    near = difflib.get_close_matches(name.removeprefix(prefix), ends, 1)
+    return f" Did you mean {prefix}{near[0]}?" if near else ""

@@ -212,3 +212,37 @@ def test_init_in_a_task_is_refused_or_ignored(ray):
             return "refused"
 
     assert ray.get(f.remote(), timeout=30) == "refused"
+
+
+def test_init_says_which_keyword_was_meant(bare_ray):
+    with pytest.raises(Exception, match="num_cpu"):
+        bare_ray.init(num_cpu=2)
+
+
+@pytest.mark.hpcray_only("Ray has a debugger of its own behind breakpoint()")
+def test_a_breakpoint_in_a_task_says_how_to_debug(ray):
+    @ray.remote
+    def stops():
+        breakpoint()
+
+    with pytest.raises(RuntimeError, match="__wrapped__"):
+        ray.get(stops.remote())
+
+
+@pytest.mark.hpcray_only("the text of an error")
+def test_tasks_that_wait_for_the_same_are_told_once(cluster, gate):
+    ray = cluster(num_cpus=4, resources={"slot": 1})
+    enter = gate.enter
+
+    @ray.remote(resources={"slot": 1})
+    def sleepy():
+        enter()
+
+    refs = [sleepy.remote() for _ in range(3)]
+    gate.wait_for_arrivals()
+    with pytest.raises(ray.exceptions.GetTimeoutError) as caught:
+        ray.get(refs, timeout=0.5)
+    gate.open()
+    assert str(caught.value).count("RUNNING on rank 0") == 1
+    assert str(caught.value).count("waits for 1 slot") == 1
+    assert "; 2 times task " in str(caught.value)

@@ -43,7 +43,7 @@ SITECUSTOMIZE = '''
 import os, sys, time
 from hpcray.protocol import messages
 
-_fd = os.open(os.environ["HPCRAY_JOURNEY_TRACE"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+_fd = os.open(os.environ["HPCRAY_TEST_JOURNEY_TRACE"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 _encode = messages.encode
 
 def _who():
@@ -70,7 +70,7 @@ from collections import Counter
 {setup}
 
 def seen():
-    with open(os.environ["HPCRAY_JOURNEY_TRACE"]) as trace:
+    with open(os.environ["HPCRAY_TEST_JOURNEY_TRACE"]) as trace:
         lines = trace.read().splitlines()
     return Counter(name for line in lines for name in line.split("|")[2].split())
 
@@ -173,7 +173,7 @@ def environment(folder: Path) -> dict[str, str]:
     env["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(folder), str(ROOT), env.get("PYTHONPATH")]))
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
-    env["HPCRAY_JOURNEY_TRACE"] = str(folder / "trace")
+    env["HPCRAY_TEST_JOURNEY_TRACE"] = str(folder / "trace")
     return env | {
         "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}

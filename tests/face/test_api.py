@@ -38,7 +38,7 @@ def test_get_refuses_what_is_no_ref(node: Any) -> None:
     for wrong in (1, (ref,), {ref}, None, "x"):
         with pytest.raises(ValueError, match="list of them"):
             ray.get(wrong)  # type: ignore[call-overload]
-    with pytest.raises(TypeError, match="holds a int"):
+    with pytest.raises(TypeError, match=r"holds 1 \(type int\)"):
         ray.get([ref, 1])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="timeout"):
         ray.get(ref, timeout=-1)
@@ -70,13 +70,15 @@ def test_wait_refuses_what_cannot_be(node: Any) -> None:
         ray.wait(a)  # type: ignore[call-overload]
     with pytest.raises(TypeError, match="list of ObjectRefs, not tuple"):
         ray.wait((a,))  # type: ignore[call-overload]
-    with pytest.raises(TypeError, match="holds a int"):
+    with pytest.raises(TypeError, match=r"holds 1 \(type int\)"):
         ray.wait([a, 1])
     with pytest.raises(ValueError, match="more than once"):
         ray.wait([a, a])
     for count in (0, 3):
-        with pytest.raises(ValueError, match="within 1 and 2"):
+        with pytest.raises(ValueError, match=f"from 1 to 2, the number of refs, not {count}"):
             ray.wait([a, b], num_returns=count)
+    with pytest.raises(ValueError, match="must be 1, as there is one ref, not 2"):
+        ray.wait([a], num_returns=2)
     with pytest.raises(TypeError, match="integer"):
         ray.wait([a], num_returns=1.0)  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="timeout"):

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from hpcray.config import ENVIRONMENT, InitConfig, make_config, without_password
+from hpcray.config import (
+    ENVIRONMENT,
+    OTHER_VARIABLES,
+    InitConfig,
+    make_config,
+    unknown_variables,
+    without_password,
+)
 
 
 def test_defaults_and_round_trips() -> None:
@@ -45,6 +54,25 @@ def test_rays_variables_for_output_count_too() -> None:
         {"enabled": False}, "0", False)
     assert make_config(environment={**rays, "HPCRAY_DEDUP_LOGS": "1"}).log_rules == {}
     assert make_config(environment={"RAY_NUM_CPUS": "7"}).num_cpus is None
+
+
+def test_a_variable_that_nobody_reads_is_named() -> None:
+    known = dict.fromkeys([*ENVIRONMENT, *OTHER_VARIABLES, "HPCRAY_TEST_X", "PATH"], "1")
+    assert unknown_variables(known) == []
+    assert unknown_variables({**known, "HPCRAY_NUM_CPU": "1", "HPCRAY_XYZZY": ""}) == [
+        "the environment has HPCRAY_NUM_CPU, which hpcray does not know and ignores. "
+        "Did you mean HPCRAY_NUM_CPUS?",
+        "the environment has HPCRAY_XYZZY, which hpcray does not know and ignores."]
+
+
+def test_every_variable_in_the_code_is_known() -> None:
+    root = Path(__file__).resolve().parents[2]
+    files = [*(root / "hpcray").rglob("*.py"), *(root / "slurm").iterdir(),
+             *(root / "benchmarks").glob("*.py")]
+    named = {name for file in files for name in re.findall(r"HPCRAY_[A-Z_]+[A-Z]",
+                                                           file.read_text())}
+    assert {name for name in named if not name.startswith("HPCRAY_TEST")} == {
+        *ENVIRONMENT, *OTHER_VARIABLES}
 
 
 @pytest.mark.parametrize(("name", "value"), [

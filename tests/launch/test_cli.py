@@ -7,6 +7,8 @@ on which rank, and in what order with the script.
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -45,6 +47,8 @@ def hpcray(python, tmp_path: Path):
     ("-n2 --ft s.py", RunArguments("s.py", (), ranks=2, ft=True)),
     ("-np 4 -m pkg.mod -v", RunArguments("pkg.mod", ("-v",), module=True, ranks=4)),
     ("-n 2 -- -odd.py", RunArguments("-odd.py", (), ranks=2)),
+    ("-n=2 s.py", RunArguments("s.py", (), ranks=2)),
+    ("-np=2 s.py --help", RunArguments("s.py", ("--help",), ranks=2)),
 ])
 def test_arguments_after_the_script_are_the_scripts(line, wanted):
     assert parse_run(line.split()) == wanted
@@ -52,8 +56,9 @@ def test_arguments_after_the_script_are_the_scripts(line, wanted):
 
 @pytest.mark.parametrize(("line", "says"), [
     ("", "needs a script"), ("-n 2", "needs a script"), ("-m", "name of a module"),
-    ("-n", "number from 1"), ("-n 0 s.py", "number from 1"), ("-n s.py", "number from 1"),
-    ("--verbose s.py", "after its name"), ("--ft s.py", "--with-ft ulfm"),
+    ("-n", "a number of nodes"), ("-n 0 s.py", "from 1 up, not '0'"), ("-n s.py", "from 1 up"),
+    ("-n= s.py", "from 1 up, not ''"), ("--verbose s.py", "after the script"),
+    ("--ft s.py", "--with-ft ulfm"),
 ])
 def test_a_wrong_line_is_explained(line, says):
     with pytest.raises(UsageError, match=says):
@@ -95,12 +100,77 @@ def test_a_typo_is_found_before_anything_starts(hpcray, python, tmp_path: Path):
     assert len(missing.stderr.splitlines()) == 1
 
 
-def test_help_version_and_unknown(hpcray):
-    assert "usage: hpcray" in hpcray("--help").stdout
-    assert hpcray("version").stdout == hpcray("--version").stdout != ""
-    for line in ((), ("fly",), ("version", "x"), ("run", "--fly")):
-        done = hpcray(*line)
-        assert done.returncode == 2 and "usage: hpcray" in done.stderr
+def test_the_script_may_be_a_pipe(hpcray, tmp_path: Path):
+    """`echo ... | hpcray run /dev/stdin` and `hpcray run <(...)`: it can be read once only."""
+    done = hpcray("run", "/dev/stdin", "a", stdin=None, input="import sys; print(sys.argv)\n")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == ["early", "['/dev/stdin', 'a']"]
+    reader, writer = os.pipe()
+    os.write(writer, b"print('from a pipe')\n")
+    os.close(writer)
+    done = hpcray("run", f"/dev/fd/{reader}", pass_fds=[reader])
+    os.close(reader)
+    assert (done.stdout, done.stderr) == ("early\nfrom a pipe\n", "")
+
+
+def test_mpirun_hands_no_pipe_on(hpcray, environ):
+    done = hpcray("run", "-n", "2", "/dev/stdin", stdin=None, input="print(1)\n",
+                  env=environ | {"HPCRAY_MPIRUN": "/no"})
+    assert (done.returncode, done.stdout) == (2, "") and "must be a file" in done.stderr
+
+
+@pytest.mark.parametrize(("line", "says"), [
+    ("--help", "usage: hpcray COMMAND"), ("-h", "hpcray COMMAND --help"),
+    ("help", "usage: hpcray COMMAND"),
+    ("run --help", "usage: hpcray run [-n N]"), ("help run", "usage: hpcray run [-n N]"),
+    ("run -n 2 -h", "usage: hpcray run [-n N]"), ("doctor --help", "usage: hpcray doctor"),
+    ("version -h", "usage: hpcray version"), ("version", "hpcray 0."), ("--version", "hpcray 0."),
+])
+def test_help_is_there_for_every_command(hpcray, line, says):
+    done = hpcray(*line.split())
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(says) or says in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(("line", "says"), [
+    ("fly", "there is no command 'fly'. See `hpcray --help`."),
+    ("doctr", "Did you mean doctor? See `hpcray --help`."),
+    ("there.py -x", "To run it: hpcray run there.py -x. See `hpcray --help`."),
+    ("version x", "hpcray version: it takes no arguments, and 'x' is one. See `hpcray version -"),
+    ("run --fly s.py", "there is no option --fly"), ("run -n", "See `hpcray run --help`."),
+])
+def test_a_wrong_command_line_costs_one_sentence(hpcray, tmp_path: Path, line, says):
+    (tmp_path / "there.py").write_text("")
+    done = hpcray(*line.split())
+    assert (done.returncode, done.stdout) == (2, "")
+    assert says in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_nothing_at_all_shows_the_commands(hpcray):
+    done = hpcray()
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("usage: hpcray")
+
+
+@pytest.mark.parametrize("line", ["doctor", "--help", "run --help", "version"])
+def test_a_reader_that_leaves_is_no_error(environ, tmp_path: Path, line):
+    """`hpcray doctor | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "hpcray", *line.split()], stdout=writer,
+                          stderr=subprocess.PIPE, env=environ, cwd=tmp_path, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("line", ["run s.py", "run -n 2 s.py", "run /dev/null", "run -m this"])
+def test_a_removed_working_directory_is_named(hpcray, tmp_path: Path, line):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    done = hpcray(*line.split(), cwd=gone, preexec_fn=gone.rmdir)
+    assert done.returncode == 2
+    assert "working directory of this process has been removed" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_python_m_is_the_same_command(python):
@@ -172,6 +242,18 @@ def test_doctor_names_what_is_wrong_and_what_to_do(python, slurm_task, tmp_path:
     assert "PROBLEM control store" in done.stdout
     assert "note    mpirun" in done.stdout
     assert "2 problems found" in done.stdout
+
+
+def test_doctor_reads_the_variables(python, environ):
+    done = python("-m", "hpcray", "doctor", env=environ | {
+        "HPCRAY_NUM_CPUS": "many", "HPCRAY_NUM_CPU": "2", "HPCRAY_KEEP_BINDING": "1",
+        "HPCRAY_REDIS_URL": "redis://:secret@127.0.0.1:1"})
+    assert done.returncode == 1
+    for text in ("PROBLEM environment    HPCRAY_NUM_CPUS='many' in the environment is not a number",
+                 "note    environment    the environment has HPCRAY_NUM_CPU, which",
+                 "ok      environment    HPCRAY_KEEP_BINDING=1 (1: a rank keeps"):
+        assert text in done.stdout
+    assert "secret" not in done.stdout + done.stderr
 
 
 def test_run_adds_next_to_nothing_to_the_import_of_hpcray(python, tmp_path: Path):

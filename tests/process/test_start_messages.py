@@ -1,0 +1,30 @@
+"""What a user is told while a job starts."""
+
+from __future__ import annotations
+
+import pytest
+
+from .jobs import Start
+
+
+@pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.mpirun)])
+def test_a_store_larger_than_the_memory_is_as_large_as_the_memory(start: Start, ranks: int):
+    job = start("""
+        import hpcray as ray
+        ray.init(object_store_memory=10**15)
+        found = ray.cluster_resources()
+        assert 0 < found["object_store_memory"] <= found["memory"], found
+        print("it works:", ray.get(ray.put("yes")))
+        """, ranks=ranks)
+    output = job.finish()
+    assert "Warning: object_store_memory is 909 TiB, more than the memory of a node" in output
+    assert "it works: yes" in output
+
+
+def test_a_variable_that_nobody_reads_is_named(start: Start):
+    job = start("""
+        import hpcray as ray
+        ray.init()
+        """, HPCRAY_NUM_CPU="1")
+    assert "HPCRAY_NUM_CPU, which hpcray does not know and ignores. Did you mean HPCRAY_NUM_CPUS?" \
+        in job.finish()
