@@ -4,6 +4,7 @@
 `resources`  the CPUs, GPUs and memory this rank may use, and where each number came from
 `cgroups`    the limits of control groups, for `resources`
 `mpirun`     finding an `mpirun` and writing its command line
+`world`      whether MPI sees the ranks that the launcher has started
 `script`     running a user's script as `python script.py` would
 `doctor`     what a person should fix before the first job
 `start`      starting this rank's node

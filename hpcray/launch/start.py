@@ -170,14 +170,17 @@ def connect(config: InitConfig, on_output: Callable[[Any], None]) -> Client:
     try:
         with _late_ranks_told(node.launch):
             client.start(config.start_timeout_s + 5, _for_node(config))
-    except LaunchError as error:
+    except LaunchError:
         client.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             node.process.wait(0.5)
         status = node.process.returncode
         _end_node()
-        how = "" if status is None else f"; it ended with status {status}, see its messages above"
-        raise LaunchError(f"{error}{how}") from None
+        if status is not None:
+            raise LaunchError(
+                f"the node could not start: it ended with status {status}, see its messages above"
+            ) from None
+        raise
     except BaseException:
         client.close()
         _end_node()

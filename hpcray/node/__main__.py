@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from hpcray.launch.identity import read_launch, strip_identity
 from hpcray.launch.resources import detect_resources, widen_affinity
+from hpcray.launch.world import mismatch
 from hpcray.node.journal import Journal
 from hpcray.node.pool import WorkerPool
 from hpcray.node.server import NodeServer
@@ -36,6 +37,8 @@ _CLOSE_S = 10.0
 # A job that fails may have lost a rank, and then nothing is to be waited for.
 _FAILED_CLOSE_S = 2.0
 _EXIT_S = 5.0
+# As of a command line that cannot work.
+_REFUSED = 2
 _PR_SET_PDEATHSIG = 1
 
 # Files the MPI library keeps in /dev/shm and would leave there if this process were killed.
@@ -74,8 +77,17 @@ def main() -> int:
         from hpcray.transport import mpi
 
         timeout_s = float(environ.get("HPCRAY_START_TIMEOUT_S", "300"))
-        transport = mpi.MpiTransport(mpi.start_mpi(timeout_s))
+        world = mpi.start_mpi(timeout_s, by_srun=launch.launcher == "srun")
         _shared_files.extend(_find_shared_files())
+        wrong = mismatch(launch, world.size, world.rank, mpi.library(), environ)
+        if wrong is not None:
+            print(f"hpcray: {wrong}.", file=sys.stderr, flush=True)
+            _drop_shared_files()
+            pool.close(0.0)
+            journal.close()
+            mpi.end_world()
+            return _REFUSED
+        transport = mpi.MpiTransport(world)
         pool.set_cleanup_paths(_shared_files)
         cores = len(os.sched_getaffinity(0))
         spin = cores > launch.local_size or environ.get("HPCRAY_POLL") == "busy"

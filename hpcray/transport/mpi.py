@@ -26,6 +26,8 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import os
+import re
 import signal
 import time
 from collections import deque
@@ -113,7 +115,9 @@ class MpiAlreadyStarted(Exception):
         )
 
 
-def start_mpi(start_timeout_s: float, *, force_funneled: bool = True) -> MPI.Intracomm:
+def start_mpi(
+    start_timeout_s: float, *, force_funneled: bool = True, by_srun: bool = False
+) -> MPI.Intracomm:
     """Initialise MPI and return the world communicator; the process exits on timeout.
 
     MPI_Init waits for every rank of the job. A rank that never comes must not hang the
@@ -122,9 +126,13 @@ def start_mpi(start_timeout_s: float, *, force_funneled: bool = True) -> MPI.Int
 
     `force_funneled` refuses a library that offers less than MPI_THREAD_FUNNELED, which the
     control-store writer thread beside the loop needs.
+
+    `by_srun`: Slurm and not the MPI's own launcher started this process.
     """
     if MPI.Is_initialized() or MPI.Is_finalized():
         raise MpiAlreadyStarted
+    if by_srun and "PMI_FD" in os.environ:
+        _spare_short_lines()
     message = (
         f"hpcray: MPI_Init has not returned after {start_timeout_s:g} s, so some ranks of this "
         "job never arrived. Check that the launcher could start all of them, that all use the "
@@ -140,6 +148,30 @@ def start_mpi(start_timeout_s: float, *, force_funneled: bool = True) -> MPI.Int
             "MPI_THREAD_SINGLE, hpcray needs MPI_THREAD_FUNNELED); load another build"
         )
     return MPI.COMM_WORLD
+
+
+def _spare_short_lines() -> None:
+    """Slurm's pmi2 takes lines of 1,024 bytes, and tells MPICH that a *value* may have as many.
+
+    With UCX, MPICH fills values with a fixed 4 KiB for an address and whatever lies behind it in
+    memory; it depends on that whether a line is too long ("value not properly terminated") and
+    MPI_Init fails. An address of OFI is short. Only a build with both lets us choose, and the
+    user's own choice stands.
+    """
+    match = re.search(r"MPICH Device:\s*ch4:(.*)", MPI.Get_library_version())
+    if match is not None and {"ucx", "ofi"} <= set(re.split(r"[\s,]+", match[1])):
+        os.environ.setdefault("MPIR_CVAR_CH4_NETMOD", "ofi")
+
+
+def library() -> str:
+    """Name and version of the MPI library, such as "Open MPI v5.0.8"."""
+    text = MPI.Get_library_version().replace("\0", "").split(",")[0].split("\n")[0]
+    return re.sub(r"\s*Version:\s*", " ", text).strip()
+
+
+def end_world() -> None:
+    """End MPI in a process that has no part in a job."""
+    _under_watchdog(_ABORT_S, "", MPI.Finalize)
 
 
 def _under_watchdog(timeout_s: float, message: str, action: Callable[[], object]) -> None:
