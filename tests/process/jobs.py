@@ -66,19 +66,7 @@ class Job:
         wrapper: tuple[str, ...] = (), **environ: str,
     ) -> None:
         """`wrapper` is a command in front of each rank's."""
-        # Short: a socket path has 107 bytes.
-        self.directory = Path(tempfile.mkdtemp(prefix="job-", dir="/tmp"))
-        self.script = self.directory / "script.py"
-        self.script.write_text(textwrap.dedent(source))
-        self.mark = f"HPCRAY_TEST_JOB={uuid.uuid4().hex}"
-        name, _, value = self.mark.partition("=")
-        self.environ = {
-            **os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(self.directory), name: value,
-            "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-            # More ranks than cores, with the default binding.
-            "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", **environ,
-        }
-        self.environ = {k: v for k, v in self.environ.items() if k != "HPCRAY_REDIS_URL"}
+        self._prepare(source, environ)
         python = [*wrapper, sys.executable, *program]
         if ranks and own_mpirun:
             command = [*python, "-m", "hpcray", "run", "-n", str(ranks), str(self.script), *args]
@@ -88,9 +76,6 @@ class Job:
         else:
             command = [*python, str(self.script), *args]
         self.ranks = ranks
-        self.output = ""
-        self._seen = 0
-        self._shared: set[str] = set()
         self._terminal = pty
         if pty:
             self._output_fd, theirs = os.openpty()
@@ -108,6 +93,25 @@ class Job:
                 assert self.process.stdin is not None
                 self.process.stdin.write(stdin.encode())
                 self.process.stdin.close()
+
+    def _prepare(self, source: str, environ: dict[str, str]) -> None:
+        """The script, a directory and an environment to know its processes by."""
+        # Short: a socket path has 107 bytes.
+        self.directory = Path(tempfile.mkdtemp(prefix="job-", dir="/tmp"))
+        self.script = self.directory / "script.py"
+        self.script.write_text(textwrap.dedent(source))
+        self.mark = f"HPCRAY_TEST_JOB={uuid.uuid4().hex}"
+        name, _, value = self.mark.partition("=")
+        self.environ = {
+            **os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(self.directory), name: value,
+            "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+            # More ranks than cores, with the default binding.
+            "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", **environ,
+        }
+        self.environ = {k: v for k, v in self.environ.items() if k != "HPCRAY_REDIS_URL"}
+        self.output = ""
+        self._seen = 0
+        self._shared: set[str] = set()
 
     # --- what it says --------------------------------------------------------------------------
 
@@ -164,10 +168,8 @@ class Job:
         deadline_s = time.monotonic() + timeout_s
         while True:
             self._read_some(0)
-            left: list[object] = [m for m in self.members() if m.pid != self.process.pid
-                                  or self.process.poll() is None]
-            left += [path for path in sorted(self._shared) if os.path.exists(path)]
-            left += [str(p) for p in self.directory.glob("hpcray-*")]
+            left = [m for m in self.left() if not isinstance(m, Member)
+                    or m.pid != self.process.pid or self.process.poll() is None]
             if not left:
                 break
             if time.monotonic() > deadline_s:
@@ -175,6 +177,11 @@ class Job:
             time.sleep(POLL_S)
         while select.select([self._output_fd], [], [], 0)[0] and self._read_some(0):
             pass
+
+    def left(self) -> list[object]:
+        """What there still is of it: processes, files in /dev/shm and of our own."""
+        return [*self.members(), *(path for path in sorted(self._shared) if os.path.exists(path)),
+                *(str(path) for path in self.directory.glob("hpcray-*"))]
 
     def fail(self, what: str) -> None:
         members = "\n".join(f"    {m}" for m in self.members())
@@ -235,6 +242,14 @@ class Job:
 
     def close(self) -> None:
         """For the fixture: whatever the test did, nothing stays."""
+        self._kill_members()
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        os.close(self._output_fd)
+        self._remove_files()
+
+    def _kill_members(self) -> None:
         for _ in range(50):
             members = self.members()
             for member in members:
@@ -243,13 +258,11 @@ class Job:
             if not members:
                 break
             time.sleep(POLL_S)
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
+
+    def _remove_files(self) -> None:
         for path in self._shared:
             with contextlib.suppress(OSError):
                 os.unlink(path)
-        os.close(self._output_fd)
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
@@ -268,7 +281,7 @@ def _describe(pid: int, command: str, environ: str) -> Member:
         role = "zygote" if not re.fullmatch(r"hpcray:w\d+", name) else "worker"
     elif "-m hpcray.node" in command or "launch/keeper.py" in command:
         role = "node" if "-m hpcray.node" in command else "keeper"
-        match = re.search(r"(?:OMPI_COMM_WORLD_RANK|PMI_RANK)=(\d+)", environ)
+        match = re.search(r"(?:OMPI_COMM_WORLD_RANK|PMIX?_RANK)=(\d+)", environ)
         rank = int(match[1]) if match else 0
     elif "hpcray-control-guard" in command:
         role = "guard"
