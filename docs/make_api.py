@@ -32,16 +32,56 @@ PACKAGE = ROOT / "hpcray"
 # The modules whose names are public, in the order of the page; those that are not there are left
 # out. Below `hpcray.util` every module without an underscore is.
 MODULES = ("hpcray", "hpcray.actor", "hpcray.exceptions", "hpcray.runtime_env",
-           "hpcray.runtime_context", "hpcray.futures", "hpcray.experimental", "hpcray.util")
+           "hpcray.runtime_context", "hpcray.job_config", "hpcray.cloudpickle", "hpcray.types",
+           "hpcray.futures", "hpcray.experimental", "hpcray.experimental.internal_kv",
+           "hpcray.experimental.tqdm_ray", "hpcray.util")
 
 # Public name (or module) -> test file below tests/. A name is that of the module that lists it
 # first. `file#word`: the file shows it by this word, where its own name does not occur.
 # None: a name only: nothing here raises it, or does more than hold it.
 TESTS: dict[str, str | None] = {
+    "hpcray.ActorClassID": "api/test_public_names.py",
+    "hpcray.ActorID": "api/test_public_names.py",
+    "hpcray.ActorID.from_random": "api/test_public_names.py",
+    "hpcray.ClusterID": None,
+    "hpcray.FunctionID": "api/test_public_names.py",
+    "hpcray.JobConfig": "api/test_public_names.py",
+    "hpcray.JobConfig.set_default_actor_lifetime":
+        "api/test_public_names.py#default_actor_lifetime",
+    "hpcray.JobConfig.set_ray_namespace": "api/test_public_names.py#ray_namespace",
+    "hpcray.JobConfig.set_runtime_env": "api/test_public_names.py#runtime_env",
+    "hpcray.JobID": "api/test_public_names.py",
+    "hpcray.LoggingConfig": "api/test_public_names.py",
+    "hpcray.LoggingConfig.fields": "api/test_public_names.py#LoggingConfig",
+    "hpcray.NodeID": "api/test_public_names.py",
+    "hpcray.PlacementGroupID": "api/test_public_names.py",
+    "hpcray.TaskID": "api/test_public_names.py",
+    "hpcray.TaskID.actor_id": "api/test_public_names.py",
+    "hpcray.UniqueID": "api/test_public_names.py",
+    "hpcray.UniqueID.from_random": "api/test_public_names.py",
+    "hpcray.WorkerID": "api/test_public_names.py",
+    "hpcray.cloudpickle.CloudPickler.reducer_override": None,
+    "hpcray.cloudpickle": "api/test_public_names.py",
+    "hpcray.experimental.internal_kv": "api/test_public_names.py",
+    "hpcray.experimental.tqdm_ray": "api/test_public_names.py",
+    "hpcray.runtime_env.RuntimeEnvConfig": "api/test_public_names.py",
+    "hpcray.runtime_env.RuntimeEnvConfig.to_dict": "api/test_public_names.py#RuntimeEnvConfig",
+    "hpcray.util.annotations": "api/test_public_names.py",
+    "hpcray.util.debug": "api/test_public_names.py",
+    "hpcray.util.disable_log_once_globally": "api/test_public_names.py",
+    "hpcray.util.enable_periodic_logging": "api/test_public_names.py",
+    "hpcray.util.log_once": "api/test_public_names.py",
+    "hpcray.util.metrics": "api/test_public_names.py",
     "hpcray.ActorClass": "api/test_actors.py#remote",
     "hpcray.ActorClass.bind": "face/test_remote_function.py",
     "hpcray.ActorHandle": "face/test_actor.py",
     "hpcray.ObjectRef": "api/test_refs.py",
+    "hpcray.ObjectRef.from_binary": "api/test_public_names.py",
+    "hpcray.ObjectRef.from_hex": "api/test_public_names.py",
+    "hpcray.ObjectRef.from_random": "api/test_public_names.py",
+    "hpcray.ObjectRef.is_nil": "api/test_public_names.py",
+    "hpcray.ObjectRef.nil": "api/test_public_names.py",
+    "hpcray.ObjectRef.size": "api/test_public_names.py",
     "hpcray.ObjectRef.as_future": "util/test_futures.py#future",
     "hpcray.ObjectRef.future": "util/test_futures.py",
     "hpcray.DynamicObjectRefGenerator": "api/test_generators.py#dynamic",
@@ -123,7 +163,6 @@ TESTS: dict[str, str | None] = {
     "hpcray.util.get_placement_group": "api/test_placement_groups.py",
     "hpcray.util.placement_group": "api/test_placement_groups.py",
     "hpcray.util.placement_group.PlacementGroup.empty": "util/test_names.py",
-    "hpcray.util.placement_group.PlacementGroupID": "api/test_placement_groups.py#id",
     "hpcray.util.placement_group_table": "api/test_placement_groups.py",
     "hpcray.util.remove_placement_group": "api/test_placement_groups.py",
     "hpcray.util.check_serialize": "util/test_serialization.py#inspect_serializability",
@@ -149,7 +188,7 @@ TESTS: dict[str, str | None] = {
     "hpcray.util.state.exception": "api/test_state.py",
 }
 # Of the modules below hpcray.util: nothing that a program imports.
-INTERNAL = ("hpcray.util.joblib.backend",)
+INTERNAL = ("hpcray.util.joblib.ray_backend",)
 
 OPTION_TESTS: dict[str, str] = {
     "_generator_backpressure_num_objects": "api/test_generators.py",

@@ -6,12 +6,11 @@ This is the public face; every name is Ray's, with Ray's meaning. Importing it i
 neither MPI nor numpy: nothing starts before `init` or the first use.
 """
 
-from __future__ import annotations
-
-import importlib
-from typing import TYPE_CHECKING, Any
+import logging
+from typing import TYPE_CHECKING
 
 from hpcray import actor, exceptions
+from hpcray.absent import attributes
 from hpcray.actor import ActorClass, ActorHandle, get_actor, method
 from hpcray.api import (
     available_resources,
@@ -27,39 +26,62 @@ from hpcray.api import (
     shutdown,
     wait,
 )
+from hpcray.client.identifiers import (
+    ActorClassID,
+    ActorID,
+    ClusterID,
+    FunctionID,
+    JobID,
+    NodeID,
+    PlacementGroupID,
+    TaskID,
+    UniqueID,
+    WorkerID,
+)
 from hpcray.client.references import ObjectRef
 from hpcray.client.streams import DynamicObjectRefGenerator, ObjectRefGenerator
+from hpcray.job_config import JobConfig, LoggingConfig
 from hpcray.remote_function import RemoteFunction
 from hpcray.runtime_context import get_gpu_ids, get_runtime_context
 
 if TYPE_CHECKING:
-    from hpcray import util
+    from hpcray import internal, util
 
 __version__ = "0.1.0"
 
 ObjectID = ObjectRef  # Ray's older name
+# What a process is, as Ray numbers it.
+SCRIPT_MODE = 0
+WORKER_MODE = 1
+logger = logging.getLogger("hpcray")
 
-# Submodules that load on first use.
-_LAZY = frozenset({"collective", "config", "experimental", "futures", "gpu", "runtime_context",
-                   "runtime_env", "testing", "util"})
-
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return importlib.import_module(f"{__name__}.{name}")
-    if name == "cloudpickle":  # Ray programs pickle with `ray.cloudpickle`
-        return importlib.import_module("cloudpickle")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = attributes(__name__, submodules=(
+    "cloudpickle", "collective", "config", "experimental", "futures", "gpu", "internal",
+    "job_config", "runtime_context", "runtime_env", "testing", "types", "util"))
 
 
 __all__ = [
     "ActorClass",
+    "ActorClassID",
     "ActorHandle",
+    "ActorID",
+    "ClusterID",
     "DynamicObjectRefGenerator",
+    "FunctionID",
+    "JobConfig",
+    "JobID",
+    "LoggingConfig",
+    "NodeID",
     "ObjectID",
     "ObjectRef",
     "ObjectRefGenerator",
+    "PlacementGroupID",
     "RemoteFunction",
+    "SCRIPT_MODE",
+    "TaskID",
+    "UniqueID",
+    "WORKER_MODE",
+    "WorkerID",
     "__version__",
     "actor",
     "available_resources",
@@ -71,8 +93,10 @@ __all__ = [
     "get_gpu_ids",
     "get_runtime_context",
     "init",
+    "internal",
     "is_initialized",
     "kill",
+    "logger",
     "method",
     "nodes",
     "put",

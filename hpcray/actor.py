@@ -15,8 +15,9 @@ of one class and options. It travels inside handles and, opaque to nodes, with t
 from __future__ import annotations
 
 import inspect
+import types
 import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -33,7 +34,8 @@ import msgspec
 
 from hpcray import options as options_
 from hpcray.client import context, references
-from hpcray.client.references import ActorID, ObjectRef
+from hpcray.client.identifiers import ActorID
+from hpcray.client.references import ObjectRef
 from hpcray.config import check_namespace
 from hpcray.definition import (
     CallSignature,
@@ -320,6 +322,10 @@ def _kind_of(encoded: bytes) -> _Kind:
 # --- classes -------------------------------------------------------------------------------------
 
 
+class ActorClassInheritanceException(TypeError):
+    """A class was to inherit from an actor class."""
+
+
 class ActorClass(Generic[T]):
     """A class whose instances are actors: `C.remote(...)` starts one and returns its handle.
 
@@ -437,6 +443,23 @@ class ActorClass(Generic[T]):
                 for name in ("__name__", "__qualname__", "__module__", "__doc__", "__wrapped__")})
         return other
 
+    def _remote(
+        self, args: Sequence[Any] | None = None, kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        """`options(...).remote(*args, **kwargs)`, as older Ray programs write it."""
+        return self.options(**options).remote(*(args or ()), **(kwargs or {}))
+
+    @property
+    def __ray_metadata__(self) -> Any:
+        """Half of Ray's: the class that was decorated, and its name."""
+        cls = self._definition.target
+        return types.SimpleNamespace(
+            modified_class=cls, class_name=cls.__name__, actor_creation_options=dict(self._options))
+
+    def __dir__(self) -> list[str]:
+        return sorted({*object.__dir__(self), *dir(self._definition.target)})
+
     def bind(self, /, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(
             f"{self._definition.name}.bind(): graphs (DAGs) are not supported; use .remote()")
@@ -458,7 +481,7 @@ class ActorClass(Generic[T]):
 
     def __mro_entries__(self, bases: tuple[Any, ...]) -> NoReturn:
         name = self._definition.name
-        raise TypeError(
+        raise ActorClassInheritanceException(
             f"{name} is an actor class and cannot be inherited from: inherit from the plain class "
             f"({name}.__wrapped__) and put @remote onto the new one")
 
@@ -600,6 +623,13 @@ class ActorMethod:
         merged = {**method.options, **options_.check_options(options, "m", later=True)}
         kind = self._handle._hpcray_kind
         return ActorMethod(self._handle, _Method(kind, method.name, method.description, merged))
+
+    def _remote(
+        self, args: Sequence[Any] | None = None, kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        """`options(...).remote(*args, **kwargs)`, as older Ray programs write it."""
+        return self.options(**options).remote(*(args or ()), **(kwargs or {}))
 
     def bind(self, /, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(

@@ -14,6 +14,7 @@ import logging
 import numbers
 import operator
 import os
+import platform
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,12 +25,13 @@ import msgspec
 
 from hpcray import options as options_
 from hpcray.actor import ActorClass, ActorHandle, raise_stale
-from hpcray.client import context, references
+from hpcray.client import context, logs, references
 from hpcray.client.interrupts import raised_by_handler
 from hpcray.client.references import ObjectRef
 from hpcray.client.streams import ObjectRefGenerator
 from hpcray.config import make_config, unknown_variables
 from hpcray.exceptions import RayError
+from hpcray.job_config import JobConfig, LoggingConfig
 from hpcray.protocol import ids, words
 from hpcray.protocol.messages import UNIT
 from hpcray.remote_function import RemoteFunction
@@ -55,17 +57,40 @@ _forked_while_connected = False
 
 
 class InitContext(Mapping[str, Any]):
-    """What `init` returns: facts by name, and a context manager that shuts down at its end."""
+    """What `init` returns: facts by name, and a context manager that shuts down at its end.
+
+    Attributes:
+      address_info: the facts. Ray's keys, of which those that speak of a server are None, and
+        `job_id`, `namespace`, `rank` and `nodes` (how many).
+      dashboard_url: None.
+      python_version, ray_version, ray_commit: Python's, and hpcray's.
+    """
 
     def __init__(self, client: Client, namespace: str) -> None:
+        import hpcray
+        from hpcray.util.address import get_node_ip_address
+
         self.address_info: dict[str, Any] = {
+            "node_ip_address": get_node_ip_address(),
             "node_id": _node_id(client, client.rank),
+            "address": None,
+            "gcs_address": None,
+            "redis_address": None,
+            "object_store_address": None,
+            "raylet_socket_name": None,
+            "webui_url": None,
+            "session_dir": None,
+            "metrics_export_port": None,
+            "dashboard_agent_listen_port": None,
             "job_id": client.job_id.hex(),
             "rank": client.rank,
             "nodes": client.size,
             "namespace": namespace,
         }
         self.dashboard_url: str | None = None
+        self.python_version = platform.python_version()
+        self.ray_version = hpcray.__version__
+        self.ray_commit = ""
 
     def __getitem__(self, key: str) -> Any:
         return self.address_info[key]
@@ -102,11 +127,11 @@ def init(
     include_dashboard: bool | None = None,
     dashboard_host: str | None = None,
     dashboard_port: int | None = None,
-    job_config: Any = None,
+    job_config: JobConfig | None = None,
     configure_logging: bool = True,
     logging_level: int | None = None,
     logging_format: str | None = None,
-    logging_config: Any = None,
+    logging_config: LoggingConfig | None = None,
     log_to_driver: bool | None = None,
     namespace: str | None = None,
     runtime_env: Mapping[str, Any] | None = None,
@@ -124,8 +149,12 @@ def init(
       preload: modules every node imports once, before it forks workers.
       redis_url: an existing control store instead of our own.
 
+      job_config: a `JobConfig`: namespace and runtime_env as one object; what is given here wins.
+      logging_config: a `LoggingConfig`: how the root logger of every process writes.
+
     `address` may be None, "auto" or "local": which machines take part is the launcher's to say.
-    Ray's dashboard and logging arguments are accepted and have no effect.
+    Ray's arguments of the dashboard, `configure_logging`, `logging_level` and `logging_format` are
+    accepted and have no effect.
 
     Raises:
       RuntimeError: there is a session already (inside tasks there always is), unless
@@ -145,7 +174,13 @@ def init(
         raise NotImplementedError(
             "local_mode is not supported; to debug, call f.__wrapped__(...) in this process")
     if job_config is not None:
-        raise NotImplementedError("job_config is not supported; use namespace= and runtime_env=")
+        if not isinstance(job_config, JobConfig):
+            raise TypeError(f"job_config must be a JobConfig, not {job_config!r}; or give "
+                            "namespace= and runtime_env=")
+        namespace = job_config.ray_namespace if namespace is None else namespace
+        runtime_env = job_config.runtime_env if runtime_env is None else runtime_env
+    if logging_config is not None and not isinstance(logging_config, LoggingConfig):
+        raise TypeError(f"logging_config must be a LoggingConfig, not {logging_config!r}")
     with _starting:
         client = references.client_or_none()
         if client is not None:
@@ -162,7 +197,8 @@ def init(
             num_cpus=num_cpus, num_gpus=num_gpus, resources=resources, labels=labels,
             object_store_memory_bytes=object_store_memory, memory_bytes=_memory,
             namespace=namespace, log_to_driver=log_to_driver, preload=preload,
-            runtime_env=runtime_env, redis_url=redis_url)
+            runtime_env=runtime_env, redis_url=redis_url,
+            logging=None if logging_config is None else logging_config.fields())
         if not config.namespace:  # one of its own: nobody else's actors are in it
             config = msgspec.structs.replace(config, namespace=os.urandom(16).hex())
         from hpcray.launch import start, terminal
@@ -176,6 +212,8 @@ def init(
         context.set_process_context(
             context.TaskContext(task_id=driver, namespace=config.namespace))
         references.set_client(client)
+        if config.logging:
+            logs.configure(**config.logging)
         if set(config.runtime_env) - {"env_vars"}:
             from hpcray.environment import packages_of
 

@@ -76,6 +76,7 @@ class InitConfig(msgspec.Struct, frozen=True, kw_only=True):
     log_rules: dict[str, Any] = {}  # which lines fold: `hpcray.observe.logs.LogRules`
     color_prefix: str = ""
     preload: list[str] = []
+    logging: dict[str, Any] = {}  # fields of a LoggingConfig; {}: workers' loggers are left alone
     runtime_env: dict[str, Any] = {}  # as `check_runtime_env` returns it
     labels: dict[str, str] = {}
     redis_url: str = ""  # may hold a password: never print it, print `public_redis_url`
@@ -138,6 +139,7 @@ def make_config(
     runtime_env: Mapping[str, Any] | None = None,
     labels: Mapping[str, str] | None = None,
     redis_url: str | None = None,
+    logging: Mapping[str, Any] | None = None,
     start_timeout_s: float | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> InitConfig:
@@ -173,6 +175,7 @@ def make_config(
         runtime_env=check_runtime_env(runtime_env),
         labels=_labels(labels, found.text("HPCRAY_LABELS")),
         redis_url=redis_url,
+        logging=dict(logging or {}),
         start_timeout_s=_seconds("start_timeout_s", start_timeout_s,
                                  found.number("HPCRAY_START_TIMEOUT_S"), 300.0),
     )
@@ -215,6 +218,9 @@ def check_runtime_env(runtime_env: Mapping[str, Any] | None) -> dict[str, Any]:
             f"{', '.join(map(repr, others))}: workers use the driver's Python; install packages "
             "into its environment before the job")
     checked: dict[str, Any] = {}
+    if not isinstance(runtime_env.get("config") or {}, Mapping):
+        raise TypeError("runtime_env['config'] must be a RuntimeEnvConfig or a dict, not "
+                        f"{type(runtime_env['config']).__name__}")
     if len(runtime_env) > ("env_vars" in runtime_env):
         checked = _check_directories(runtime_env)
     env_vars = runtime_env.get("env_vars")
@@ -238,7 +244,8 @@ def expanded(env_vars: Mapping[str, str]) -> dict[str, str]:
             for name, value in env_vars.items()}
 
 
-_RUNTIME_ENV = ("env_vars", "working_dir", "py_modules", "excludes")
+# "config" says how the others are set up, and has no effect (`hpcray.runtime_env`).
+_RUNTIME_ENV = ("env_vars", "working_dir", "py_modules", "excludes", "config")
 
 
 def _check_directories(runtime_env: Mapping[str, Any]) -> dict[str, Any]:

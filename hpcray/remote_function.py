@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec, TypeVar
 
 from hpcray import options as options_
@@ -120,6 +120,13 @@ class RemoteFunction(Generic[P, R]):
         other._bind_to(self._definition, self._for(target, {**self._options, **checked}))
         functools.update_wrapper(other, self._definition.target)
         return other
+
+    def _remote(
+        self, args: Sequence[Any] | None = None, kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        """`options(...).remote(*args, **kwargs)`, as older Ray programs write it."""
+        return self.options(**options).remote(*(args or ()), **(kwargs or {}))
 
     def bind(self, /, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(

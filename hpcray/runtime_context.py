@@ -11,15 +11,15 @@ import tempfile
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hpcray.client import context, references
+from hpcray.client.identifiers import ActorID, BaseID, JobID, NodeID, PlacementGroupID, TaskID
 from hpcray.protocol import ids, labels
 from hpcray.protocol.messages import PY_MODULE, UNIT, WORKING_DIR
 from hpcray.runtime_env import RuntimeEnv
 
 if TYPE_CHECKING:
     from hpcray.actor import ActorHandle
-    from hpcray.util.placement_group import PlacementGroupID
 
-IdT = TypeVar("IdT", bound=references.BaseID)
+IdT = TypeVar("IdT", bound=BaseID)
 
 
 class RuntimeContext:
@@ -193,25 +193,23 @@ class RuntimeContext:
     # Ray's older spellings: ids with `hex()` and `binary()`.
     @property
     def current_placement_group_id(self) -> PlacementGroupID | None:
-        from hpcray.util.placement_group import PlacementGroupID
-
         return _id(PlacementGroupID, self.get_placement_group_id())
 
     @property
-    def job_id(self) -> references.JobID:
-        return references.JobID(bytes.fromhex(self.get_job_id()))
+    def job_id(self) -> JobID:
+        return JobID(bytes.fromhex(self.get_job_id()))
 
     @property
-    def node_id(self) -> references.NodeID:
-        return references.NodeID(bytes.fromhex(self.get_node_id()))
+    def node_id(self) -> NodeID:
+        return NodeID(bytes.fromhex(self.get_node_id()))
 
     @property
-    def task_id(self) -> references.TaskID | None:
-        return _id(references.TaskID, self.get_task_id())
+    def task_id(self) -> TaskID | None:
+        return _id(TaskID, self.get_task_id())
 
     @property
-    def actor_id(self) -> references.ActorID | None:
-        return _id(references.ActorID, self.get_actor_id())
+    def actor_id(self) -> ActorID | None:
+        return _id(ActorID, self.get_actor_id())
 
     @property
     def gcs_address(self) -> str:

@@ -32,4 +32,34 @@ class RuntimeEnv(dict[str, Any]):
         return dict(self)
 
 
-__all__ = ["RuntimeEnv"]
+class RuntimeEnvConfig(dict[str, Any]):
+    """How a `runtime_env` is set up: `RuntimeEnv(config=RuntimeEnvConfig(...))`.
+
+    Checked, and without effect: hpcray unpacks the job's own packages before the first task that
+    needs them, and downloads nothing.
+
+    Args:
+      setup_timeout_seconds: a positive integer, or -1.
+      log_files: accepted.
+    """
+
+    def __init__(
+        self, setup_timeout_seconds: int = 600, eager_install: bool = True,
+        log_files: list[str] | None = None,
+    ) -> None:
+        if not isinstance(setup_timeout_seconds, int):
+            raise TypeError(f"setup_timeout_seconds must be an int, not {setup_timeout_seconds!r}")
+        if setup_timeout_seconds <= 0 and setup_timeout_seconds != -1:
+            raise ValueError("setup_timeout_seconds must be above 0, or -1 for no limit, not "
+                             f"{setup_timeout_seconds}")
+        if not isinstance(eager_install, bool):
+            raise TypeError(f"eager_install must be a bool, not {eager_install!r}")
+        super().__init__(setup_timeout_seconds=setup_timeout_seconds, eager_install=eager_install,
+                         log_files=list(log_files or ()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dict of the fields."""
+        return dict(self)
+
+
+__all__ = ["RuntimeEnv", "RuntimeEnvConfig"]

@@ -418,10 +418,15 @@ class Client:
         return [sentence for sentence in found if sentence]
 
     def check_session(self, object_ids: Sequence[bytes]) -> None:
-        """Raises ValueError: one of them is of an earlier session."""
+        """Raises ValueError: one of them is of no object of this session."""
         job = self.core.job_id
+        made = references._of_none  # from bytes, by hand
         for object_id in object_ids:
             if object_id[20:24] != job:
+                if object_id in made:
+                    raise ValueError(
+                        f"ObjectRef({object_id.hex()}) is of no object of this session: refs are "
+                        "made by .remote() and put(), and passed on as refs")
                 raise ValueError(
                     f"ObjectRef({object_id.hex()}) belongs to an earlier session: its object went "
                     "with shutdown()")
@@ -509,6 +514,8 @@ class Client:
         """A future of the ref's value. To cancel it ends the wait, and not the task."""
         with self.link as link:
             link.check()
+            if ref._id[20:24] != self.core.job_id and ref._value is None:
+                self.check_session((ref._id,))
             self.link.helper.start()
             future = self._futures.of(ref)
             link.flush()

@@ -20,6 +20,12 @@ from hpcray.client.streams import ObjectRefGenerator
 Awaited = ObjectRef[Any] | ObjectRefGenerator[Any]
 
 
+class RefFuture(Future[Any]):
+    """What `ObjectRef.future` returns: executors over Ray pass its `object_ref` on."""
+
+    object_ref: ObjectRef[Any]
+
+
 class _Due:
     """Waits in a table of waiters for the value of `awaited`."""
 
@@ -53,7 +59,8 @@ class Futures:
 
     def of(self, ref: ObjectRef[Any]) -> Future[Any]:
         """A future of the ref's value. To cancel it ends the wait, and not the task."""
-        future: Future[Any] = Future()
+        future = RefFuture()
+        future.object_ref = ref
         due = _Due(self, ref, future)
         if ref._value is not None:
             self._due.append(due)

@@ -15,13 +15,15 @@ a deque. `ReferenceTable.drain` reads it later and skips ids that came to life a
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast
 
+from hpcray.client.identifiers import JobID, TaskID, check_bytes
 from hpcray.protocol import ids
 from hpcray.protocol.messages import Hold
 from hpcray.protocol.sizes import IDS_PER_MESSAGE
@@ -43,8 +45,11 @@ LOCAL = 2  # on this node
 class ObjectRef(Generic[T_co]):
     """A reference to an object: the future result of a task, or a value that was `put`.
 
-    Refs are made by `remote`, `put` and `wait`; users never build them. A ref may be passed to
-    tasks and put inside other objects; the object lives as long as any ref to it, anywhere.
+    Refs are made by `remote`, `put` and `wait`. A ref may be passed to tasks and put inside other
+    objects; the object lives as long as any ref to it, anywhere.
+
+    `ObjectRef(bytes)` is the ref of that id. It keeps the object alive if that is alive still; what
+    is made of any other id (`nil()`, `from_random()`) compares and hashes, and `get` refuses it.
     """
 
     __slots__ = ("__weakref__", "_id", "_ready", "_value", "_view")
@@ -54,9 +59,39 @@ class ObjectRef(Generic[T_co]):
     _ready: int
     _view: weakref.ref[Any] | None  # the pinned array, while one lives
 
-    def __new__(cls, *_: object) -> Self:
+    def __new__(cls, id: bytes) -> Self:
         # Not in __init__: there would be a ref without an id, and `__del__` would meet it.
-        raise TypeError("ObjectRef cannot be built directly; f.remote() and put() return them")
+        check_bytes(cls, ids.OBJECT_ID_BYTES, id)
+        client = _client
+        if client is None or client.job_id != id[20:24] or ids.home_of_object(id) >= client.size:
+            return cast("Self", _of_no_object(id))
+        return cast("Self", client.intern(id))
+
+    @classmethod
+    def from_binary(cls, id: bytes) -> Self:
+        return cls(id)
+
+    @classmethod
+    def from_hex(cls, hex_id: str | bytes) -> Self:
+        return cls(bytes.fromhex(hex_id.decode() if isinstance(hex_id, bytes) else hex_id))
+
+    @classmethod
+    def nil(cls) -> Self:
+        """The ref of no object."""
+        return cast("Self", _of_no_object(b"\xff" * ids.OBJECT_ID_BYTES))
+
+    @classmethod
+    def from_random(cls) -> Self:
+        """A ref of no object that equals no other."""
+        return cast("Self", _of_no_object(os.urandom(ids.OBJECT_ID_BYTES)))
+
+    @classmethod
+    def size(cls) -> int:
+        """Bytes of an id."""
+        return ids.OBJECT_ID_BYTES
+
+    def is_nil(self) -> bool:
+        return self._id == b"\xff" * ids.OBJECT_ID_BYTES
 
     def binary(self) -> bytes:
         """The 28-byte id."""
@@ -74,15 +109,23 @@ class ObjectRef(Generic[T_co]):
         return JobID(self._id[20:24])
 
     def future(self) -> Future[T_co]:
-        """A `concurrent.futures.Future` of the value (or of the task's exception)."""
+        """A `concurrent.futures.Future` of the value (or of the task's exception). It knows this
+        ref as `object_ref` and keeps it."""
         return current_client().future(self)
+
+    def _on_completed(self, py_callback: Callable[[Any], Any]) -> None:
+        """Call it with the value, or with the exception that `get` would raise, when there is
+        one: in a thread of hpcray, which must not be blocked."""
+        self.future().add_done_callback(
+            lambda done: py_callback(done.exception() or done.result()))
 
     def __await__(self) -> Generator[Any, None, T_co]:
         import asyncio
 
         return asyncio.wrap_future(self.future()).__await__()
 
-    def as_future(self) -> Any:
+    def as_future(self, _internal: bool = False) -> Any:
+        """An `asyncio.Future` of the value, in the running loop."""
         import asyncio
 
         return asyncio.wrap_future(self.future())
@@ -94,6 +137,8 @@ class ObjectRef(Generic[T_co]):
         collected = getattr(_collecting, "ids", None)
         if collected is None:
             # Pickled by the user's own means: it leaves our sight, so the object stays for the job.
+            if self._id in _of_none:
+                return (ObjectRef, (self._id,))
             current_client().pin_for_job(self._id)
         else:
             collected.append(self._id)
@@ -112,51 +157,24 @@ class ObjectRef(Generic[T_co]):
         raise TypeError("an ObjectRef cannot be iterated; call get(ref) first")
 
 
-class BaseID:
-    """An id as users see it."""
-
-    __slots__ = ("_id",)
-
-    def __init__(self, id_: bytes) -> None:
-        self._id = id_
-
-    def hex(self) -> str:
-        return self._id.hex()
-
-    def binary(self) -> bytes:
-        return self._id
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.hex()})"
-
-    def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and other._id == self._id
-
-    def __hash__(self) -> int:
-        return hash(self._id)
-
-
-class TaskID(BaseID):
-    __slots__ = ()
-
-
-class JobID(BaseID):
-    __slots__ = ()
-
-
-class NodeID(BaseID):
-    __slots__ = ()
-
-
-class ActorID(BaseID):
-    __slots__ = ()
-
-
 # The ids of refs met by the serialiser running in this thread; absent when none runs.
 _collecting = threading.local()
 
 _new = object.__new__
 _ref = weakref.ref
+
+# Refs of ids that are no object's of this session, by id. No table has them, so no node hears of
+# them, and what they are used for refuses them (`Client.check_session`).
+_of_none: weakref.WeakValueDictionary[bytes, ObjectRef[Any]] = weakref.WeakValueDictionary()
+
+
+def _of_no_object(object_id: bytes) -> ObjectRef[Any]:
+    return _of_none.setdefault(object_id, ReferenceTable().fresh(object_id))
+
+
+def of_objects(contained: list[bytes]) -> list[bytes]:
+    """Without those of no object."""
+    return [object_id for object_id in contained if object_id not in _of_none]
 
 
 class ReferenceTable:
@@ -309,6 +327,8 @@ def _load_ref(object_id: bytes) -> ObjectRef[Any]:
     live = table.live
     entry = live.get(object_id)
     if entry is None:
+        if object_id[20:24] != client.core.job_id:
+            return _of_no_object(object_id)
         met: ObjectRef[Any] = _new(ObjectRef)
         met._id = object_id
         met._value = None

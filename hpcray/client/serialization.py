@@ -115,10 +115,28 @@ def _keep_slots(kind: type, reduced: Any) -> None:
         namespace["__slots__"] = vars(kind)["__slots__"]
 
 
-def _dumps(value: Any, out_of_band: Callable[[pickle.PickleBuffer], None] | None = None) -> bytes:
+def dumps(
+    obj: Any, protocol: int | None = None,
+    buffer_callback: Callable[[pickle.PickleBuffer], Any] | None = None,
+) -> bytes:
+    """`pickle.dumps`, by value where cloudpickle does."""
     with io.BytesIO() as file:
-        _Pickler(file, protocol=5, buffer_callback=out_of_band).dump(value)
+        dump(obj, file, protocol, buffer_callback)
         return file.getvalue()
+
+
+def dump(
+    obj: Any, file: Any, protocol: int | None = None,
+    buffer_callback: Callable[[pickle.PickleBuffer], Any] | None = None,
+) -> None:
+    """`pickle.dump`, by value where cloudpickle does."""
+    _Pickler(file, protocol=protocol, buffer_callback=buffer_callback).dump(obj)
+
+
+CloudPickler = Pickler = _Pickler
+list_registry_pickle_by_value = cloudpickle.list_registry_pickle_by_value
+register_pickle_by_value = cloudpickle.register_pickle_by_value
+unregister_pickle_by_value = cloudpickle.unregister_pickle_by_value
 
 
 def serialize(value: Any) -> Serialized:
@@ -141,9 +159,11 @@ def serialize(value: Any) -> Serialized:
         if not _reducers and _is_plain(value):
             pickled = pickle.dumps(value, 5, buffer_callback=out_of_band)
         else:
-            pickled = _dumps(value, out_of_band)
+            pickled = dumps(value, 5, out_of_band)
     finally:
         _collecting.ids = outer
+    if contained and references._of_none:
+        contained = references.of_objects(contained)
     return Serialized(pickled, buffers, contained)
 
 
@@ -196,7 +216,7 @@ def dump_error(error: exceptions.TaskError, *, with_cause: bool = True) -> bytes
         outer = getattr(_collecting, "ids", None)
         _collecting.ids = None
         try:
-            cause = _dumps(error.cause)
+            cause = dumps(error.cause, 5)
         except Exception:
             cause = b""
         finally:

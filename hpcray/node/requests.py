@@ -8,6 +8,7 @@ requests keep the asking client's number until the answer comes back. Names:
     create_placement_group  remove_placement_group  placement_groups     groups, at node 0
     kill_actor  actor_handle  hold_actor                                 at the actor's home
     cancel                                                               at the task's home
+    kv_put kv_get kv_exists kv_delete kv_list       the job's small facts, at node 0: keyvalue.py
     explain {ids}          why objects are not there yet, a sentence each: see node/explain.py
     holdings {names}       of resources: what is free when tasks have ended, who keeps the rest
     locations  local_locations                      at the objects' home; at the asker's node
@@ -27,6 +28,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from hpcray.node.keyvalue import KeyValue
 from hpcray.node.names import Asker, Names, NotYet, RequestError, already_taken
 from hpcray.node.outbox import Outbox
 from hpcray.protocol import ids, labels
@@ -82,6 +84,7 @@ class Requests:
         self._forwarded: dict[int, Asker | Callable[[PeerReply], None] | None] = {}
         self._count = 0
         self.names = Names()  # used on node 0
+        facts = KeyValue()  # used on node 0
         self._look_ups: dict[tuple[int, int], LookUp] = {}  # by client and its number
         self._handlers: dict[str, Callable[[Any], Any]] = {
             "nodes": self._nodes,
@@ -92,6 +95,11 @@ class Requests:
             "release_name": self._release_name,
             "get_actor": self.names.find,
             "list_named_actors": self.names.list,
+            "kv_put": facts.put,
+            "kv_get": facts.get,
+            "kv_exists": facts.exists,
+            "kv_delete": facts.delete,
+            "kv_list": facts.list,
             "actor_handle": self._actor_handle,
             "hold_actor": lambda arguments: machine.actors.hold_for(
                 arguments["actor_id"], arguments["rank"]),

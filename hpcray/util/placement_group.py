@@ -9,21 +9,16 @@ The names, arguments and errors are Ray's. A group lives until it is removed or 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
 from hpcray.client import context, references
-from hpcray.client.references import BaseID, ObjectRef
+from hpcray.client.identifiers import PlacementGroupID
+from hpcray.client.references import ObjectRef
 from hpcray.protocol import labels
 from hpcray.protocol.messages import UNIT
 
 STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
-_ID_BYTES = 18
-
-
-class PlacementGroupID(BaseID):
-    __slots__ = ()
 
 
 class PlacementGroup:
@@ -37,11 +32,11 @@ class PlacementGroup:
 
     @staticmethod
     def empty() -> PlacementGroup:
-        return PlacementGroup(PlacementGroupID(b""), [])
+        return PlacementGroup(PlacementGroupID.nil(), [])
 
     @property
     def is_empty(self) -> bool:
-        return not self.id.binary()
+        return self.id.is_nil()
 
     @property
     def bundle_specs(self) -> list[dict[str, float]]:
@@ -139,7 +134,7 @@ def placement_group(
     if _soft_target_node_id is not None:
         raise NotImplementedError("placement_group() does not support _soft_target_node_id")
     _add_selectors(units, bundle_label_selector)
-    group = PlacementGroupID(os.urandom(_ID_BYTES))
+    group = PlacementGroupID.from_random()
     references.current_client().request("create_placement_group", {
         "group": group.binary(), "bundles": units, "strategy": strategy, "name": name,
         "namespace": context.current().namespace,

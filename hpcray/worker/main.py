@@ -28,7 +28,7 @@ from typing import Any
 # Imported here so that the zygote has them: an actor's start would pay 30 ms for them.
 from hpcray import actor as _actor  # noqa: F401
 from hpcray import exceptions
-from hpcray.client import context, references, serialization
+from hpcray.client import context, logs, references, serialization
 from hpcray.client.arguments import Placeholder
 from hpcray.client.client import Client
 from hpcray.client.context import TaskContext
@@ -90,6 +90,9 @@ def run_worker(number: int, task_fd: int, client_fd: int, settings: dict[str, An
     worker = Worker(client, socket.socket(fileno=task_fd), settings)
     try:
         client.start(_WELCOME_S)
+        logging_config = client.session["config"].get("logging")
+        if logging_config:
+            logs.configure(**logging_config)
         return worker.serve()
     except (ChannelClosed, exceptions.RaySystemError, exceptions.LaunchError):
         return 1  # the node is gone; so are we

@@ -38,6 +38,16 @@ def test_second_init_can_be_ignored_and_changes_nothing(bare_ray, init_options):
     assert bare_ray.cluster_resources()["CPU"] == 1
 
 
+@pytest.mark.ray_differs("Ray's future is never done")
+def test_a_ref_of_an_earlier_session_has_no_future(bare_ray, init_options):
+    bare_ray.init(num_cpus=1, **init_options)
+    ref = bare_ray.put(1)
+    bare_ray.shutdown()
+    bare_ray.init(num_cpus=1, **init_options)
+    with pytest.raises(ValueError, match="earlier session"):
+        ref.future()
+
+
 def test_init_again_after_shutdown_takes_the_new_options(bare_ray, init_options):
     for cpus in (1, 3):
         bare_ray.init(num_cpus=cpus, **init_options)

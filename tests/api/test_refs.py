@@ -286,13 +286,13 @@ def test_a_future_can_be_cancelled_and_the_task_goes_on(ray, gate):
     assert ray.get(ref) == "done"
 
 
-@pytest.mark.ray_differs("Ray builds some from bytes")
-def test_a_ref_is_not_built_by_hand(ray):
+def test_a_ref_is_made_of_28_bytes_only(ray):
     raised = []
     before, sys.unraisablehook = sys.unraisablehook, raised.append
     try:
-        with pytest.raises(TypeError, match="cannot be built"):
-            ray.ObjectRef(b"1" * 28)
+        for wrong in (b"1" * 27, "1" * 28, None):
+            with pytest.raises((TypeError, ValueError)):
+                ray.ObjectRef(wrong)
         gc.collect()
     finally:
         sys.unraisablehook = before

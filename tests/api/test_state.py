@@ -560,7 +560,7 @@ def test_object_locations(ray: ModuleType, gate: Gate):
 
 @pytest.mark.hpcray_only("Ray crashes the process, or says that a ref is not iterable")
 def test_object_locations_of_something_else(ray: ModuleType):
-    from hpcray.util.object_locations import get_local_object_locations, get_object_locations
+    from hpcray.experimental.locations import get_local_object_locations, get_object_locations
 
     for function in (get_object_locations, get_local_object_locations):
         for wrong in (ray.put(1), [1], "refs"):

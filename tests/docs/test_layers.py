@@ -27,9 +27,9 @@ FLOORS = (
     ("transport", "control"),
     ("protocol", "exceptions", "config"),
 )
-FACE = {"__init__", "api", "actor", "definition", "environment", "experimental", "futures",
-        "options", "remote_function", "runtime_context", "runtime_env",
-        "util"}
+FACE = {"__init__", "absent", "api", "actor", "cloudpickle", "definition", "environment",
+        "experimental", "futures", "internal", "job_config", "options", "remote_function",
+        "runtime_context", "runtime_env", "types", "util"}
 NEIGHBOURS = {
     ("worker", "client"): "a worker is a client of its node",
     ("launch", "client"): "connecting a driver makes its client",
@@ -63,8 +63,8 @@ PURE = ("protocol.", "objects.allocator", "objects.budget", "transport.peers", "
         "transport.transfers", "transport.base", "control.schema", "control.address",
         *(f"node.{name}" for name in (
             "machine", "directory", "holders", "tasks", "dispatch", "ledger", "actors", "cluster",
-            "inventory", "memory", "names", "placement", "requests", "explain", "waiting",
-            "records", "outbox", "streams")),
+            "inventory", "keyvalue", "memory", "names", "placement", "requests", "explain",
+            "waiting", "records", "outbox", "streams")),
         *(f"client.{name}" for name in (
             "core", "objects", "groups", "requests", "waiters", "pending")))
 WORLD = {"socket", "select", "selectors", "threading", "time", "os", "signal", "subprocess", "mmap",

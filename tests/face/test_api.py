@@ -115,7 +115,8 @@ def test_init_twice(node: Any, client: Client) -> None:
     ({"local_mode": True}, NotImplementedError, "__wrapped__"),
     ({"runtime_env": {"pip": ["x"]}}, NotImplementedError, "pip"),
     ({"num_cpus": -1}, ValueError, "num_cpus"),
-    ({"job_config": 1}, NotImplementedError, "namespace"),
+    ({"job_config": 1}, TypeError, "namespace"),
+    ({"logging_config": 1}, TypeError, "LoggingConfig"),
 ])
 def test_init_refuses_before_anything_starts(
     arguments: dict[str, Any], error: type, says: str

@@ -5,8 +5,6 @@ What tells what there is answers truly (no backend, no group); everything else r
 for a collective, in words, and not at its imports.
 """
 
-from __future__ import annotations
-
 from typing import Any, NoReturn
 
 from hpcray.util.collective.types import Backend, ReduceOp

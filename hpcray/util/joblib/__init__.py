@@ -5,8 +5,6 @@
     with joblib.parallel_config(backend="ray"): ...
 """
 
-from __future__ import annotations
-
 
 def register_ray() -> None:
     """Make the backend "ray" known to joblib.
@@ -20,7 +18,7 @@ def register_ray() -> None:
             register_parallel_backend,
         )
 
-        from hpcray.util.joblib.backend import RayBackend
+        from hpcray.util.joblib.ray_backend import RayBackend
     except ImportError as error:
         raise ImportError(
             f"the joblib backend needs joblib 1.5 or newer ({error}): pip install joblib"

@@ -3,10 +3,8 @@
     from hpcray.util.multiprocessing import Pool
 """
 
-from __future__ import annotations
-
-from multiprocessing import TimeoutError
+from multiprocessing import JoinableQueue, TimeoutError
 
 from hpcray.util.multiprocessing.pool import AsyncResult, Pool
 
-__all__ = ["AsyncResult", "Pool", "TimeoutError"]
+__all__ = ["AsyncResult", "JoinableQueue", "Pool", "TimeoutError"]

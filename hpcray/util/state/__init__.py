@@ -1,7 +1,6 @@
 """The state of the job that runs: see `api` for what can be asked, `common` for the answers."""
 
-from __future__ import annotations
-
+from hpcray.absent import attributes
 from hpcray.util.state.api import (
     get_actor,
     get_job,
@@ -21,6 +20,8 @@ from hpcray.util.state.api import (
     summarize_objects,
     summarize_tasks,
 )
+
+__getattr__ = attributes(__name__)
 
 __all__ = [
     "get_actor",

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
+from hpcray.absent import attributes
 from hpcray.client import references, serialization
 from hpcray.client.client import Client
 from hpcray.client.references import ObjectRef
@@ -439,6 +440,8 @@ def _placement_groups(client: Client, timeout: float) -> list[dict[str, Any]]:
             "creator_job_id": client.job_id.hex(), "bundles": bundles})
     return found
 
+
+__getattr__ = attributes(__name__)
 
 __all__ = [
     "get_actor",

@@ -1,0 +1,1 @@
+"""Ray's package of this name is empty, too."""
