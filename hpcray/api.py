@@ -148,7 +148,6 @@ def init(
     Args:
       preload: modules every node imports once, before it forks workers.
       redis_url: an existing control store instead of our own.
-
       job_config: a `JobConfig`: namespace and runtime_env as one object; what is given here wins.
       logging_config: a `LoggingConfig`: how the root logger of every process writes.
 
