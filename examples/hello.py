@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 
 import hpcray as ray
 
 
 @ray.remote
 def whoami(i: int) -> str:
+    time.sleep(0.1)  # some work; without it one worker is done with all before others have begun
     return f"task {i} ran on {socket.gethostname()}, pid {os.getpid()}"
 
 

@@ -1,16 +1,22 @@
 """Swing up a pendulum on three worlds: a parameter sweep with tasks, then a search with actors.
 
-Two phases, two shapes of parallel work:
+The phases, and the shapes of parallel work in them:
 
+    alone    a few episodes one after another, so that one worker runs at a time: the speed that
+             the sweep is compared with.
     sweep    grid of worlds x policies x starts; every episode is one *task*. Episodes end when
              the pendulum has been balanced for two seconds, so their lengths differ by a factor
              of eight: whoever is free takes the next one, and a bar driven by `ray.wait` moves.
+             Half-way one worker is killed. Its task runs again elsewhere, and nothing is missing.
     refine   one *actor* per world makes its simulator once, keeps it warm, and searches around
              the best policy of the sweep. Its state is the best policy found so far.
 
-The policy is the textbook one: far from the top pump energy in, near the top hold with a
-proportional-derivative (PD) controller. The simulator is Gymnasium's `Pendulum-v1`; its motor is
-too weak to lift the pendulum straight up on Earth: there it has to swing first.
+The policy is the textbook one. Far from the top it *pumps*: the motor pushes along with the swing
+and so adds energy, as a child does on a swing. Near the top a proportional-derivative (PD)
+controller with the gains kp and kd holds the pendulum upright. The *cost* of an episode is
+Gymnasium's: how far from upright the pendulum was, how fast, and how hard the motor pushed, summed
+over the steps. Less is better. The simulator is Gymnasium's `Pendulum-v1`; its motor is too weak
+to lift the pendulum straight up on Earth: there it has to swing first.
 
     python examples/pendulum_sweep.py                              # one machine
     mpirun -n 2 hpcray run examples/pendulum_sweep.py              # two ranks
@@ -28,12 +34,13 @@ import csv
 import itertools
 import math
 import os
+import signal
 import socket
 import statistics
 import sys
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -45,8 +52,12 @@ from rich.table import Table
 
 if "--backend=ray" not in "=".join(sys.argv):  # written with "=" or with a space
     import hpcray as ray
+    from hpcray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 else:
     import ray  # type: ignore[no-redef]
+    from ray.util.scheduling_strategies import (  # type: ignore[no-redef]
+        NodeAffinitySchedulingStrategy,
+    )
 
 MAX_STEPS = 600  # 30 s of pendulum time at Gymnasium's 0.05 s a step
 BALANCED_STEPS = 40  # upright and slow for this long (2 s) ends the episode
@@ -67,7 +78,7 @@ class Policy(NamedTuple):
 
 
 class Episode(NamedTuple):
-    """The outcome of one episode. `node_id`, `host` and `pid` say where it ran."""
+    """The outcome of one episode. `node_id`, `host`, `pid`: where it ran; `busy_s`: how long."""
 
     steps: int
     balanced: bool
@@ -75,6 +86,7 @@ class Episode(NamedTuple):
     node_id: str
     host: str
     pid: int
+    busy_s: float
 
 
 # Heavier or longer than this, Gymnasium's speed limit of 8 rad/s stops a swing before the top.
@@ -128,11 +140,32 @@ class Pendulum:
 
 
 @ray.remote
-def episode(world: World, policy: Policy, seed: int) -> Episode:
-    """One task: one episode of one policy in one world."""
-    steps, balanced, cost, _ = Pendulum(world).run(policy, seed)
+def episode(world: int, policy: int, seed: int) -> tuple[Any, ...]:
+    """One task: one episode of one policy in one world, as an `Episode` takes it.
+
+    Numbers and a plain tuple travel, and the lists come along once, with the function. Instances of
+    this script's own classes would take their class along with each task: that costs more time.
+    """
+    started = time.perf_counter()
+    steps, balanced, cost, _ = Pendulum(WORLDS[world]).run(POLICIES[policy], seed)
+    busy_s = time.perf_counter() - started
     where = ray.get_runtime_context().get_node_id()
-    return Episode(steps, balanced, cost, where, socket.gethostname(), os.getpid())
+    return steps, balanced, cost, where, socket.gethostname(), os.getpid(), busy_s
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def kill_process(pid: int) -> None:
+    """What the out-of-memory killer or a bug in C does to a worker, without a word of warning."""
+    os.kill(pid, signal.SIGKILL)
+
+
+def kill_worker_of(victim: Episode) -> None:
+    """Kill the worker that has just finished this episode and is in the middle of another one."""
+    there = NodeAffinitySchedulingStrategy(node_id=victim.node_id, soft=False)
+    try:
+        ray.get(kill_process.options(scheduling_strategy=there).remote(victim.pid))
+    except ray.exceptions.WorkerCrashedError:
+        pass  # it was sent to the very worker it had to kill
 
 
 @ray.remote
@@ -164,8 +197,10 @@ class Search:
         return statistics.fmean(self.pendulum.run(policy, seed)[2] for seed in self.seeds)
 
 
-def collect(refs: Sequence[Any], title: str, console: Console) -> list[Any]:
-    """Return the values of `refs`, in order, moving a bar as they finish in any order."""
+def collect(refs: Sequence[Any], title: str, console: Console,
+            at_half: Callable[[Any], None] | None = None) -> list[Any]:  # fmt: skip
+    """Return the values of `refs`, in order, moving a bar as they finish in any order. `at_half` is
+    called with the latest value when half of them are there."""
     values: dict[Any, Any] = {}
     columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console, expand=True) as progress:
@@ -175,6 +210,9 @@ def collect(refs: Sequence[Any], title: str, console: Console) -> list[Any]:
             done, pending = ray.wait(pending, num_returns=min(16, len(pending)), timeout=0.25)
             values.update(zip(done, ray.get(done), strict=True))
             progress.update(bar, completed=len(values))
+            if at_half is not None and done and 2 * len(values) >= len(refs):
+                at_half(values[done[-1]])
+                at_half = None
     return [values[ref] for ref in refs]
 
 
@@ -215,24 +253,40 @@ def write_plot(path: Path, best: dict[World, tuple[Policy, float]], curves: dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path(), help="folder for the results")
-    parser.add_argument("--starts", type=int, default=2, help="episodes for each grid point")
-    parser.add_argument("--tries", type=int, default=20, help="policies each search actor tries")
+    parser.add_argument("--starts", type=int, default=4, help="episodes for each grid point")
+    parser.add_argument("--tries", type=int, default=10, help="policies each search actor tries")
     parser.add_argument("--backend", choices=["hpcray", "ray"], default="hpcray")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     console = Console()
     ray.init()
+    grid = list(itertools.product(range(len(WORLDS)), range(len(POLICIES)), range(args.starts)))
+    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+    # Each worker imports the simulator with its first episode. That is not to be measured.
+    ray.get([episode.remote(*point) for point in grid[: 4 * cpus]])
+
+    # One worker at a time: the next episode begins when the last one is there.
+    sample = grid[:: max(1, len(grid) // 24)]
     started = time.perf_counter()
+    alone = [Episode(*ray.get(episode.remote(*point))) for point in sample]
+    alone_rate = sum(e.steps for e in alone) / (time.perf_counter() - started)
 
     # Phase 1: one task for each episode.
-    grid = list(itertools.product(WORLDS, POLICIES, range(args.starts)))
-    refs = [episode.remote(world, policy, seed) for world, policy, seed in grid]
-    episodes: list[Episode] = collect(refs, "sweep ", console)
+    killed: list[Episode] = []
+
+    def kill_one(latest: tuple[Any, ...]) -> None:
+        killed.append(Episode(*latest))
+        kill_worker_of(killed[-1])
+
+    started = time.perf_counter()
+    refs = [episode.remote(*point) for point in grid]
+    episodes = [Episode(*values) for values in collect(refs, "sweep ", console, kill_one)]
     sweep_s = time.perf_counter() - started
 
     costs: dict[World, dict[Policy, list[float]]] = defaultdict(lambda: defaultdict(list))
     for (world, policy, _), e in zip(grid, episodes, strict=True):
-        costs[world][policy].append(e.cost)
+        costs[WORLDS[world]][POLICIES[policy]].append(e.cost)
     means = {w: {p: statistics.fmean(c) for p, c in by.items()} for w, by in costs.items()}
     first = {world: min(by, key=lambda policy: by[policy]) for world, by in means.items()}
 
@@ -240,9 +294,8 @@ def main() -> None:
     # already finds what the first has improved. A few actors at a time: each holds a worker.
     best: dict[World, tuple[Policy, float]] = {}
     curves: dict[World, Any] = {}
-    at_once = max(1, int(ray.cluster_resources().get("CPU", 1)))
-    for i in range(0, len(WORLDS), at_once):
-        some = WORLDS[i : i + at_once]
+    for i in range(0, len(WORLDS), cpus):
+        some = WORLDS[i : i + cpus]
         searches = [Search.remote(w, first[w], range(args.starts)) for w in some]
         refined = [s.improve.remote(args.tries) for s in searches]
         drawn = [s.trajectory.remote() for s in searches]
@@ -251,16 +304,25 @@ def main() -> None:
         curves.update(zip(some, ray.get(drawn), strict=True))
         del searches  # the last handle: the actors end and give their CPUs back
 
-    rows = [(*point, e) for point, e in zip(grid, episodes, strict=True)]
+    rows = [(WORLDS[world], POLICIES[policy], seed, e)
+            for (world, policy, seed), e in zip(grid, episodes, strict=True)]  # fmt: skip
     write_csv(args.out / "results.csv", rows)
     write_plot(args.out / "results.png", best, curves, means)
     report(console, best, first, means)
-    report_where(console, episodes)
+    report_where(console, episodes, sweep_s)
+    rate = sum(e.steps for e in episodes) / sweep_s
     console.print(
-        f"{len(episodes)} episodes in {sweep_s:.1f} s, refined in "
-        f"{time.perf_counter() - started - sweep_s:.1f} s; wrote "
-        f"{args.out / 'results.csv'} and {args.out / 'results.png'}"
+        f"Sweep: {len(episodes)} episodes in {sweep_s:.1f} s, {rate:,.0f} steps/s on {cpus} CPUs.\n"
+        f"One worker alone: {alone_rate:,.0f} steps/s. Speed-up: {rate / alone_rate:.1f}."
     )
+    for e in killed:
+        console.print(
+            f"Half-way the worker with pid {e.pid} on {e.host} was killed.\n"
+            f"Its episode ran again in another one: all {len(episodes)} results are there."
+        )
+    console.print(
+        f"Refined in {time.perf_counter() - started - sweep_s:.1f} s. Wrote "
+        f"{args.out / 'results.csv'} and {args.out / 'results.png'}.")  # fmt: skip
     ray.shutdown()
 
 
@@ -274,18 +336,30 @@ def report(console: Console, best: dict[World, tuple[Policy, float]], first: dic
         gains = (f"{x:.2f}" for x in policy)
         table.add_row(world.name, *gains, f"{cost:.1f}", f"{means[world][first[world]]:.1f}")
     console.print(table)
+    console.print(
+        "pump: how hard the motor pushes along with the swing.\n"
+        "kp, kd: the gains of the controller that holds it upright.\n"
+        "cost: distance from upright, speed and torque, added up. Less is better.\n"
+    )
 
 
-def report_where(console: Console, episodes: Sequence[Episode]) -> None:
+def report_where(console: Console, episodes: Sequence[Episode], sweep_s: float) -> None:
     table = Table(title="Where the episodes ran", title_justify="left")
-    for heading in ("node", "host", "workers", "episodes", "steps"):
+    for heading in ("node", "host", "CPUs", "workers", "episodes", "steps", "busy"):
         table.add_column(heading, justify="left" if heading in ("node", "host") else "right")
-    count = Counter(e.node_id for e in episodes)
-    for node_id in sorted(count):
-        here = [e for e in episodes if e.node_id == node_id]
+    for node in ray.nodes():
+        here = [e for e in episodes if e.node_id == node["NodeID"]]
+        cpus = node["Resources"].get("CPU", 0)
         workers, steps = len({e.pid for e in here}), sum(e.steps for e in here)
-        table.add_row(node_id[:12], here[0].host, str(workers), str(len(here)), f"{steps:,}")
+        # Of the time that its CPUs had, from the first submission to the last result.
+        busy = sum(e.busy_s for e in here) / (max(1, cpus) * sweep_s)
+        table.add_row(node["NodeID"][:12], node["NodeManagerHostname"], f"{cpus:g}", str(workers),
+                      str(len(here)), f"{steps:,}", f"{busy:.0%}")  # fmt: skip
     console.print(table)
+    console.print(
+        "CPUs: the node's share of its host. workers: the processes that ran episodes.\n"
+        "busy: the part of the CPUs' time that went into episodes.\n"
+    )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -79,6 +80,10 @@ SWEEP = [str(EXAMPLES / "pendulum_sweep.py"), "--starts", "1", "--tries", "2"]
 def test_pendulum_sweep(tmp_path: Path) -> None:
     output = run([sys.executable, *SWEEP, "--out", "results"], tmp_path)
     assert "Best policy in each world" in output
+    assert re.search(r"Speed-up: \d+\.\d\.", output), output
+    assert re.search(r"cost: .*Less is better", output, flags=re.S), output
+    assert re.search(r"the worker with pid \d+ on \S+ was killed\.", output), output
+    assert "all 324 results are there" in output
     with (tmp_path / "results" / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 12 * 27  # worlds x policies
@@ -97,6 +102,8 @@ def test_pendulum_sweep_gives_the_same_results_on_two_ranks(tmp_path: Path) -> N
     table = output.partition("Where the episodes ran")[2]
     rows = [line for line in table.splitlines() if line.startswith("│")]
     assert len(rows) == 2, output
+    busy = [float(row.split("│")[-2].strip().removesuffix("%")) for row in rows]
+    assert all(0 < percent <= 101 for percent in busy), output
 
 
 def test_templates_are_valid_bash() -> None:
