@@ -56,6 +56,9 @@ def main() -> int:
     if arguments.driver_fd >= 0:
         driver = socket.socket(fileno=arguments.driver_fd)
         driver.set_inheritable(False)
+        # Until the loop reads its socket: MPI waits for other ranks, and hears of no driver.
+        creator = driver.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        _die_with(int.from_bytes(creator[:4], sys.byteorder))
     environ = dict(os.environ)
     launch = read_launch(environ)
     widen_affinity(launch, environ)
@@ -87,10 +90,12 @@ def main() -> int:
             journal.close()
             mpi.end_world()
             return _REFUSED
-        transport = mpi.MpiTransport(world)
+        transport = mpi.connect(world, timeout_s)
         pool.set_cleanup_paths(_shared_files)
         cores = len(os.sched_getaffinity(0))
         spin = cores > launch.local_size or environ.get("HPCRAY_POLL") == "busy"
+    if driver is not None:
+        _die_with(0)
     resources = {
         "CPU": found.cpus * UNIT, "GPU": found.gpus * UNIT, "memory": found.memory_bytes * UNIT,
         f"node:{found.node_ip}": UNIT,
@@ -139,11 +144,14 @@ def main() -> int:
 
 
 def _die_with(parent_pid: int) -> None:
-    """Be killed when the keeper is: a launcher that kills a rank means its node."""
+    """Be killed when that parent is; 0: no longer.
+
+    When the keeper is, always: a launcher that kills a rank means its node.
+    """
     import ctypes
 
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # it was quicker
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL if parent_pid else 0)
+    if parent_pid and os.getppid() != parent_pid:  # it was quicker
         os._exit(1)
 
 

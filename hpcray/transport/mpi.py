@@ -169,6 +169,19 @@ def library() -> str:
     return re.sub(r"\s*Version:\s*", " ", text).strip()
 
 
+def connect(world: MPI.Intracomm, start_timeout_s: float) -> MpiTransport:
+    """This rank's end of the network, once all ranks have made theirs; the process exits on
+    timeout, as in `start_mpi`: a rank may be lost between the two."""
+    message = (
+        f"hpcray: the ranks of this job have not met after {start_timeout_s:g} s, so one of them "
+        "ended or hangs right behind MPI_Init. Look for its own error above, or raise "
+        "HPCRAY_START_TIMEOUT_S"
+    )
+    made: list[MpiTransport] = []
+    _under_watchdog(start_timeout_s, message, lambda: made.append(MpiTransport(world)))
+    return made[0]
+
+
 def end_world() -> None:
     """End MPI in a process that has no part in a job."""
     _under_watchdog(_ABORT_S, "", MPI.Finalize)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -144,6 +147,35 @@ ray.init()
         path.unlink(missing_ok=True)
     assert "MPI_Init has not returned after 2 s" in output
     assert "never arrived" in output
+
+
+@pytest.mark.parametrize("gone", ["driver", "launcher"])
+def test_a_driver_that_ends_while_mpi_starts_leaves_no_node(start: Start, gone: str):
+    """MPI_Init waits for a rank that does not come, and so long hears of nobody's end."""
+    shared = set(Path("/dev/shm").glob("mpich_shm_*"))
+    job = start("""
+import os
+if os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK")) == "1":
+    import signal
+    signal.pause()
+import hpcray as ray
+print("init", flush=True)
+ray.init()
+""", ranks=2, bare=True)
+    job.expect("init")
+    deadline_s = time.monotonic() + 30
+    while not any(member.role == "zygote" for member in job.members()):  # MPI is what comes next
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+    node = job.pid("node")
+    driver = int(Path(f"/proc/{node}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(driver if gone == "driver" else job.process.pid, signal.SIGKILL)
+    # The script of rank 1 waits for nobody of ours.
+    while any(member.role not in ("driver", "other") for member in job.members()):
+        assert time.monotonic() < deadline_s, job.members()
+        time.sleep(0.02)
+    for path in set(Path("/dev/shm").glob("mpich_shm_*")) - shared:
+        path.unlink(missing_ok=True)
 
 
 TERMINAL = """
