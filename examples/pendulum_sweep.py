@@ -2,8 +2,8 @@
 
 The phases, and the shapes of parallel work in them:
 
-    alone    a few episodes one after another, so that one worker runs at a time: the speed that
-             the sweep is compared with.
+    alone    some episodes one after another, so that one worker runs at a time: the speed that
+             the sweep is compared with. Once before the sweep and once after it.
     sweep    grid of worlds x policies x starts; every episode is one *task*. Episodes end when
              the pendulum has been balanced for two seconds, so their lengths differ by a factor
              of eight: whoever is free takes the next one, and a bar driven by `ray.wait` moves.
@@ -216,6 +216,14 @@ def collect(refs: Sequence[Any], title: str, console: Console,
     return [values[ref] for ref in refs]
 
 
+def one_by_one(points: Sequence[tuple[int, int, int]]) -> tuple[int, float]:
+    """Run these episodes so that each begins when the last one is there: one worker at a time.
+    Return (steps, seconds)."""
+    started = time.perf_counter()
+    steps = sum(Episode(*ray.get(episode.remote(*point))).steps for point in points)
+    return steps, time.perf_counter() - started
+
+
 def write_csv(path: Path, rows: Iterable[tuple[World, Policy, int, Episode]]) -> None:
     with path.open("w", newline="") as file:
         out = csv.writer(file, lineterminator="\n")
@@ -266,11 +274,9 @@ def main() -> None:
     # Each worker imports the simulator with its first episode. That is not to be measured.
     ray.get([episode.remote(*point) for point in grid[: 4 * cpus]])
 
-    # One worker at a time: the next episode begins when the last one is there.
-    sample = grid[:: max(1, len(grid) // 24)]
-    started = time.perf_counter()
-    alone = [Episode(*ray.get(episode.remote(*point))) for point in sample]
-    alone_rate = sum(e.steps for e in alone) / (time.perf_counter() - started)
+    # The speed of one worker, before and after the sweep: a shared machine has its moods.
+    sample = grid[:: max(1, len(grid) // 100)]
+    alone = [one_by_one(sample)]
 
     # Phase 1: one task for each episode.
     killed: list[Episode] = []
@@ -283,6 +289,8 @@ def main() -> None:
     refs = [episode.remote(*point) for point in grid]
     episodes = [Episode(*values) for values in collect(refs, "sweep ", console, kill_one)]
     sweep_s = time.perf_counter() - started
+    alone.append(one_by_one(sample))
+    refine_from = time.perf_counter()
 
     costs: dict[World, dict[Policy, list[float]]] = defaultdict(lambda: defaultdict(list))
     for (world, policy, _), e in zip(grid, episodes, strict=True):
@@ -304,6 +312,7 @@ def main() -> None:
         curves.update(zip(some, ray.get(drawn), strict=True))
         del searches  # the last handle: the actors end and give their CPUs back
 
+    refined_s = time.perf_counter() - refine_from
     rows = [(WORLDS[world], POLICIES[policy], seed, e)
             for (world, policy, seed), e in zip(grid, episodes, strict=True)]  # fmt: skip
     write_csv(args.out / "results.csv", rows)
@@ -311,6 +320,7 @@ def main() -> None:
     report(console, best, first, means)
     report_where(console, episodes, sweep_s)
     rate = sum(e.steps for e in episodes) / sweep_s
+    alone_rate = sum(steps for steps, _ in alone) / sum(seconds for _, seconds in alone)
     console.print(
         f"Sweep: {len(episodes)} episodes in {sweep_s:.1f} s, {rate:,.0f} steps/s on {cpus} CPUs.\n"
         f"One worker alone: {alone_rate:,.0f} steps/s. Speed-up: {rate / alone_rate:.1f}."
@@ -321,7 +331,7 @@ def main() -> None:
             f"Its episode ran again in another one: all {len(episodes)} results are there."
         )
     console.print(
-        f"Refined in {time.perf_counter() - started - sweep_s:.1f} s. Wrote "
+        f"Refined in {refined_s:.1f} s. Wrote "
         f"{args.out / 'results.csv'} and {args.out / 'results.png'}.")  # fmt: skip
     ray.shutdown()
 

