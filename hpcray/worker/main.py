@@ -82,7 +82,6 @@ def run_worker(number: int, task_fd: int, client_fd: int, settings: dict[str, An
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end_in_good_order)
     output.open_streams()
-    sys.breakpointhook = _no_breakpoint
     os.register_at_fork(
         before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
     client = Client(socket.socket(fileno=client_fd), is_driver=False)
@@ -105,16 +104,6 @@ def _end_in_good_order(number: int, _frame: object) -> None:
     with contextlib.suppress(BaseException):
         end_user_code()
     os.kill(os.getpid(), number)
-
-
-def _no_breakpoint(*args: Any, **kwargs: Any) -> Any:
-    """breakpoint() in a task: pdb would read the end of a file, and raise a bare BdbQuit."""
-    if os.environ.get("PYTHONBREAKPOINT"):
-        return sys.__breakpointhook__(*args, **kwargs)
-    raise RuntimeError(
-        "breakpoint() needs a terminal, and a worker has none. To debug the function, call it in "
-        "the driver: NAME.__wrapped__(...). Or let the variable PYTHONBREAKPOINT name a debugger "
-        "that listens on a port")
 
 
 # A process that user code forks ends by SIGTERM as any other, from its first moment. Python forgets

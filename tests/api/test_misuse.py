@@ -219,16 +219,6 @@ def test_init_says_which_keyword_was_meant(bare_ray):
         bare_ray.init(num_cpu=2)
 
 
-@pytest.mark.hpcray_only("Ray has a debugger of its own behind breakpoint()")
-def test_a_breakpoint_in_a_task_says_how_to_debug(ray):
-    @ray.remote
-    def stops():
-        breakpoint()
-
-    with pytest.raises(RuntimeError, match="__wrapped__"):
-        ray.get(stops.remote())
-
-
 @pytest.mark.hpcray_only("the text of an error")
 def test_tasks_that_wait_for_the_same_are_told_once(cluster, gate):
     ray = cluster(num_cpus=4, resources={"slot": 1})
