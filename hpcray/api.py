@@ -159,6 +159,7 @@ def init(
       RuntimeError: there is a session already (inside tasks there always is), unless
         `ignore_reinit_error`.
       LaunchError: the processes could not be started.
+      ValueError: an argument that cannot be; more GPUs than a variable of some node names.
     """
     if others:
         known = inspect.signature(init).parameters

@@ -536,8 +536,10 @@ def _with_environment(template: Template, options: Mapping[str, Any]) -> Templat
     if env_vars:
         template = msgspec.structs.replace(template, env_vars=tuple(sorted(env_vars.items())))
     if packages:
-        digest = blake2b(messages.encode(packages), digest_size=16).digest()
-        template = msgspec.structs.replace(template, packages=packages, environment=digest)
+        template = msgspec.structs.replace(template, packages=packages)
+    if env_vars or packages:
+        digest = blake2b(messages.encode((template.env_vars, template.packages)), digest_size=16)
+        template = msgspec.structs.replace(template, environment=digest.digest())
     return template
 
 

@@ -229,7 +229,10 @@ def get_runtime_context() -> RuntimeContext:
     return _runtime_context
 
 
-def get_gpu_ids() -> list[int]:
-    """The indices of the GPUs this task or actor holds; empty in the driver."""
+def get_gpu_ids() -> list[int] | list[str]:
+    """The GPUs this task or actor holds, as CUDA_VISIBLE_DEVICES names them; none in the driver.
+
+    Text if the environment of the node names its devices (indices, UUIDs, MIG), else numbers.
+    """
     references.current_client()
-    return list(context.current().devices)
+    return list(context.current().devices)  # type: ignore[return-value]

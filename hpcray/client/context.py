@@ -23,7 +23,7 @@ class TaskContext:
     incarnation: int = 0
     # What it holds, in ten-thousandths of a unit.
     resources: tuple[tuple[str, int], ...] = ()
-    devices: tuple[int, ...] = ()
+    devices: tuple[int | str, ...] = ()  # as `get_gpu_ids` names them
     namespace: str = ""
     # The placement group it runs in, and whether its children do by default.
     group_id: bytes = b""

@@ -173,8 +173,11 @@ def _resources(environ: Mapping[str, str], launch: Launch) -> Iterator[Finding]:
                       "give them yourself: HPCRAY_NUM_CPUS, HPCRAY_NUM_GPUS, HPCRAY_MEMORY_BYTES")
         return
     yield Finding("cpus", "ok", f"{found.cpus}, by {found.sources['cpus']}")
-    devices = f" (devices {','.join(found.gpu_ids)})" if found.gpu_ids else ""
-    yield Finding("gpus", "ok", f"{found.gpus}{devices}, by {found.sources['gpus']}")
+    ids = found.gpus.ids
+    devices = f" (devices {','.join(ids)})" if ids else ""
+    shared = launch.local_size > 1 and bool(ids) and not found.gpus.own
+    among = ", shared by the ranks of this host that see the same" if shared else ""
+    yield Finding("gpus", "ok", f"{len(ids)}{devices}, by {found.sources['gpus']}{among}")
     memory = f"{found.memory_bytes / 2**30:.1f} GiB, by {found.sources['memory']}"
     yield Finding("memory", "ok", memory)
     yield Finding("host", "ok", f"{found.hostname}, {found.node_ip}")

@@ -21,12 +21,13 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hpcray.launch.cgroups import Bound, Cgroups, lowest, parse_cpu_list, read_text
 from hpcray.launch.identity import Launch, expand_tasks_per_node, slurm_step
+from hpcray.protocol.messages import Gpus
 
 # Set to 1 by users who bind ranks on purpose (`mpirun --map-by socket:PE=12`).
 KEEP_BINDING_VARIABLE = "HPCRAY_KEEP_BINDING"
@@ -34,7 +35,12 @@ KEEP_BINDING_VARIABLE = "HPCRAY_KEEP_BINDING"
 # How far up the process tree the launcher may be: a rank behind a few wrapper scripts.
 _MAX_ANCESTORS = 16
 
+# The first that is set names the devices.
+_DEVICE_VARIABLES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 _RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "PALS_RANKID")
+
+
+GpuNames = tuple[str | int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +48,7 @@ class HostResources:
     """This rank's share of its host.
 
     Attributes:
-      gpu_ids: as a CUDA or ROCm visible-devices variable takes them; len(gpu_ids) == gpus unless
-        the user gave another number.
+      gpus: all that this process sees, other ranks of its host perhaps as well: `share_gpus`.
       shm_bytes: the size of /dev/shm, which the MPI library needs; our own segments are memfds,
         which do not count against it.
       accelerator: the model of its GPUs as Ray names it ("H100"); "" if there are none, or nobody
@@ -52,8 +57,7 @@ class HostResources:
     """
 
     cpus: int
-    gpus: int
-    gpu_ids: tuple[str, ...]
+    gpus: Gpus
     memory_bytes: int
     shm_bytes: int
     node_ip: str
@@ -68,7 +72,6 @@ def detect_resources(
     local_size: int = 1,
     local_rank: int = 0,
     num_cpus: int | None = None,
-    num_gpus: int | None = None,
     memory_bytes: int | None = None,
     mask: Iterable[int] | None = None,
     root: Path = Path("/"),
@@ -89,20 +92,57 @@ def detect_resources(
     host = _Share(local_rank, local_size)
     cpus = _explicit(num_cpus) or _cpus(environ, cpu_mask, cgroups, host)
     memory = _explicit(memory_bytes) or _memory(environ, cpu_mask, cgroups, host, root)
-    gpu_ids, gpu_source = _gpus(environ, host, root)
-    if num_gpus is not None:
-        gpu_ids, gpu_source = gpu_ids[:num_gpus], "given by the user"
+    gpus, gpu_source = _gpus(environ, root)
     return HostResources(
         cpus=cpus.value,
-        gpus=len(gpu_ids) if num_gpus is None else num_gpus,
-        gpu_ids=gpu_ids,
+        gpus=gpus,
         memory_bytes=memory.value,
         shm_bytes=_filesystem_bytes(root / "dev/shm"),
         node_ip=node_ip(),
         hostname=socket.gethostname(),
-        accelerator=_accelerator(root) if gpu_ids else "",
+        accelerator=_accelerator(root) if gpus.ids else "",
         sources={"cpus": cpus.source, "gpus": gpu_source, "memory": memory.source},
     )
+
+
+def share_gpus(ranks: Sequence[tuple[str, Gpus]], wanted: int | None = None) -> list[GpuNames]:
+    """The GPUs of every rank, by host and what it sees there.
+
+    Ranks of a host that see the same GPUs share them, in the order of the ranks. One that sees
+    others has those: a wrapper script has chosen for it.
+
+    Args:
+      wanted: `init(num_gpus=)`. One rank alone may count GPUs that are not there, as in Ray, as
+        long as no variable names what there is; they get numbers.
+
+    Returns:
+      Names, as text if a variable names them, else numbers.
+
+    Raises:
+      ValueError: a rank is to have more than its share.
+    """
+    groups: dict[object, list[int]] = {}
+    hosts: dict[str, list[int]] = {}
+    for rank, (host, gpus) in enumerate(ranks):
+        groups.setdefault((host, rank if gpus.own else gpus.ids), []).append(rank)
+        hosts.setdefault(host, []).append(rank)
+    found: list[GpuNames] = [()] * len(ranks)
+    for group in groups.values():
+        for index, rank in enumerate(group):
+            host, gpus = ranks[rank]
+            sizes = [divide(len(gpus.ids), len(group), part) for part in range(index + 1)]
+            share = gpus.ids[sum(sizes[:-1]):sum(sizes)]
+            count = len(share) if wanted is None else wanted
+            if count > len(share):
+                if gpus.named or (gpus.ids and len(group) > 1):
+                    by = gpus.variable if gpus.named else "the GPU driver"
+                    raise ValueError(
+                        f"num_gpus={count}, but rank {rank} on {host} has {len(share)}: {by} names "
+                        f"{len(gpus.ids)} there, for {len(group)} rank{'s'[:len(group) > 1]}")
+                first = hosts[host].index(rank) * count
+                share = tuple(map(str, range(first, first + count)))
+            found[rank] = share[:count] if gpus.named else tuple(map(int, share[:count]))
+    return found
 
 
 def divide(total: int, parts: int, index: int, *, minimum: int = 0) -> int:
@@ -236,30 +276,21 @@ def _memory(
     return host.of(lowest(bounds) or bounds[0], minimum=1)
 
 
-def _gpus(
-    environ: Mapping[str, str], host: _Share, root: Path
-) -> tuple[tuple[str, ...], str]:
-    """The device ids of this rank and what named them. No device is an ordinary answer."""
-    present = _devices(root)
-    ids, source = _visible(environ, present, root)
-    if host.parts == 1 or not ids:
-        return ids, source
-    if _gpus_bound_per_task(environ):
-        return ids, f"{source}, bound to this task by Slurm"
-    if 0 < len(ids) * host.parts <= len(present) and source.endswith("VISIBLE_DEVICES"):
-        # A wrapper script that picks devices by local rank, a habit of many sites: what each
-        # rank sees is so little that all can have their own. To split it again would lose GPUs.
-        return ids, f"{source}, taken as this rank's own"
-    start = sum(divide(len(ids), host.parts, i) for i in range(host.index))
-    share = ids[start : start + divide(len(ids), host.parts, host.index)]
-    return share, f"{source} ({len(ids)} over {host.parts} ranks on this host)"
+def _gpus(environ: Mapping[str, str], root: Path) -> tuple[Gpus, str]:
+    """What this process sees, and what named it. No device is an ordinary answer."""
+    ids, source = _visible(environ, _devices(root), root)
+    variable = next((name for name in _DEVICE_VARIABLES if name in environ), "")
+    default = "HIP_VISIBLE_DEVICES" if _amd(root) and not _nvidia(root) else _DEVICE_VARIABLES[0]
+    own = bool(ids) and _gpus_bound_per_task(environ)
+    return Gpus(ids, variable or default, bool(variable), own), (
+        f"{source}, bound to this task by Slurm" if own else source)
 
 
 def _visible(
     environ: Mapping[str, str], present: tuple[str, ...], root: Path
 ) -> tuple[tuple[str, ...], str]:
     """The devices this process could use were it alone on the host: the first that speaks wins."""
-    for name in ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
+    for name in _DEVICE_VARIABLES:
         if name in environ:
             return _visible_devices(environ[name]), name
     for name in ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS"):

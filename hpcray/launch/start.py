@@ -139,6 +139,7 @@ def connect(config: InitConfig, on_output: Callable[[Any], None]) -> Client:
 
     Raises:
       LaunchError: what went wrong and what to do. On ranks other than 0 it does not return.
+      ValueError: the nodes have fewer GPUs than the job is to have.
     """
     global _session_count
     from hpcray.client.client import Client
@@ -185,6 +186,11 @@ def connect(config: InitConfig, on_output: Callable[[Any], None]) -> Client:
         client.close()
         _end_node()
         raise
+    if "refused" in client.session:
+        client.close()
+        if node.launch.mode == "single":
+            _end_node()
+        raise ValueError(client.session["refused"])
     node.in_use = True
     # A driver that only computes or sleeps shows what workers print, and that it lost its node.
     client.link.catch_interrupts()

@@ -97,7 +97,7 @@ def main() -> int:
     if driver is not None:
         _die_with(0)
     resources = {
-        "CPU": found.cpus * UNIT, "GPU": found.gpus * UNIT, "memory": found.memory_bytes * UNIT,
+        "CPU": found.cpus * UNIT, "memory": found.memory_bytes * UNIT,
         f"node:{found.node_ip}": UNIT,
     }
     node_labels = {HOST: found.hostname}
@@ -108,7 +108,7 @@ def main() -> int:
     joined = Joined(
         launch.rank, found.hostname, found.node_ip, os.getpid(),
         tuple((name, amount) for name, amount in sorted(resources.items()) if amount > 0),
-        tuple(sorted(node_labels.items())))
+        tuple(sorted(node_labels.items())), found.gpus)
     server = NodeServer(
         transport=transport, pool=pool, driver=driver, joined=joined,
         journal=journal,

@@ -51,6 +51,8 @@ _PREFETCH_MAX_US = 5_000
 _SLOW_S = 0.01
 # Idle workers beyond the number of CPUs live this long.
 _IDLE_WORKER_S = 5.0
+# Beyond so many, one ends for each worker of another runtime environment that is started.
+_IDLE_MAX = 32
 # Pauses between further workers for a function whose tasks block: the first, and the longest.
 _BACK_OFF_S = 0.2
 _BACK_OFF_MAX_S = 1.0
@@ -84,8 +86,9 @@ class WorkerState(enum.Enum):
 
 class Worker:
     __slots__ = (
-        "actor_id", "blocked", "calls", "datagrams", "devices", "environment", "for_tasks",
-        "idle_since_s", "number", "pid", "retiring", "sent_s", "shape", "slow", "state",
+        "actor_id", "blocked", "bound_devices", "calls", "datagrams", "devices", "environment",
+        "for_tasks", "idle_since_s", "number", "pid", "retiring", "sent_s", "shape", "slow",
+        "state",
     )
 
     def __init__(self, number: int, for_tasks: bool) -> None:
@@ -99,8 +102,10 @@ class Worker:
         self.datagrams: deque[deque[TaskRecord]] = deque()
         self.blocked = False
         self.slow = False
-        # The runtime environment it is in, for good; b"": none yet.
-        self.environment = b""
+        # The runtime environment and the GPUs of its first task: it runs tasks of the same only,
+        # since libraries look once per process. None: it has run nothing yet.
+        self.environment: bytes | None = None
+        self.bound_devices: tuple[int, ...] = ()
         self.actor_id = b""
         self.sent_s = 0.0  # when its oldest datagram began
         self.idle_since_s = 0.0
@@ -478,10 +483,16 @@ class Dispatcher:
             return False
         if self._blocked and not self._allowed(queue, now_s):
             return False
-        worker = self._take_idle(queue)
+        devices = self.ledger.acquire(queue.shape)
+        worker = self._find_idle(queue, devices)
         if worker is None:
+            self.ledger.release(queue.shape, devices)
             return False
-        worker.devices = self.ledger.acquire(queue.shape)
+        if worker is self._idle[0]:
+            self._idle.popleft()
+        else:
+            self._idle.remove(worker)
+        worker.devices = devices
         worker.shape = queue.shape
         worker.state = WorkerState.LEASED
         worker.slow = False
@@ -523,21 +534,17 @@ class Dispatcher:
         self.pausing = True
         return int(now_s >= back_off.next_s)
 
-    def _take_idle(self, queue: ShapeQueue) -> Worker | None:
-        """An idle worker for the first task: one in its runtime environment, or in none yet."""
+    def _find_idle(self, queue: ShapeQueue, devices: tuple[int, ...]) -> Worker | None:
+        """An idle worker for the first task: one of its runtime environment and its GPUs, or one
+        that has run nothing yet."""
         wanted = queue.tasks[0].template.environment
-        if self._idle[0].environment == wanted:
-            return self._idle.popleft()
-        chosen = None
+        fresh = None
         for worker in self._idle:
-            if worker.environment == wanted:
-                chosen = worker
-                break
-            if chosen is None and not worker.environment:
-                chosen = worker
-        if chosen is not None:
-            self._idle.remove(chosen)
-        return chosen
+            if worker.environment == wanted and worker.bound_devices == devices:
+                return worker
+            if fresh is None and worker.environment is None:
+                fresh = worker
+        return fresh
 
     def _fill(self, queue: ShapeQueue, worker: Worker, now_s: float) -> bool:
         """Send one datagram of tasks to the worker; False if none in the queue can run yet."""
@@ -560,9 +567,10 @@ class Dispatcher:
                 if template.max_calls and worker.datagrams:
                     break  # what is under way may be the worker's last
                 if template.environment != worker.environment:
-                    if worker.environment or run or worker.datagrams:
+                    if worker.environment is not None or run or worker.datagrams:
                         break  # for another worker
                     worker.environment = template.environment
+                    worker.bound_devices = devices
                 batch = tasks.statistics[template.template_id].batch(BATCH_MAX)
                 if template.max_retries == 0 or template.max_calls or queue.creation:
                     batch = 1  # its outcome must be known before anything else runs
@@ -600,10 +608,9 @@ class Dispatcher:
         for_tasks = not queue.creation
         if self.refused and self._machine.now_s < self._retry_s[for_tasks]:
             return
-        if self._idle and not self._kept_for_tasks(queue):
-            wanted_in = queue.tasks[0].template.environment
-            if any(worker.environment in (b"", wanted_in) for worker in self._idle):
-                return
+        if (self._idle and not self._kept_for_tasks(queue)
+                and self._find_idle(queue, self.ledger.pick(queue.shape) or ()) is not None):
+            return
         wanted = min(len(queue.tasks), self.ledger.slots(queue.shape), _STARTING_MAX)
         if self._blocked:
             wanted = min(wanted, self._allowed(queue, self._machine.now_s))
@@ -611,6 +618,9 @@ class Dispatcher:
             wanted = min(wanted, _KEPT_MAX)
         if self._starting < wanted:
             self.start_workers(wanted - self._starting, for_tasks=for_tasks)
+            # Those that are idle are of other environments. There may be many of these.
+            if self._idle and (self.refused or len(self._idle) > _IDLE_MAX):
+                self._stop_idle()
 
     def _steal_or_end(self, worker: Worker, now_s: float) -> None:
         """A leased worker without work: take what waits unread at another, or end the lease."""
@@ -798,9 +808,12 @@ class Dispatcher:
             self._retry_refused(now_s)
         cpus = max(self.ledger.total.get("CPU", 0) // 10_000, 1)
         while len(self._idle) > cpus and now_s - self._idle[0].idle_since_s > _IDLE_WORKER_S:
-            worker = self._idle.popleft()
-            worker.state = WorkerState.STOPPING
-            self._outbox.tasks.append((worker.number, [Stop()]))
+            self._stop_idle()
+
+    def _stop_idle(self) -> None:
+        worker = self._idle.popleft()  # idle for longest
+        worker.state = WorkerState.STOPPING
+        self._outbox.tasks.append((worker.number, [Stop()]))
 
     def _prune(self) -> None:
         """Forget queues of shapes that nothing has now (of removed groups, mostly): every turn

@@ -33,7 +33,7 @@ class ResourceLedger:
         """Whether `shape` could be acquired now."""
         free = self.free
         return all(free.get(name, 0) >= amount for name, amount in shape) and (
-            not self._devices["GPU"] or self._pick(shape) is not None
+            not self._devices["GPU"] or self.pick(shape) is not None
         )
 
     def could_ever_fit(self, shape: Shape) -> bool:
@@ -50,7 +50,7 @@ class ResourceLedger:
 
     def acquire(self, shape: Shape) -> tuple[int, ...]:
         """Take `shape` (the caller asked `fits`); the GPU indices it got."""
-        devices = self._pick(shape) or ()
+        devices = self.pick(shape) or ()
         self.take_back(shape, devices)
         return devices
 
@@ -71,7 +71,7 @@ class ResourceLedger:
                 for index in devices:
                     self._devices[name][index] -= min(amount, UNIT)
 
-    def _pick(self, shape: Shape) -> tuple[int, ...] | None:
+    def pick(self, shape: Shape) -> tuple[int, ...] | None:
         """Indices for the GPU part of `shape`, () if it has none, None if they do not fit.
 
         Fractions are packed onto the fullest GPU that has room, to keep others whole.

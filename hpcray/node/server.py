@@ -35,6 +35,7 @@ from functools import partial
 from typing import Any
 
 from hpcray.launch.progress import cpu_progress
+from hpcray.launch.resources import share_gpus
 from hpcray.node import outbox as out
 from hpcray.node.connections import Connection, Connections
 from hpcray.node.journal import Journal
@@ -761,13 +762,25 @@ class NodeServer:
             return
         if self._state not in (JOINING, PARKED):
             return
+        wanted = self._config.get("num_gpus")
+        try:
+            gpus = share_gpus([(n.host, n.gpus) for _, n in sorted(self._joined.items())],
+                              None if wanted is None else int(wanted))
+        except ValueError as error:
+            # Nothing begins; the driver may try again.
+            self._config = None
+            self._connections.send(DRIVER, [
+                messages.Welcome(b"", self.rank, self.size, DRIVER, {"refused": str(error)})])
+            return
         self._job_count = max(self._job_count + 1, self._config.get("session", 1))
         job_id = ids.job_id(self._job_count)
         self._epoch = self._job_count
         nodes = [
             messages.Joined(
                 n.rank, n.host, n.address, n.pid,
-                tuple(sorted(_resources(dict(n.resources), self._config).items())),
+                tuple(sorted(_resources(
+                    {**dict(n.resources), "GPU": len(gpus[n.rank]) * messages.UNIT},
+                    self._config).items())),
                 tuple(sorted({
                     **dict(n.labels), **(self._config.get("labels") or {}),
                     labels.NODE_ID: ids.node_id_hex(n.rank, self._job_key)}.items())))
@@ -779,6 +792,7 @@ class NodeServer:
             "node_ids": [ids.node_id_hex(rank, self._job_key) for rank in range(self.size)],
             "nodes": [messages.encode(node) for node in nodes],
             "environ": self._config.pop("environ", {}),
+            "gpus": gpus,
             "config": self._config,
             "control": self._journal.address_bytes(),
             "secret": secrets.token_bytes(32),
@@ -808,7 +822,7 @@ class NodeServer:
         mine = dict(nodes[self.rank].resources)
         capacity_bytes = mine["object_store_memory"] // messages.UNIT
         # The secret and the control store's password are the nodes' own: clients do not get them.
-        own = ("secret", "control", "nodes", "environ")
+        own = ("secret", "control", "nodes", "environ", "gpus")
         public = {k: v for k, v in session.items() if k not in own}
         machine = Machine(self.rank, self.size, mine, capacity_bytes, job_id, public)
         for node in nodes:
@@ -833,6 +847,7 @@ class NodeServer:
             "sys_path": config.get("sys_path"), "blas_threads": 1, "rank": self.rank,
             "host": self._me.host, "address": self._me.address,
             "namespace": config.get("namespace", ""), "packages": self._packages,
+            "gpus": {"variable": self._me.gpus.variable, "ids": session["gpus"][self.rank]},
         }
         self._settings = {k: v for k, v in self._settings.items() if v is not None}
         self._journal.begin(

@@ -82,10 +82,11 @@ class Template(msgspec.Struct, array_like=True, gc=False, frozen=True):
     group: str = ""  # the concurrency group it runs in
     unordered: bool = False  # may overtake calls whose arguments are not there yet
     # TASK and ACTOR_CREATION.
-    env_vars: tuple[tuple[str, str], ...] = ()  # set while it runs (for an actor: for good)
+    env_vars: tuple[tuple[str, str], ...] = ()
     max_calls: int = 0  # TASK: the worker exits after this many; 0 without limit
-    # Directories it runs with: (WORKING_DIR or PY_MODULE, object); named by their digest.
+    # Directories it runs with: (WORKING_DIR or PY_MODULE, object).
     packages: tuple[tuple[int, bytes], ...] = ()
+    # Digest of env_vars and packages: a worker runs tasks of one environment. b"": the job's own.
     environment: bytes = b""
     group_id: bytes = b""  # the placement group it runs in
     captures: bool = False  # so do its children
@@ -378,7 +379,9 @@ class Welcome(_Message, tag=1):
     rank: int
     size: int
     client: int  # this client's number on its node
-    session: dict[str, Any]  # facts for people and for children: see node/server.py
+    # Facts for people and for children: see node/server.py. With "refused" there is no session:
+    # what `init` asked for cannot be, and why.
+    session: dict[str, Any]
 
 
 class Value(_Message, tag=2):
@@ -564,6 +567,15 @@ ToWorker = Run | Stop
 # --- node <-> node ------------------------------------------------------------------------------
 
 
+class Gpus(msgspec.Struct, array_like=True, gc=False, frozen=True):
+    """The GPUs that one rank sees."""
+
+    ids: tuple[str, ...] = ()  # as visible-devices variables take them
+    variable: str = "CUDA_VISIBLE_DEVICES"  # by which a process is shown some of them
+    named: bool = False  # that variable was set: there are no others
+    own: bool = False  # the batch system has bound them to this rank
+
+
 class Joined(_Message, tag=1):
     """A node introduces itself to node 0; node 0 repeats all of them to everybody."""
 
@@ -573,6 +585,7 @@ class Joined(_Message, tag=1):
     pid: int
     resources: tuple[tuple[str, int], ...]
     labels: tuple[tuple[str, str], ...] = ()
+    gpus: Gpus = Gpus()
 
 
 class Begin(_Message, tag=2):

@@ -755,10 +755,10 @@ class Process:
             template = yield from self._load(run)
             args = yield from self._arguments(run)
             self.core.begin_task(run.task_id, run.attempt)
-            if template.kind != m.METHOD and self._environment not in (None, template.environment):
-                self.cluster.fault(f"{self!r} has run in {self._environment!r}, not in "
-                                   f"{template.environment!r}")
-            if template.kind != m.METHOD and (template.environment or self._environment):
+            if template.kind != m.METHOD:
+                if self._environment not in (None, template.environment):
+                    self.cluster.fault(f"{self!r} has run in {self._environment!r}, not in "
+                                       f"{template.environment!r}")
                 self._environment = template.environment
             self.cluster.started(run, template, self)
             body = self.cluster.bodies[template.name]

@@ -1,7 +1,8 @@
-"""Entering a task's runtime environment: unpack its packages, once per node, and live there.
+"""Entering a task's runtime environment: set its variables, unpack its packages, see its GPUs.
 
-A worker that has entered one stays in it for good: what it has imported cannot be taken back. The
-dispatcher gives it tasks of the same environment only.
+A worker that has entered one stays in it for good: what it has imported, and what its libraries
+have read from the environment, cannot be taken back. The dispatcher gives it tasks of the same
+environment and the same GPUs only.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import os
 import shutil
 import sys
 import zipfile
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from hpcray import exceptions
+from hpcray.config import expanded
 from hpcray.protocol.messages import WORKING_DIR, Template
 
 if TYPE_CHECKING:
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def enter(client: Client, folder: str, template: Template) -> None:
-    """Change to the working directory and make the modules importable.
+    """Set the variables, change to the working directory and make the modules importable.
 
     Args:
       folder: this node's directory for packages; whoever comes first makes it.
@@ -29,6 +32,9 @@ def enter(client: Client, folder: str, template: Template) -> None:
     Raises:
       RuntimeEnvSetupError: a package cannot be unpacked.
     """
+    os.environ.update(expanded(dict(template.env_vars)))
+    if not template.packages:
+        return
     try:
         _make_private(folder)
         paths: list[str] = []
@@ -45,6 +51,28 @@ def enter(client: Client, folder: str, template: Template) -> None:
     sys.path[:0] = paths
     known = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([*paths, *([known] if known else [])])
+
+
+# Variables by which libraries choose devices. Slurm sets several of them alike.
+_DEVICE_VARIABLES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+# Ray's way to say that the program chooses by itself.
+_LEFT_ALONE = "RAY_EXPERIMENTAL_NOSET_"
+
+
+def see_devices(gpus: Mapping[str, Any], devices: Sequence[int]) -> tuple[int | str, ...]:
+    """Make these GPUs the visible ones; their names, as `get_gpu_ids` has them.
+
+    Args:
+      gpus: of the node: {"variable": what names devices, "ids": their names}.
+      devices: positions in "ids".
+    """
+    chosen = tuple(gpus["ids"][index] for index in devices)
+    named_in = os.environ.get(gpus["variable"])
+    for name in _DEVICE_VARIABLES:
+        alike = named_in is not None and os.environ.get(name) == named_in
+        if (name == gpus["variable"] or alike) and not os.environ.get(_LEFT_ALONE + name):
+            os.environ[name] = ",".join(map(str, chosen))
+    return chosen
 
 
 def _make_private(folder: str) -> None:

@@ -33,7 +33,6 @@ from hpcray.client.arguments import Placeholder
 from hpcray.client.client import Client
 from hpcray.client.context import TaskContext
 from hpcray.client.waiters import Waiter
-from hpcray.config import expanded
 from hpcray.protocol import ids, messages, sizes, values
 from hpcray.protocol.messages import (
     ACTOR_CREATION,
@@ -53,7 +52,7 @@ from hpcray.protocol.messages import (
 )
 from hpcray.transport import datagrams
 from hpcray.transport.datagrams import ChannelClosed
-from hpcray.worker import environment, generators, output
+from hpcray.worker import environment, generators, output, surroundings
 from hpcray.worker.hosting import FailedDependency, end_user_code, host
 from hpcray.worker.zygote import INTERRUPT_SIGNAL
 
@@ -82,6 +81,7 @@ def run_worker(number: int, task_fd: int, client_fd: int, settings: dict[str, An
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end_in_good_order)
     output.open_streams()
+    surroundings.take_notes()
     os.register_at_fork(
         before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
     client = Client(socket.socket(fileno=client_fd), is_driver=False)
@@ -144,9 +144,9 @@ class Worker:
         self.address = settings.get("address", "")
         self.rank = settings.get("rank", 0)
         self._retry_only: dict[bytes, tuple[type, ...]] = {}
-        self._devices: tuple[int, ...] | None = None
-        self._entered = False  # a runtime environment, for good
-        self._replaced: dict[str, str | None] = {}  # variables as they were before the task
+        self._entered = False  # the environment of its first task, for good
+        self._around = surroundings.Surroundings()
+        self._streams = output.streams
         client.link.before_wait = self._before_wait
         client.link.after_wait = Unblocked
         self.cancelled = client.cancelled
@@ -223,6 +223,10 @@ class Worker:
         if run.task_id in self.cancelled:
             self.client.report(self.cancellation(run, began_s))
             return
+        streams = self._streams
+        if (surroundings.changed or sys.stdout is not streams["stdout"]
+                or sys.stderr is not streams["stderr"]):
+            self._around.restore()
         try:
             loaded = self.load(run)
             template = loaded.template
@@ -309,9 +313,7 @@ class Worker:
         current = self.context
         current.task_id = run.task_id
         current.attempt = run.attempt
-        if run.devices != self._devices:
-            self._set_devices(run.devices)
-        if template is not current.template or self._replaced:
+        if template is not current.template:
             self._surround(template)
         self.client.begin_task(run.task_id, run.attempt)
 
@@ -321,8 +323,6 @@ class Worker:
         current.template = template
         output.call(shown_name(template))
         current.resources = template.resources
-        if template.env_vars or self._replaced:
-            self._set_variables(template)
         current.group_id = template.group_id
         current.captures = template.captures
         current.env_vars = template.env_vars
@@ -330,24 +330,14 @@ class Worker:
         hands_on = template.captures or template.env_vars or template.packages
         references._inherited = template.template_id if hands_on else b""
 
-    def _set_variables(self, template: Template) -> None:
-        """The task's env_vars; those of the task before are undone first."""
-        for name, value in self._replaced.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-        self._replaced = {name: os.environ.get(name) for name, _ in template.env_vars}
-        os.environ.update(expanded(dict(template.env_vars)))
-
-    def _set_devices(self, devices: tuple[int, ...]) -> None:
-        self._devices = devices
-        self.context.devices = devices
-        # Read by CUDA when a process first uses it: a worker keeps to its first GPU lease.
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        known = visible.split(",") if visible else []
-        chosen = [known[i] if i < len(known) else str(i) for i in devices]
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
+    def _enter_environment(self, run: Run, template: Template) -> None:
+        """Of the first task, and so of all of this process (node/dispatch.py)."""
+        if template.environment:
+            environment.enter(self.client, self._settings["packages"], template)
+        if run.devices:
+            self.context.devices = environment.see_devices(self._settings["gpus"], run.devices)
+        self._entered = True
+        self._around.settle()
 
     def load(self, run: Run) -> Loaded:
         """The function (class) behind the template; fetched the first time."""
@@ -357,10 +347,9 @@ class Worker:
         answer = self.client.fetch_template(run.template_id, ids.home_of_task(run.task_id))
         template = answer.template
         assert template is not None
-        if template.packages and not self._entered:
+        if not self._entered:
             # Before its function is unpickled: that may import what the packages bring.
-            environment.enter(self.client, self._settings["packages"], template)
-            self._entered = True
+            self._enter_environment(run, template)
         function: Any = None
         if template.kind != METHOD:
             packed: Any = answer.function

@@ -74,7 +74,7 @@ class _MarkedPipe(io.RawIOBase):
 
 _name = ""
 _pipes = (_MarkedPipe(1, "<stdout>"), _MarkedPipe(2, "<stderr>"))
-_streams: dict[str, io.TextIOWrapper] = {}
+streams: dict[str, io.TextIOWrapper] = {}  # ours: what sys.stdout and sys.stderr are to be
 
 
 def open_streams() -> None:
@@ -89,11 +89,18 @@ def _open_stream(name: str) -> None:
     before = getattr(sys, f"__{name}__")
     pipe = _pipes[name == "stderr"]
     at_once = before.write_through  # PYTHONUNBUFFERED
-    stream = _streams[name] = io.TextIOWrapper(
+    stream = streams[name] = io.TextIOWrapper(
         pipe if at_once else io.BufferedWriter(pipe), encoding=before.encoding,
         errors=before.errors, line_buffering=True, write_through=at_once)
     setattr(sys, name, stream)
     setattr(sys, f"__{name}__", stream)
+
+
+def restore() -> None:
+    """A task may have put others in their place."""
+    for name, stream in streams.items():
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
 
 
 def call(name: str) -> None:
@@ -109,7 +116,7 @@ def call(name: str) -> None:
 
 def flush() -> None:
     """Let out what was printed without a newline."""
-    for name, stream in _streams.items():
+    for name, stream in streams.items():
         try:
             stream.flush()
         except ValueError:  # a task has closed it: the next one shall not miss it

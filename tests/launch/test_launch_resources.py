@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from hpcray.launch.cgroups import Cgroups, parse_cpu_list
 from hpcray.launch.identity import SINGLE
-from hpcray.launch.resources import detect_resources, divide, widen_affinity
+from hpcray.launch.resources import detect_resources, divide, share_gpus, widen_affinity
+from hpcray.protocol.messages import Gpus
 
 GIB = 1 << 30
 MASK_16 = range(16)
@@ -94,7 +95,7 @@ def test_cgroup_path_outside_of_the_mount(v1: Path):
 
 def test_no_files_at_all(tmp_path: Path):
     found = detect_resources({}, mask=[0, 1, 2], root=tmp_path)
-    assert (found.cpus, found.gpus, found.gpu_ids, found.shm_bytes) == (3, 0, (), found.shm_bytes)
+    assert (found.cpus, found.gpus.ids, found.shm_bytes) == (3, (), found.shm_bytes)
     assert found.memory_bytes >= 1
 
 
@@ -159,7 +160,7 @@ def nvidia(count: int, files: int | None = None) -> dict[str, str]:
     (nvidia(4), {"SLURM_JOB_GPUS": "5-6"}, 1, ["0 1"]),
     (nvidia(4), {}, 3, ["0 1", "2", "3"]),
     (nvidia(2), {}, 4, ["0", "1", "", ""]),
-    (nvidia(4), {"CUDA_VISIBLE_DEVICES": "3"}, 4, ["3"] * 4),  # a wrapper chose one for each rank
+    (nvidia(4), {"CUDA_VISIBLE_DEVICES": "3"}, 4, ["3", "", "", ""]),
     (nvidia(4), {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, 2, ["0 1", "2 3"]),
     (nvidia(4), SRUN | {"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_GPUS_PER_TASK": "2"}, 4, ["0 1"] * 4),
     ({f"sys/class/kfd/kfd/topology/nodes/{i}/gpu_id": str(i and 900 + i) for i in range(3)},
@@ -169,15 +170,40 @@ def test_gpus(tmp_path: Path, files, environ, ranks, ids):
     root = plant(tmp_path, files | MEM_64)
     found = [detect_resources(environ, local_size=ranks, local_rank=rank, mask=MASK_16, root=root)
              for rank in range(ranks)]
-    assert [" ".join(one.gpu_ids) for one in found] == ids
-    assert [one.gpus for one in found] == [len(one.gpu_ids) for one in found]
+    shares = share_gpus([("host", one.gpus) for one in found])
+    assert [" ".join(map(str, share)) for share in shares] == ids
+
+
+TWO = ("GPU-a", "GPU-b")
+
+
+@pytest.mark.parametrize(("ranks", "wanted", "names"), [
+    ([("h", Gpus()), ("h", Gpus())], 2, [(0, 1), (2, 3)]),  # as many as it is told, none twice
+    ([("h", Gpus()), ("i", Gpus())], 1, [(0,), (0,)]),
+    ([("h", Gpus(("0", "1", "2")))] * 2, None, [(0, 1), (2,)]),
+    ([("h", Gpus(("0", "1", "2")))] * 2, 1, [(0,), (2,)]),
+    ([("h", Gpus(("0",)))], 3, [(0, 1, 2)]),  # as in Ray
+    ([("h", Gpus(TWO, named=True))] * 2, None, [("GPU-a",), ("GPU-b",)]),
+    ([("h", Gpus(TWO, named=True)), ("i", Gpus(TWO, named=True))], None, [TWO, TWO]),
+    ([("h", Gpus((name,), named=True)) for name in "75"], None, [("7",), ("5",)]),  # a wrapper's
+    ([("h", Gpus(("0",), named=True, own=True))] * 2, 1, [("0",), ("0",)]),
+    ([("h", Gpus(("0",), named=True))] * 2, None, [("0",), ()]),
+    ([("h", Gpus(TWO, named=True))], 3, "num_gpus=3, but rank 0 on h has 2: CUDA_VISIBLE_DEVICES "),
+    ([("h", Gpus(("0", "1")))] * 2, 2, "num_gpus=2, but rank 0 on h has 1: the GPU driver "),
+])
+def test_ranks_share_the_gpus_of_their_host(ranks, wanted, names):
+    if isinstance(names, str):
+        with pytest.raises(ValueError, match=names):
+            share_gpus(ranks, wanted)
+    else:
+        assert share_gpus(ranks, wanted) == names
 
 
 def test_the_user_has_the_last_word(v2: Path):
-    found = detect_resources({}, local_size=2, num_cpus=7, num_gpus=3, memory_bytes=GIB,
+    found = detect_resources({}, local_size=2, num_cpus=7, memory_bytes=GIB,
                              mask=MASK_16, root=v2)
-    assert (found.cpus, found.gpus, found.memory_bytes) == (7, 3, GIB)
-    assert set(found.sources.values()) == {"given by the user"}
+    assert (found.cpus, found.memory_bytes) == (7, GIB)
+    assert {found.sources["cpus"], found.sources["memory"]} == {"given by the user"}
 
 
 def test_a_local_rank_out_of_range_is_refused():

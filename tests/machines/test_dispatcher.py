@@ -15,11 +15,13 @@ from hpcray.protocol import ids, values
 from hpcray.protocol import messages as m
 
 CPU = (("CPU", m.UNIT),)
-# (resources, max_retries, max_calls, priority) of the functions there are.
+# (resources, max_retries, max_calls, priority, environment) of the functions there are.
 KINDS = [
-    (CPU, 3, 0, 0), (CPU, 3, 0, 0), (CPU, 0, 0, 2), (CPU, -1, 2, -1), ((), 3, 0, 0),
-    ((("CPU", m.UNIT // 2),), 3, 0, 1),
-    ((("CPU", m.UNIT), ("GPU", m.UNIT // 2)), 1, 0, 0),
+    (CPU, 3, 0, 0, b""), (CPU, 3, 0, 0, b""), (CPU, 0, 0, 2, b""), (CPU, -1, 2, -1, b""),
+    ((), 3, 0, 0, b""), ((("CPU", m.UNIT // 2),), 3, 0, 1, b""),
+    ((("CPU", m.UNIT), ("GPU", m.UNIT // 2)), 1, 0, 0, b""),
+    ((("CPU", m.UNIT // 2), ("GPU", m.UNIT)), 3, 0, 0, b""), (CPU, 3, 0, 0, b"e1"),
+    (CPU, 3, 0, 0, b"e2"), ((("CPU", m.UNIT), ("GPU", 2 * m.UNIT)), 3, 0, 0, b"e2"),
 ]
 
 
@@ -32,13 +34,14 @@ class WorkerModel:
         self.running: m.Run | None = None
         self.blocked = False
         self.runs: dict[bytes, int] = {}  # by template
+        self.entered: tuple[bytes, tuple[int, ...]] | None = None  # environment and GPUs
 
 
 class DispatcherMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         job = ids.job_id(1)
-        self.machine = Machine(0, 1, {"CPU": 2 * m.UNIT, "GPU": m.UNIT}, 1 << 20, job, {})
+        self.machine = Machine(0, 1, {"CPU": 2 * m.UNIT, "GPU": 2 * m.UNIT}, 1 << 20, job, {})
         self.machine.connect(0)
         self.prefix = ids.task_prefix(ids.driver_task_id(0, job), 0)
         self.tail = ids.id_tail(0, job)
@@ -51,8 +54,8 @@ class DispatcherMachine(RuleBasedStateMachine):
         self.retries: dict[bytes, int] = {}
         self.tell(0, *(m.DefineTemplate(m.Template(
             bytes((kind,)) * 16, b"f" * 16, m.TASK, f"f{kind}", resources=shape,
-            max_retries=retries, max_calls=calls, priority=priority))
-            for kind, (shape, retries, calls, priority) in enumerate(KINDS)))
+            max_retries=retries, max_calls=calls, priority=priority, environment=environment))
+            for kind, (shape, retries, calls, priority, environment) in enumerate(KINDS)))
 
     def tell(self, client: int, *batch: object) -> None:
         self.machine.client_messages(client, list(batch))
@@ -131,6 +134,9 @@ class DispatcherMachine(RuleBasedStateMachine):
                 return
             assert isinstance(item, m.Run)
             worker.running = item
+            entered = KINDS[item.template_id[0]][4], item.devices
+            assert worker.entered in (None, entered), "libraries look at their process once"
+            worker.entered = entered
             attempts = self.started.setdefault(item.task_id, [])
             assert item.attempt not in attempts, "an attempt started twice"
             attempts.append(item.attempt)
@@ -227,10 +233,14 @@ class DispatcherMachine(RuleBasedStateMachine):
     @invariant()
     def nobody_idles_beside_work_that_fits(self) -> None:
         dispatcher = self.machine.dispatcher
-        if any(w.state is WorkerState.IDLE for w in dispatcher.workers.values()):
-            for queue in dispatcher.queues.values():
-                assert (not queue.tasks or not dispatcher.ledger.fits(queue.shape)
-                        or dispatcher.pausing)
+        idle = [w for w in dispatcher.workers.values() if w.state is WorkerState.IDLE]
+        for queue in dispatcher.queues.values():
+            if queue.tasks and dispatcher.ledger.fits(queue.shape) and not dispatcher.pausing:
+                wanted = (queue.tasks[0].template.environment,
+                          dispatcher.ledger.pick(queue.shape) or ())
+                assert all(w.environment is not None and (w.environment, w.bound_devices) != wanted
+                           for w in idle)
+                assert self.starting or dispatcher.refused, "nobody comes for it"
 
     def teardown(self) -> None:
         """Let everybody work: all tasks end, everything is free."""

@@ -65,3 +65,50 @@ print("all right")
 def test_each_node_has_its_own(start: Start, bare: bool):
     job = start(LOOK, ranks=2, bare=bare, wrapper=PER_HOST)
     assert "all right" in job.finish()
+
+GPUS = """
+import os
+import hpcray as ray
+from hpcray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
+
+ray.init(num_cpus=1{options})
+
+@ray.remote
+def see():
+    return ray.get_gpu_ids(), os.environ.get("CUDA_VISIBLE_DEVICES")
+
+for node in ray.nodes():
+    strategy = On(node["NodeID"], soft=False)
+    count = int(node["Resources"].get("GPU", 0))
+    seen = ray.get([see.options(scheduling_strategy=strategy, num_gpus=wanted).remote()
+                    for wanted in (0, count)])
+    print("rank", node["Rank"], seen)
+"""
+
+
+@pytest.mark.parametrize(("options", "visible", "seen"), [
+    ("", "7,5,3", [(["7", "5"], "7,5"), (["3"], "3")]),
+    (", num_gpus=1", "7,5", [(["7"], "7"), (["5"], "5")]),
+    (", num_gpus=2", None, [([0, 1], "0,1"), ([2, 3], "2,3")]),
+])
+def test_ranks_of_one_host_share_its_gpus(start: Start, options: str, visible: str | None, seen):
+    wrapper = ("env", "-u", "CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        wrapper += (f"CUDA_VISIBLE_DEVICES={visible}",)
+    output = start(GPUS.replace("{options}", options), ranks=2, wrapper=wrapper).finish()
+    for rank, own in enumerate(seen):
+        assert f"rank {rank} {[([], visible), own]}\n" in output
+
+
+def test_more_gpus_than_a_rank_has_are_refused(start: Start):
+    job = start("""
+        import hpcray as ray
+        try:
+            ray.init(num_gpus=2)
+        except ValueError as error:
+            print("refused:", error)
+        ray.init(num_gpus=1)
+        print("then", ray.cluster_resources()["GPU"])
+    """, ranks=2, wrapper=("env", "CUDA_VISIBLE_DEVICES=4,5,6"))
+    output = job.finish()
+    assert "refused: num_gpus=2, but rank 1 " in output and "then 2.0" in output
