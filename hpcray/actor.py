@@ -124,7 +124,7 @@ def method(*functions: Any, **options: Any) -> Any:
     """
     if len(functions) == 1 and not options:
         return _with_method_options(functions[0], {})
-    if functions or not options:
+    if functions:
         raise TypeError("@method goes onto a function as it is, or with options by keyword, such "
                         "as @method(num_returns=2)")
     checked = options_.check_options(options, "m")
@@ -333,6 +333,9 @@ class ActorClass(Generic[T]):
     """
 
     def __init__(self, cls: type[T], options: options_.Options) -> None:
+        if missing := getattr(cls, "__abstractmethods__", None):
+            raise TypeError(f"{cls.__name__} is abstract, so it has no instances, and no actors: "
+                            f"it lacks {', '.join(sorted(missing))}")
         options_.actor_concurrency(cls.__name__, options, is_async_class(cls))
         self._bind_to(Definition(cls), options)
         self.__name__ = cls.__name__

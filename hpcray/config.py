@@ -355,7 +355,7 @@ def _labels(labels: Mapping[str, str] | None, of_this_rank: str) -> dict[str, st
 def _amount(name: str, given: object, fallback: float | None) -> float | None:
     if given is None:
         return fallback
-    if isinstance(given, bool) or not isinstance(given, (int, float)):
+    if not isinstance(given, (int, float)):
         raise TypeError(f"{name} must be a number, not {given!r}")
     if not math.isfinite(given) or given < 0:
         raise ValueError(f"{name} must be a finite number >= 0, not {given!r}")

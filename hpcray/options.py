@@ -75,17 +75,18 @@ def _any(_name: str, _value: Any) -> None:
     pass
 
 
-def amount(name: str, value: Any) -> int:
-    """A quantity of a resource in ten-thousandths.
+def amount(name: str, value: Any, resource: str = "") -> int:
+    """A quantity of a resource (`name` if not told) in ten-thousandths; of memory whole bytes,
+    rounded up.
 
     Raises:
       ValueError: negative, not finite, or finer than 1/10000.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, not {value!r}")
     if not math.isfinite(value) or value < 0:
         raise ValueError(f"{name} must be a finite number >= 0, not {value!r}")
-    scaled = value * UNIT
+    scaled = (math.ceil(value) if (resource or name) == "memory" else value) * UNIT
     units = round(scaled)
     # A float product is off by an ulp or two; anything more is a finer fraction.
     if abs(scaled - units) > 1e-9 * max(1.0, abs(scaled)):
@@ -102,11 +103,6 @@ def _gpus(name: str, value: Any) -> None:
     if value is not None and amount(name, value) > UNIT and float(value) != int(value):
         raise ValueError(f"{name} above 1 must be a whole number, not {value!r}: "
                          "only one device can be shared")
-
-
-def _memory(name: str, value: Any) -> None:
-    if value is not None and amount(name, value) % UNIT:
-        raise ValueError(f"{name} must be a whole number of bytes, not {value!r}")
 
 
 _OWN_OPTION = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
@@ -162,10 +158,10 @@ def _window(name: str, value: Any) -> None:
 def _retry_exceptions(name: str, value: Any) -> None:
     if isinstance(value, bool) or value is None:
         return
-    if not isinstance(value, (list, tuple)) or not all(
-        isinstance(item, type) and issubclass(item, Exception) for item in value
-    ):
+    if not isinstance(value, (list, tuple)):
         raise TypeError(f"{name} must be True, False or a list of exception classes, not {value!r}")
+    if not all(isinstance(item, type) and issubclass(item, Exception) for item in value):
+        raise ValueError(f"{name} must hold exception classes only, not {value!r}")
 
 
 def _groups(name: str, value: Any) -> None:
@@ -201,6 +197,13 @@ def _runtime_env(_name: str, value: Any) -> None:
     check_runtime_env(value)
 
 
+def _group(name: str, value: Any) -> None:
+    if value is not None and value != "default":
+        from hpcray.util.placement_group import PlacementGroup
+
+        _instance(PlacementGroup)(name, value)
+
+
 def _strategy(_name: str, value: Any) -> None:
     placement(value)
 
@@ -221,11 +224,11 @@ class Option:
 TABLE: dict[str, Option] = {
     "num_cpus": Option("ta", None, _resource),
     "num_gpus": Option("ta", None, _gpus),
-    "memory": Option("ta", None, _memory),
+    "memory": Option("ta", None, _resource),
     "resources": Option("ta", None, _resources),
     "scheduling_strategy": Option("ta", None, _strategy),
     "runtime_env": Option("ta", None, _runtime_env),
-    "name": Option("tam", None, _name),
+    "name": Option("tam", None, _instance(str)),
     "num_returns": Option("tm", None, _num_returns),
     "max_retries": Option("t", TASK_MAX_RETRIES, _whole(-1)),
     "retry_exceptions": Option("tm", False, _retry_exceptions),
@@ -252,7 +255,7 @@ TABLE: dict[str, Option] = {
     "object_store_memory": Option(
         "ta", None, _any, "object_store_memory can be set for the job only: init(...)"),
     # Ray's older way to say PlacementGroupSchedulingStrategy.
-    "placement_group": Option("ta", "default", _any),
+    "placement_group": Option("ta", "default", _group),
     "placement_group_bundle_index": Option("ta", -1, _whole(-1)),
     "placement_group_capture_child_tasks": Option("ta", None, _instance(bool)),
     "tensor_transport": Option("m", None, _any, "tensor_transport is not supported"),
@@ -298,6 +301,8 @@ def check_options(options: Mapping[str, Any], whom: str, *, later: bool = False)
         checked[name] = check_runtime_env(value) if name == "runtime_env" and value else value
     if later and whom == "t" and options.get("max_calls") is not None:
         raise ValueError("max_calls belongs to the function: give it to @remote, not to .options()")
+    if whom == "a" and options.get("name") == "":
+        raise ValueError("an actor's name may not be empty")
     if whom == "a" and options.get("get_if_exists") and not options.get("name") and not later:
         raise ValueError("get_if_exists needs a name")
     return checked

@@ -163,9 +163,11 @@ class Cluster:
             tasks.ready(task)
             return True
         creation = template.kind == ACTOR_CREATION
+        known = template.rank in self._totals
+        node = f"the node of rank {template.rank}" if known else "a node by its id"
         error = values.pack_failure(values.Failure(
             "ActorUnschedulableError" if creation else "TaskUnschedulableError",
-            f"{template.name} asks for the node of rank {template.rank} and no other "
+            f"{template.name} asks for {node} and no other "
             f"(soft=False), but {why}"))
         if creation:
             self._machine.actors.creation_failed_at_home(task, error)

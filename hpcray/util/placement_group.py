@@ -64,8 +64,11 @@ class PlacementGroup:
         """Whether all bundles are reserved within so many seconds.
 
         Raises:
+          TypeError: not a number of seconds.
           ValueError: the group was removed.
         """
+        if not isinstance(timeout_seconds, (int, float)):
+            raise TypeError(f"timeout_seconds must be a number, not {timeout_seconds!r}")
         from hpcray.api import get, wait
         from hpcray.exceptions import TaskPlacementGroupRemoved
 
@@ -160,7 +163,7 @@ def _check_bundles(bundles: Any) -> list[dict[str, int]]:
         try:
             for key in bundle:
                 check_resource_name(key)
-            units = {key: amount(f"bundle[{key!r}]", value) for key, value in bundle.items()}
+            units = {key: amount(f"bundle[{key!r}]", value, key) for key, value in bundle.items()}
         except TypeError as error:
             raise ValueError(str(error)) from None
         if not any(units.values()):
@@ -171,7 +174,7 @@ def _check_bundles(bundles: Any) -> list[dict[str, int]]:
 
 def _add_selectors(units: list[dict[str, int]], selectors: Any) -> None:
     """A bundle's label selector becomes part of what it needs: see protocol/labels.py."""
-    if not selectors:
+    if selectors is None:
         return
     if not isinstance(selectors, list) or len(selectors) != len(units):
         raise ValueError(f"bundle_label_selector must be a list of {len(units)} dicts, one for "

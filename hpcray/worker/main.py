@@ -453,7 +453,7 @@ class Worker:
             parts = ()
         else:
             if not isinstance(result, Collection):
-                raise ValueError(f"Task {template.name} returned an object of type "
+                raise TypeError(f"Task {template.name} returned an object of type "
                                  f"{type(result).__name__}, but num_returns={count}.")
             if len(result) != count:
                 raise ValueError(f"Task {template.name} returned {len(result)} objects, "

@@ -95,8 +95,6 @@ def test_misuse_of_the_class() -> None:
     with pytest.raises(ValueError, match="in order"):
         ray.remote(allow_out_of_order_execution=False)(Async.__wrapped__)
     with pytest.raises(TypeError, match="or with options"):
-        ray.method()
-    with pytest.raises(TypeError, match="or with options"):
         ray.method(Counter.__wrapped__.add, num_returns=2)
     with pytest.raises(TypeError, match="onto a method"):
         ray.method(3)

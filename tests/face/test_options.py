@@ -25,11 +25,9 @@ NODE_1 = ids.node_id_hex(1, b"key")
     ("m", {"num_cpus": 1}, ValueError, "not an option of actor methods"),
     ("t", {"num_cpus": -1}, ValueError, "num_cpus"),
     ("t", {"num_cpus": "1"}, TypeError, "num_cpus"),
-    ("t", {"num_cpus": True}, TypeError, "num_cpus"),
     ("t", {"num_cpus": float("nan")}, ValueError, "finite"),
     ("t", {"num_cpus": 0.00001}, ValueError, "1/10000"),
     ("t", {"num_gpus": 1.5}, ValueError, "whole"),
-    ("t", {"memory": 0.5}, ValueError, "bytes"),
     ("t", {"resources": {"CPU": 1}}, ValueError, "num_cpus="),
     ("t", {"resources": {"a": -1}}, ValueError, "'a'"),
     ("t", {"resources": [1]}, TypeError, "dict"),
@@ -40,8 +38,9 @@ NODE_1 = ids.node_id_hex(1, b"key")
     ("t", {"num_returns": "many"}, TypeError, "num_returns"),
     ("t", {"max_retries": -2}, ValueError, "at least -1"),
     ("t", {"retry_exceptions": 1}, TypeError, "retry_exceptions"),
-    ("t", {"retry_exceptions": [int]}, TypeError, "exception classes"),
-    ("t", {"name": ""}, ValueError, "empty"),
+    ("t", {"retry_exceptions": [int]}, ValueError, "exception classes"),
+    ("t", {"placement_group": 1}, TypeError, "PlacementGroup"),
+    ("a", {"name": ""}, ValueError, "empty"),
     ("t", {"name": 1}, TypeError, "name"),
     ("t", {"scheduling_strategy": "PACK"}, ValueError, "'SPREAD'"),
     ("t", {"scheduling_strategy": 1}, TypeError, "NodeAffinity"),
@@ -90,6 +89,8 @@ def test_a_task_asks_for_one_cpu_unless_told_otherwise() -> None:
     assert options.task_resources({"num_cpus": 0}) == ()
     assert options.task_resources({"num_cpus": 0.1, "num_gpus": 0.5}) == (
         ("CPU", 1000), ("GPU", 5000))
+    assert options.task_resources({"num_gpus": True, "memory": 0.7 * 1001}) == (
+        ("CPU", UNIT), ("GPU", UNIT), ("memory", 701 * UNIT))
     assert options.task_resources({"resources": {"x": 2, "none": 0}, "memory": 100}) == (
         ("CPU", UNIT), ("memory", 100 * UNIT), ("x", 2 * UNIT))
 
