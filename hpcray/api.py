@@ -19,7 +19,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, TypeVar, overload
 
 import msgspec
 
@@ -135,7 +135,7 @@ def init(
     log_to_driver: bool | None = None,
     namespace: str | None = None,
     runtime_env: Mapping[str, Any] | None = None,
-    preload: Sequence[str] | None = None,
+    preload: Sequence[str] | Literal["auto"] | None = None,
     redis_url: str | None = None,
     _memory: int | None = None,
     **others: Any,
@@ -146,7 +146,11 @@ def init(
     HPCRAY_* variables stand in for arguments (see `hpcray.config.ENVIRONMENT`).
 
     Args:
-      preload: modules every node imports once, before it forks workers.
+      preload: modules every node imports once, before it forks workers, instead of each worker for
+        itself; default none. "auto": what this process has imported of installed packages, now and
+        whenever it defines another task or actor. Each module is tried in a process of its own
+        first: what starts threads, opens a GPU or crashes is left out (a warning names it; of
+        "auto" only what crashes), and workers that need it import it themselves.
       redis_url: an existing control store instead of our own.
       job_config: a `JobConfig`: namespace and runtime_env as one object; what is given here wins.
       logging_config: a `LoggingConfig`: how the root logger of every process writes.
@@ -197,7 +201,7 @@ def init(
             num_cpus=num_cpus, num_gpus=num_gpus, resources=resources, labels=labels,
             object_store_memory_bytes=object_store_memory, memory_bytes=_memory,
             namespace=namespace, log_to_driver=log_to_driver, preload=preload,
-            runtime_env=runtime_env, redis_url=redis_url,
+            as_ray=_is_as_ray(), runtime_env=runtime_env, redis_url=redis_url,
             logging=None if logging_config is None else logging_config.fields())
         if not config.namespace:  # one of its own: nobody else's actors are in it
             config = msgspec.structs.replace(config, namespace=os.urandom(16).hex())
@@ -221,6 +225,12 @@ def init(
             context.current().packages = packages_of(client, config.runtime_env)
         _end_with_interpreter()
         return InitContext(client, config.namespace)
+
+
+def _is_as_ray() -> bool:
+    """Whether `import ray` gives hpcray in this process: then it does in workers."""
+    as_ray = sys.modules.get("hpcray.as_ray")
+    return as_ray is not None and bool(as_ray.is_installed())
 
 
 def shutdown(_exiting_interpreter: bool = False) -> None:

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
 import msgspec
@@ -38,7 +38,8 @@ ENVIRONMENT = {
     "HPCRAY_DEDUP_LOGS_AGG_WINDOW_S": "after how many seconds such lines are counted: 5",
     "HPCRAY_DEDUP_LOGS_ALLOW_REGEX": "lines that are always shown",
     "HPCRAY_DEDUP_LOGS_SKIP_REGEX": "lines that are never shown",
-    "HPCRAY_PRELOAD": "modules the zygote imports before it forks workers, separated by commas",
+    "HPCRAY_PRELOAD": "modules each node imports once for all its workers, separated by commas; "
+                      "auto: what the driver has imported",
     "HPCRAY_REDIS_URL": "an existing control store instead of our own",
     "HPCRAY_START_TIMEOUT_S": "how long the start may take",
 }
@@ -75,7 +76,8 @@ class InitConfig(msgspec.Struct, frozen=True, kw_only=True):
     log_to_driver: bool = True
     log_rules: dict[str, Any] = {}  # which lines fold: `hpcray.observe.logs.LogRules`
     color_prefix: str = ""
-    preload: list[str] = []
+    preload: list[str] | Literal["auto"] = []  # "auto": what the driver has imported
+    as_ray: bool = False  # `import ray` gives hpcray, on all nodes
     logging: dict[str, Any] = {}  # fields of a LoggingConfig; {}: workers' loggers are left alone
     runtime_env: dict[str, Any] = {}  # as `check_runtime_env` returns it
     labels: dict[str, str] = {}
@@ -136,6 +138,7 @@ def make_config(
     namespace: str | None = None,
     log_to_driver: bool | None = None,
     preload: Sequence[str] | None = None,
+    as_ray: bool = False,
     runtime_env: Mapping[str, Any] | None = None,
     labels: Mapping[str, str] | None = None,
     redis_url: str | None = None,
@@ -149,12 +152,6 @@ def make_config(
       TypeError, ValueError: naming the argument or the variable at fault.
     """
     found = _Environment(os.environ if environment is None else environment)
-    if isinstance(preload, str):
-        raise TypeError(f"preload must be a list of module names, not {preload!r}")
-    modules = found.words("HPCRAY_PRELOAD") if preload is None else list(preload)
-    for module in modules:
-        if not isinstance(module, str) or not module:
-            raise TypeError(f"preload must be a list of module names, not {modules!r}")
     if namespace is not None:
         check_namespace(namespace)
     if redis_url is None:
@@ -171,7 +168,8 @@ def make_config(
                        if log_to_driver is None else bool(log_to_driver)),
         log_rules=_log_rules(found),
         color_prefix=found.text("HPCRAY_COLOR_PREFIX"),
-        preload=modules,
+        preload=_modules(found.words("HPCRAY_PRELOAD") if preload is None else preload),
+        as_ray=as_ray,
         runtime_env=check_runtime_env(runtime_env),
         labels=_labels(labels, found.text("HPCRAY_LABELS")),
         redis_url=redis_url,
@@ -360,6 +358,16 @@ def _amount(name: str, given: object, fallback: float | None) -> float | None:
     if not math.isfinite(given) or given < 0:
         raise ValueError(f"{name} must be a finite number >= 0, not {given!r}")
     return float(given)
+
+
+def _modules(preload: object) -> list[str] | Literal["auto"]:
+    if preload == "auto" or preload == ["auto"]:
+        return "auto"
+    if isinstance(preload, str) or not isinstance(preload, Sequence) or not all(
+        isinstance(module, str) and module for module in preload
+    ):
+        raise TypeError(f'preload must be a list of module names, or "auto", not {preload!r}')
+    return list(preload)
 
 
 def _size(name: str, given: object, fallback: int | None, minimum: int = 1) -> int | None:

@@ -25,6 +25,7 @@ from hpcray.client.arguments import pack_arguments
 from hpcray.client.core import STREAMED, WINDOWED, Core
 from hpcray.client.futures import Futures
 from hpcray.client.groups import Group
+from hpcray.client.imports import Imports
 from hpcray.client.link import Link
 from hpcray.client.pending import PendingCalls, exceeded
 from hpcray.client.references import LOCAL, READY, ObjectRef, ReferenceTable
@@ -39,6 +40,7 @@ from hpcray.protocol.messages import (
     Located,
     Output,
     PinForJob,
+    Preload,
     Reply,
     Run,
     SegmentDenied,
@@ -74,6 +76,7 @@ class Client:
         self._requesting = threading.RLock()
         # runtime_env's directories: digest of the packed content -> object.
         self.packages: dict[bytes, bytes] = {}
+        self.imports: Imports | None = None  # of a driver whose workers are to have them
 
     # --- connection -------------------------------------------------------------------------------
 
@@ -184,8 +187,14 @@ class Client:
     # --- submitting -------------------------------------------------------------------------------
 
     def define(self, template: Template, function: DefineFunction | None) -> None:
-        """Make the node know the template (and, before it, its function)."""
+        """Make the node know the template (and, before it, its function).
+
+        A new function may refer to modules imported meanwhile.
+        """
+        news = self.imports.news() if self.imports is not None and function is not None else ()
         with self.link:
+            if news:
+                self.core.outbox.append(Preload(news))
             self.core.define(template, function)
 
     def is_defined(self, id_: bytes) -> bool:

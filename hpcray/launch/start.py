@@ -159,18 +159,22 @@ def connect(config: InitConfig, on_output: Callable[[Any], None]) -> Client:
             if launch.rank != 0:
                 become_node()
         extra = {"HPCRAY_START_TIMEOUT_S": f"{config.start_timeout_s:g}"}
-        if config.preload:
-            extra["HPCRAY_PRELOAD"] = ",".join(config.preload)
+        if "HPCRAY_PRELOAD" in os.environ:
+            extra["HPCRAY_PRELOAD"] = ""  # it goes with the Hello, which follows at once
         if config.redis_url:
             extra["HPCRAY_REDIS_URL"] = config.redis_url
         node = _start(launch, extra)
     # Jobs of one driver have numbers of their own, so that a ref of an earlier one is recognised.
     _session_count += 1
     client = Client(node.socket.dup(), is_driver=True)
+    if config.preload == "auto":
+        from hpcray.client.imports import Imports
+
+        client.imports = Imports()
     client.on_output(on_output)
     try:
         with _late_ranks_told(node.launch):
-            client.start(config.start_timeout_s + 5, _for_node(config))
+            client.start(config.start_timeout_s + 5, _for_node(config, client))
     except LaunchError:
         client.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -218,13 +222,14 @@ def _late_ranks_told(launch: Launch) -> Iterator[None]:
         told.cancel()
 
 
-def _for_node(config: InitConfig) -> dict[str, Any]:
+def _for_node(config: InitConfig, client: Client) -> dict[str, Any]:
     data: dict[str, Any] = msgspec.to_builtins(config)
     data.pop("redis_url", None)
     data["session"] = _session_count
     data["cwd"] = cwd = working_directory()
     data["sys_path"] = [os.path.join(cwd, entry) for entry in sys.path]
     data["environ"] = _changed_environment()
+    data["modules"] = config.preload if client.imports is None else client.imports.news()
     data["script"] = sys.argv[0] if sys.argv else ""
     return data
 

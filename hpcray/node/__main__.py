@@ -73,7 +73,9 @@ def main() -> int:
         several_hosts = launch.local_size < launch.size
         journal.start_store(
             environ.get("HPCRAY_REDIS_URL", ""), found.node_ip if several_hosts else None)
-    preload = [name for name in environ.get("HPCRAY_PRELOAD", "").split(",") if name]
+    # While the script starts; what is told by the job itself comes with its beginning.
+    preload = [name for name in environ.get("HPCRAY_PRELOAD", "").split(",")
+               if name not in ("", "auto")]
     pool = WorkerPool(worker_environ, preload)
     transport: MpiTransport | None = None
     spin = False

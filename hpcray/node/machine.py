@@ -23,7 +23,7 @@ from hpcray.node.explain import Explain
 from hpcray.node.inventory import Inventory
 from hpcray.node.ledger import ResourceLedger
 from hpcray.node.memory import NodeMemory
-from hpcray.node.outbox import Outbox, ServePull, StopJob
+from hpcray.node.outbox import Outbox, Preload, ServePull, StopJob
 from hpcray.node.placement import Bundles, Groups
 from hpcray.node.records import DRIVER, WAIT_LOCAL, WAIT_READY, WAIT_VALUE, ClientRecord
 from hpcray.node.requests import Requests
@@ -124,6 +124,12 @@ class Machine:
                 message.function_id, message.name, message.blob, message.object_id)
             self.functions[message.function_id] = definition
             self.new_functions.append(definition)
+
+    def _preload(self, client: ClientRecord, message: m.Preload) -> None:
+        self.outbox.actions.append(Preload(message.modules))
+        for rank in range(self.size):
+            if rank != self.rank:
+                self.outbox.peers[rank].append(message)
 
     def _define_template(self, client: ClientRecord, message: m.DefineTemplate) -> None:
         self.tasks.define(message.template)
@@ -388,6 +394,7 @@ class Machine:
             m.StreamTaken: lambda _, message: self.streams.taken(message),
             m.StreamDropped: self.streams.dropped,
             m.Taken: self._taken,
+            m.Preload: self._preload,
         }
 
     def _peer_handlers(self) -> dict[type, Callable[[int, Any], None]]:
@@ -437,4 +444,5 @@ class Machine:
             m.ReleaseBundles: lambda _, message: self.bundles.release(message.group),
             m.GroupRemoved: lambda _, message: self.bundles.removed(message.group),
             m.TaskRoom: lambda _, message: self.streams.room(message),
+            m.Preload: lambda _, message: self.outbox.actions.append(Preload(message.modules)),
         }

@@ -88,6 +88,12 @@ class FreeNodeRange(msgspec.Struct, frozen=True):
     offset: int
 
 
+class Preload(msgspec.Struct, frozen=True):
+    """Workers to come find these modules imported."""
+
+    modules: tuple[str, ...]
+
+
 class StopJob(msgspec.Struct, frozen=True):
     park: bool
     status: int = 0
@@ -95,7 +101,7 @@ class StopJob(msgspec.Struct, frozen=True):
 
 Action = (
     StartWorker | KillWorker | TakeBack | GrantSegment | OpenSegment | Introduce
-    | IntroduceActor | CloseSegment | StartPull | ServePull | FreeNodeRange | StopJob
+    | IntroduceActor | CloseSegment | StartPull | ServePull | FreeNodeRange | Preload | StopJob
 )
 
 

@@ -43,9 +43,9 @@ import msgspec
 import hpcray
 from hpcray.transport import datagrams
 from hpcray.worker import zygote
-from hpcray.worker.zygote import Exited, Forked, ForkRefused, Ready
+from hpcray.worker.zygote import Exited, Forked, ForkRefused, Preloaded, Ready, Trying
 
-# Room for every event: the largest is Ready with its list of problems.
+# Room for every event: the largest is Preloaded with its list of problems.
 _EVENT_BYTES = 64 * 1024
 # After SIGKILL the kernel needs moments; a zygote in uninterruptible sleep is left to it.
 _KILLED_ZYGOTE_LIMIT_S = 5.0
@@ -61,9 +61,11 @@ class ZygoteLost:
 
     numbers: tuple[int, ...]
     exit_code: int | None
+    # It died while it preloaded these: no other zygote is asked to.
+    dropped: tuple[str, ...] = ()
 
 
-PoolEvent = Ready | Forked | ForkRefused | Exited | ZygoteLost
+PoolEvent = Ready | Forked | ForkRefused | Exited | Preloaded | ZygoteLost
 
 _event_decoder: msgspec.msgpack.Decoder[zygote.Event] = msgspec.msgpack.Decoder(zygote.Event)
 
@@ -81,7 +83,6 @@ def raise_descriptor_limit() -> int:
 
 def spawn_zygote(
     environ: Mapping[str, str],
-    preload: Sequence[str] = (),
     *,
     target: str = zygote.DEFAULT_TARGET,
     sys_path: Sequence[str] | None = None,
@@ -98,7 +99,7 @@ def spawn_zygote(
     # it; and threads of BLAS libraries must not be started. Both only while it starts.
     package_root = str(Path(hpcray.__file__).resolve().parent.parent)
     search_path = environ.get("PYTHONPATH")
-    changes = dict.fromkeys(zygote.BLAS_VARIABLES, "1")
+    changes = zygote.for_imports(environ)
     changes["PYTHONPATH"] = package_root + (os.pathsep + search_path if search_path else "")
     node_end, zygote_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with zygote_end:
@@ -106,8 +107,6 @@ def spawn_zygote(
         command = [sys.executable, "-P", "-m", "hpcray.worker.zygote"]
         command += ["--fd", str(zygote_end.fileno()), "--target", target]
         command += ["--restore", json.dumps({name: environ.get(name) for name in changes})]
-        for name in preload:
-            command += ["--preload", name]
         if sys_path is not None:
             command += ["--sys-path", json.dumps(list(sys_path))]
         if descriptor_limit is not None:
@@ -151,6 +150,16 @@ class WorkerHandle:
         os.close(self.stderr_fd)
 
 
+@dataclass(slots=True, eq=False)
+class _Preload:
+    """What every zygote of the pool is to import."""
+
+    modules: tuple[str, ...]
+    settings: Mapping[str, Any]
+    patience_s: float
+    quiet: bool
+
+
 @dataclass(slots=True)
 class _Outgoing:
     """A request on its way to the zygote, and descriptors to close once it is sent."""
@@ -174,9 +183,17 @@ class WorkerPool:
         sys_path: Sequence[str] | None = None,
         cleanup_paths: Sequence[str] = (),
     ) -> None:
-        """Starts the zygote: to be called before MPI_Init, from the main thread."""
+        """Starts the zygote: to be called before MPI_Init, from the main thread.
+
+        `preload`: see `preload`; this is in advance, before a job has settings.
+        """
         self._environ = dict(environ)
         self._preload = tuple(preload)
+        self._preloads: list[_Preload] = []
+        self._asked: deque[_Preload] = deque()  # of this zygote, and not answered
+        self._unfit: set[str] = set()
+        self._ready = False
+        self._trial_pid = 0
         self._target = target
         self._sys_path = sys_path
         self._cleanup_paths = tuple(cleanup_paths)
@@ -189,6 +206,7 @@ class WorkerPool:
         self._closed = False
         self._buffer = datagrams.receive_buffer()
         self._start_zygote()
+        self.preload(self._preload)
 
     # --- the zygote -----------------------------------------------------------------------------
 
@@ -231,6 +249,9 @@ class WorkerPool:
                 return
             self._outgoing.popleft()
             _close_all(first.closing)
+        if self._closed and self._socket is not None:
+            with contextlib.suppress(OSError):  # it may be gone
+                self._socket.shutdown(socket.SHUT_WR)
 
     def read_zygote(self) -> list[PoolEvent]:
         """What the zygote has reported; also sends what waits. Empty if there is nothing."""
@@ -247,7 +268,8 @@ class WorkerPool:
                 return events
             event = _event_decoder.decode(datagram)
             self._note(event)
-            events.append(event)
+            if not isinstance(event, Trying):
+                events.append(event)
         self.flush()
         return events
 
@@ -258,6 +280,24 @@ class WorkerPool:
         if self._socket is not None:
             raise RuntimeError("the zygote is alive: restart it after ZygoteLost only")
         self._start_zygote()
+
+    def preload(
+        self, modules: Sequence[str], settings: Mapping[str, Any] | None = None, *,
+        patience_s: float = zygote.PRELOAD_PATIENCE_S, quiet: bool = False,
+    ) -> None:
+        """Have this zygote, and those after it, import modules; workers asked for later have them.
+
+        Each is tried in a child first: what is not fit for it is told by Preloaded. `settings` are
+        those of the workers to come, and `quiet` comes back in the answer.
+
+        Raises:
+          OSError: this process is out of descriptors, and nothing is preloaded.
+        """
+        preload = _Preload(tuple(modules), settings or {}, patience_s, quiet)
+        if modules:
+            if self._socket is not None:
+                self._ask_to_preload(preload)
+            self._preloads.append(preload)
 
     # --- workers --------------------------------------------------------------------------------
 
@@ -275,7 +315,6 @@ class WorkerPool:
         if number in self._handles:
             raise ValueError(f"worker {number} exists already; forget it first")
         encoded = _encode(settings)
-        inline = len(encoded) <= zygote.INLINE_SETTINGS_BYTES
         with contextlib.ExitStack() as on_error:
 
             def owned(fd: int) -> int:
@@ -296,17 +335,14 @@ class WorkerPool:
                 read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
                 pipes.append((owned(read_fd), owned(write_fd)))
                 os.set_blocking(read_fd, False)
-            memfd = [] if inline else [owned(os.memfd_create("settings", os.MFD_CLOEXEC))]
-            if memfd:
-                with open(memfd[0], "wb", closefd=False) as file:
-                    file.write(encoded)
+            inline, memfd = _settings_memfd(encoded)
             on_error.pop_all()  # Nothing below fails.
         handle = WorkerHandle(
             number, task_near, task_far, client_near, pipes[0][0], pipes[1][0]
         )
         self._handles[number] = handle
         closing = [client_far.detach(), pipes[0][1], pipes[1][1], *memfd]
-        request = zygote.ForkRequest(number, encoded if inline else b"")
+        request = zygote.ForkRequest(number, inline)
         self._send(_Outgoing(_encode(request), [task_far.fileno(), *closing], closing))
         return handle
 
@@ -382,8 +418,8 @@ class WorkerPool:
     def again(self) -> WorkerPool:
         """A new pool, with a new zygote, for the next job of this node. After `close`."""
         return WorkerPool(
-            self._environ, self._preload, target=self._target, sys_path=self._sys_path,
-            cleanup_paths=self._cleanup_paths,
+            self._environ, [name for name in self._preload if name not in self._unfit],
+            target=self._target, sys_path=self._sys_path, cleanup_paths=self._cleanup_paths,
         )
 
     def start_close(self, grace_s: float) -> None:
@@ -395,6 +431,10 @@ class WorkerPool:
         if self._socket is not None:
             _close_outgoing(self._outgoing)
             self._send(_Outgoing(_encode(zygote.StopRequest(grace_s))))
+            if self._asked and not any(h.pid and not h.dead for h in self._handles.values()):
+                # It is importing, which may take long, for nobody.
+                assert self._process is not None
+                self._process.kill()
 
     @property
     def closed(self) -> bool:
@@ -431,13 +471,23 @@ class WorkerPool:
     def _start_zygote(self) -> None:
         self._socket, self._process = spawn_zygote(
             self._environ,
-            self._preload,
             target=self._target,
             sys_path=self._sys_path,
             descriptor_limit=self._descriptor_limit,
         )
         if self._cleanup_paths or self._cleanup_folder:
             self.set_cleanup_paths(self._cleanup_paths)
+        self._ready = False
+        self._asked.clear()
+        for preload in self._preloads:
+            self._ask_to_preload(preload)
+
+    def _ask_to_preload(self, preload: _Preload) -> None:
+        modules = [name for name in preload.modules if name not in self._unfit]
+        inline, memfd = _settings_memfd(_encode({**preload.settings, "modules": modules}))
+        request = zygote.PreloadRequest(inline, preload.patience_s, preload.quiet)
+        self._asked.append(preload)
+        self._send(_Outgoing(_encode(request), memfd, list(memfd)))
 
     def _send(self, outgoing: _Outgoing) -> None:
         # In order, behind what waits: a ReapRequest must not overtake its own fork request.
@@ -457,7 +507,14 @@ class WorkerPool:
             case ForkRefused(number):
                 self._handles[number].dead = True
             case Ready():
-                pass
+                self._ready = True
+            case Trying(pid):
+                self._trial_pid = pid
+            case Preloaded(_, problems):
+                self._asked.popleft()
+                self._trial_pid = 0
+                # A new zygote need not find out again.
+                self._unfit.update(problem.module for problem in problems)
 
     def _lose_zygote(self) -> ZygoteLost:
         assert self._socket is not None
@@ -471,7 +528,12 @@ class WorkerPool:
         for handle in self._handles.values():
             handle.dead = True
             handle.zombie = False
-        return ZygoteLost(numbers, exit_code)
+        dropped: tuple[str, ...] = ()
+        if self._ready and self._asked:
+            # It may have died of that: it got past the trial, and would do so again.
+            dropped = self._asked[0].modules
+            self._preloads.remove(self._asked[0])
+        return ZygoteLost(numbers, exit_code, dropped)
 
     def _end_process(self) -> int | None:
         """The zygote is dead or of no use: make sure of it."""
@@ -488,12 +550,29 @@ class WorkerPool:
         # zygote's end a reuse would take a wrap-around of all pids. Whole sessions, as the
         # zygote would have done: a shell puts what it starts into groups of their own.
         sessions = {handle.pid for handle in self._handles.values() if handle.pid}
+        if self._trial_pid:
+            sessions.add(self._trial_pid)
+            self._trial_pid = 0
         if sessions:
             zygote.end_sessions(sessions)
 
 
 def _encode(message: Any) -> bytes:
     return msgspec.msgpack.encode(message)
+
+
+def _settings_memfd(encoded: bytes) -> tuple[bytes, list[int]]:
+    """What goes into the request, and what along with it."""
+    if len(encoded) <= zygote.INLINE_SETTINGS_BYTES:
+        return encoded, []
+    memfd = os.memfd_create("settings", os.MFD_CLOEXEC)
+    try:
+        with open(memfd, "wb", closefd=False) as file:
+            file.write(encoded)
+    except OSError:
+        os.close(memfd)
+        raise
+    return b"", [memfd]
 
 
 def _close_all(descriptors: list[int]) -> None:

@@ -59,7 +59,7 @@ from hpcray.transport.base import (
     Transport,
 )
 from hpcray.transport.patience import Patience
-from hpcray.worker.zygote import Exited, ForkRefused, Ready
+from hpcray.worker.zygote import Exited, ForkRefused, Preloaded, Ready
 
 _TICK_S = 0.01
 _SLOW_TICK_S = 1.0
@@ -133,6 +133,7 @@ class NodeServer:
         self._config: dict[str, Any] | None = None
         self._early: list[tuple[int, list[Any]]] = []
         self._settings: dict[str, Any] = {}
+        self._preload_quietly = False  # nobody has named the modules: they may well be unfit
         self._packages = ""
         self._last_mpi_s = time.monotonic()
         self._next_tick_s = 0.0
@@ -422,6 +423,13 @@ class NodeServer:
         assert self._transfers is not None
         self._transfers.serve(action)
 
+    def _preload(self, machine: Machine, action: out.Preload) -> None:
+        # In order with the requests for workers. Without descriptors they import it themselves.
+        with contextlib.suppress(OSError):
+            self._pool.preload(action.modules, self._settings, quiet=self._preload_quietly)
+        if self._pool.wants_write:
+            self._watch_zygote()
+
     def _stop_job(self, machine: Machine, action: out.StopJob) -> None:
         self._end_job(park=action.park)
 
@@ -513,6 +521,8 @@ class NodeServer:
                 self._zygote_delay_s = 0.0
                 for problem in event.problems:
                     self._output.notice(f"Warning: {problem}")
+            elif isinstance(event, Preloaded):
+                self._tell_problems(event)
             elif isinstance(event, ZygoteLost) and self._pool.closed:
                 self._watcher.unwatch(self._zygote_fd)
             elif isinstance(event, ZygoteLost):
@@ -522,12 +532,24 @@ class NodeServer:
                 self._dead.extend((number, failure) for number in event.numbers)
                 self._watcher.unwatch(self._zygote_fd)
                 if self._zygote_delay_s == 0.0:
-                    self._output.notice(f"Warning: {failure.message}; starting a new one")
+                    without = f", without {words.listed(list(event.dropped))}" * bool(event.dropped)
+                    self._output.notice(
+                        f"Warning: {failure.message}; starting a new one{without}")
                 self._zygote_due_s = time.monotonic() + self._zygote_delay_s  # see `_turn`
                 self._zygote_delay_s = min(
                     max(2 * self._zygote_delay_s, _ZYGOTE_DELAY_S), _ZYGOTE_LAST_DELAY_S)
         if self._zygote_fd == self._pool.fileno():
             self._watch_zygote()
+
+    def _tell_problems(self, event: Preloaded) -> None:
+        """Once for the job: nodes have the same modules as a rule, and a worker that imports one
+        has its own error."""
+        if self.rank == 0:
+            for problem in event.problems:
+                if problem.crashed or not event.quiet:
+                    self._output.notice(
+                        f"Warning: {problem.module} is not preloaded: it {problem.text}. "
+                        "Workers that need it import it themselves")
 
     def _restart_zygote(self, now_s: float) -> None:
         """It is time; until then workers were refused."""
@@ -793,6 +815,7 @@ class NodeServer:
             "nodes": [messages.encode(node) for node in nodes],
             "environ": self._config.pop("environ", {}),
             "gpus": gpus,
+            "modules": self._config.pop("modules", ()),
             "config": self._config,
             "control": self._journal.address_bytes(),
             "secret": secrets.token_bytes(32),
@@ -822,7 +845,7 @@ class NodeServer:
         mine = dict(nodes[self.rank].resources)
         capacity_bytes = mine["object_store_memory"] // messages.UNIT
         # The secret and the control store's password are the nodes' own: clients do not get them.
-        own = ("secret", "control", "nodes", "environ", "gpus")
+        own = ("secret", "control", "nodes", "environ", "gpus", "modules")
         public = {k: v for k, v in session.items() if k not in own}
         machine = Machine(self.rank, self.size, mine, capacity_bytes, job_id, public)
         for node in nodes:
@@ -848,8 +871,11 @@ class NodeServer:
             "host": self._me.host, "address": self._me.address,
             "namespace": config.get("namespace", ""), "packages": self._packages,
             "gpus": {"variable": self._me.gpus.variable, "ids": session["gpus"][self.rank]},
+            "as_ray": config.get("as_ray", False),
         }
         self._settings = {k: v for k, v in self._settings.items() if v is not None}
+        self._preload_quietly = config.get("preload") == "auto"
+        self._preload(machine, out.Preload(tuple(session["modules"])))
         self._journal.begin(
             job_id, session["secret"], session["control"], machine, config, self._me)
         self._output.begin([node.address for node in nodes], config.get("log_rules", {}))
@@ -1048,5 +1074,6 @@ _ACTIONS: dict[type, Callable[[NodeServer, Machine, Any], None]] = {
     out.FreeNodeRange: NodeServer._free_node_range,
     out.StartPull: NodeServer._start_pull,
     out.ServePull: NodeServer._serve_pull,
+    out.Preload: NodeServer._preload,
     out.StopJob: NodeServer._stop_job,
 }

@@ -363,12 +363,18 @@ class Taken(_Message, tag=34):
     request: int
 
 
+class Preload(_Message, tag=82):
+    """The driver has imported these: workers are to start with them. Its node tells all others."""
+
+    modules: tuple[str, ...]
+
+
 ToNode = (
     Hello | DefineFunction | DefineTemplate | SubmitTask | SubmitCall | CreateActor | PutInline
     | PutLocated | Hold | Drop | Unpin | PinForJob | Get | Watch | Done | DoneMany | Failed
     | Blocked | Unblocked | SegmentRequest | SegmentReturn | SegmentOpen | FetchTemplate | Request
     | EndJob | ActorExit | Yield | StreamTaken | StreamDropped | Untold | Unsent | Meanwhile
-    | Taken
+    | Taken | Preload
 )
 
 # --- node -> client -----------------------------------------------------------------------------
@@ -950,7 +956,7 @@ ToPeer = (
     | ActorWhere | ActorIs | ActorStop | ActorDown | PeerRequest | PeerReply
     | PeerOutput | Notice | RecallTask | GiveBack | PullMapped | PullEnded | TaskYield | TaskRoom
     | PrepareBundles | BundlesPrepared | CommitBundles | ReleaseBundles | GroupRemoved
-    | PeerRows | ActorAt
+    | PeerRows | ActorAt | Preload
 )
 
 encode = msgspec.msgpack.Encoder().encode

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from hpcray import exceptions
 from hpcray.config import expanded
 from hpcray.protocol.messages import WORKING_DIR, Template
+from hpcray.worker import zygote
 
 if TYPE_CHECKING:
     from hpcray.client.client import Client
@@ -33,6 +34,8 @@ def enter(client: Client, folder: str, template: Template) -> None:
       RuntimeEnvSetupError: a package cannot be unpacked.
     """
     os.environ.update(expanded(dict(template.env_vars)))
+    if not zygote.BLAS_VARIABLES.isdisjoint(dict(template.env_vars)):
+        zygote.limit_threads(zygote.thread_limits())  # of libraries that are loaded already
     if not template.packages:
         return
     try:
@@ -49,8 +52,17 @@ def enter(client: Client, folder: str, template: Template) -> None:
         raise exceptions.RuntimeEnvSetupError(
             f"the runtime_env of {template.name} cannot be set up in {folder}: {error}") from error
     sys.path[:0] = paths
+    _forget_preloaded(paths)
     known = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([*paths, *([known] if known else [])])
+
+
+def _forget_preloaded(paths: list[str]) -> None:
+    """What the packages bring is imported from there, and not found as the driver has it."""
+    brought = {entry.partition(".")[0] for path in paths for entry in os.listdir(path)}
+    for name in zygote.preloaded:
+        if name.partition(".")[0] in brought:
+            sys.modules.pop(name, None)
 
 
 # Variables by which libraries choose devices. Slurm sets several of them alike.

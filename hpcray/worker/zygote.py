@@ -9,6 +9,8 @@ called MPI_Init must not fork, so the node starts the zygote *before* that.
      |  python -m hpcray.worker.zygote       |
      |-------------- spawn ----------------->|  import, gc.freeze()
      |<------------- Ready ------------------|
+     |-- PreloadRequest(modules) ----------->|  worker/preload.py; forks wait behind it
+     |<------------- Preloaded --------------|
      |-- ForkRequest(number) + 4 fds ------->|--- fork ------------------->| setsid, PDEATHSIG
      |<------------- Forked(number, pid) ----|                             | target(number, ...)
      |<------------- Exited(number, status) -|<-- SIGCHLD ------ exit -----|
@@ -53,14 +55,17 @@ DEFAULT_TARGET = "hpcray.worker.main:run_worker"
 Target = Callable[[int, int, int, dict[str, Any]], int | None]
 
 # Read by BLAS and OpenMP libraries when they are loaded, and never again.
-BLAS_VARIABLES = (
+BLAS_VARIABLES = frozenset((
     "OMP_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",
     "MKL_NUM_THREADS",
     "BLIS_NUM_THREADS",
     "NUMEXPR_NUM_THREADS",
     "VECLIB_MAXIMUM_THREADS",
-)
+))
+
+# Read by pyarrow's allocator when it is loaded: it would start a thread.
+_ARROW_VARIABLE, _ARROW_THREADLESS = "JE_ARROW_MALLOC_CONF", "background_thread:false"
 
 # What every worker needs; missing ones (numpy in a minimal installation) are not an error.
 _ALWAYS_PRELOADED = ("msgspec", "cloudpickle", "numpy", "random", "threadpoolctl")
@@ -70,6 +75,13 @@ _ALWAYS_PRELOADED = ("msgspec", "cloudpickle", "numpy", "random", "threadpoolctl
 INLINE_SETTINGS_BYTES = 64 * 1024
 _RECEIVE_BYTES = INLINE_SETTINGS_BYTES + 4096
 
+# A preload that makes no progress for so long hangs. Patience with a file system that many nodes
+# read at once: a module is dropped for the whole job.
+PRELOAD_PATIENCE_S = 30.0
+
+# So many are told, for the sake of the datagram: nobody reads more.
+_PROBLEMS = 50
+
 # How long workers have between SIGTERM and SIGKILL when their node is gone without a word.
 DEFAULT_GRACE_S = 1.0
 # A process in uninterruptible sleep does not die of SIGKILL; do not wait for it for ever.
@@ -77,6 +89,9 @@ _REAP_LIMIT_S = 5.0
 # Generations that may be forked while their elders are killed: only something that forks without
 # end gets that far.
 _LOOKS_FOR_CHILDREN = 50
+
+# Names that PreloadRequests have put into sys.modules, in the zygote and its workers.
+preloaded: set[str] = set()
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
@@ -91,6 +106,7 @@ class WorkerSettings(TypedDict, total=False):
     environ: dict[bytes, bytes | None]  # changes of the zygote's own; None takes one away
     env_vars: dict[str, str]  # on top of those, with ${NAME} in them replaced
     blas_threads: int
+    as_ray: bool  # `import ray` gives hpcray, from the first user code on
 
 
 # --- node -> zygote -----------------------------------------------------------------------------
@@ -118,18 +134,30 @@ class CleanupRequest(msgspec.Struct, frozen=True, gc=False, array_like=True, tag
 
 
 class StopRequest(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=4):
-    """An orderly end: terminate the workers and exit. Nothing is unlinked: the node lives."""
+    """An orderly end: terminate the workers and exit. Nothing is unlinked: the node lives.
+
+    The node hangs up behind it, so that a preload is not waited for.
+    """
 
     grace_s: float
 
 
-Request = ForkRequest | ReapRequest | CleanupRequest | StopRequest
+class PreloadRequest(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=5):
+    """Import settings["modules"], in this order, as a worker with these settings would; but none
+    that harms forks. A descriptor (a memfd) holds the settings if they are not inline."""
+
+    settings: bytes = b""
+    patience_s: float = PRELOAD_PATIENCE_S  # longest time without progress
+    quiet: bool = False  # comes back in Preloaded
+
+
+Request = ForkRequest | ReapRequest | CleanupRequest | StopRequest | PreloadRequest
 
 # --- zygote -> node -----------------------------------------------------------------------------
 
 
 class Ready(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=1):
-    """Imports are done. `problems` has one line per preload that failed or started a thread."""
+    """The zygote's own imports are done. `problems`: a line for each that failed."""
 
     pid: int
     import_s: float
@@ -161,7 +189,30 @@ class Exited(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=4):
         return os.waitstatus_to_exitcode(self.wait_status)
 
 
-Event = Ready | Forked | ForkRefused | Exited
+class Problem(msgspec.Struct, frozen=True, gc=False, array_like=True):
+    """A module that is not preloaded: "it `text`"."""
+
+    module: str
+    text: str
+    crashed: bool = False  # or hung
+
+
+class Preloaded(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=5):
+    """The first unanswered PreloadRequest is done. `problems`: the first that there were, with
+    those that crashed in front."""
+
+    import_s: float
+    problems: tuple[Problem, ...]
+    quiet: bool
+
+
+class Trying(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=6):
+    """A child imports modules on trial, as leader of a session of its own."""
+
+    pid: int
+
+
+Event = Ready | Forked | ForkRefused | Exited | Preloaded | Trying
 
 
 class _NodeGone(Exception):
@@ -171,12 +222,10 @@ class _NodeGone(Exception):
 class Zygote:
     """The serving half, after the imports. One thread; the loop is `serve`."""
 
-    def __init__(self, node: socket.socket, target: Target | str, suspects: Sequence[str]) -> None:
-        """`target` is a string, the reason, if it could not be imported. `suspects` are the
-        preloads during whose import threads appeared."""
+    def __init__(self, node: socket.socket, target: Target | str) -> None:
+        """`target` is a string, the reason, if it could not be imported."""
         self._node = node
         self._target = target
-        self._suspects = suspects
         self._pid = os.getpid()
         self._decoder = msgspec.msgpack.Decoder(Request)
         self._living: dict[int, int] = {}  # pid -> number
@@ -255,6 +304,8 @@ class Zygote:
                 case CleanupRequest():
                     self._cleanup_paths = request.paths
                     self._cleanup_folder = request.folder
+                case PreloadRequest():
+                    self._preload(request, descriptors)
                 case StopRequest():
                     return request
         finally:
@@ -284,12 +335,54 @@ class Zygote:
             return self._target
         if thread_count() == 1:
             return ""
-        suspects = ", ".join(self._suspects) or "an import that did so later"
+        # Its trial has not shown it: it starts threads some time after the import.
         return (
             f"the zygote has {thread_count()} threads ({', '.join(_thread_names())}), and a fork "
-            f"would copy their locks but not them; started by preload: {suspects}. Take it out "
-            "of preload and import it in the tasks instead"
+            "would copy their locks but not them. Take the module that starts them out of preload "
+            "and import it in the tasks instead"
         )
+
+    def _preload(self, request: PreloadRequest, descriptors: list[int]) -> None:
+        """Forks wait meanwhile; deaths are reported, and a node that hangs up ends it."""
+        from hpcray.worker.preload import Preloading
+
+        started_s = time.monotonic()
+        settings = _read_settings(request, descriptors)
+        preloading = Preloading(
+            settings["modules"], settings, request.patience_s, self._become_trial)
+        before = set(sys.modules)
+        trial = 0
+        while not preloading.done:
+            if preloading.pid != trial:
+                trial = preloading.pid
+                self._send(Trying(trial))
+            poller = select.poll()
+            poller.register(preloading, select.POLLIN)
+            poller.register(self._wake_read, select.POLLIN)
+            poller.register(self._node, select.POLLRDHUP)
+            ready = [fd for fd, _ in poller.poll(preloading.look_s * 1000)]
+            if self._node.fileno() in ready:
+                preloading.abandon()
+                return
+            if self._wake_read in ready:
+                self._report_exits()
+            preloading.step()
+        preloaded.update(sys.modules.keys() - before)
+        self._blas = _blas_controller()  # they may have loaded others
+        gc.collect()
+        gc.freeze()
+        problems = sorted(preloading.problems, key=lambda problem: not problem.crashed)
+        self._send(Preloaded(
+            time.monotonic() - started_s, tuple(problems[:_PROBLEMS]), request.quiet))
+
+    def _become_trial(self) -> None:
+        """In the child. It has no worker's descriptors: it keeps to its standard streams."""
+        os.setsid()
+        self._prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != self._pid:
+            os._exit(1)
+        self._prctl(_PR_SET_NAME, b"hpcray:trial")
+        self._let_go()
 
     def _bury(self) -> None:
         """Kill what dead workers left in their sessions, then let go of their pids.
@@ -381,16 +474,7 @@ class Zygote:
         if os.getppid() != self._pid:  # It died before prctl: no signal will ever come.
             os._exit(1)
         self._prctl(_PR_SET_NAME, f"hpcray:w{number}".encode())
-        signal.set_wakeup_fd(-1)
-        for signal_number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(signal_number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        # The zygote's own descriptors. It was started with no others, and what a preload has
-        # opened belongs to that module: its objects would later close numbers that have been
-        # reused meanwhile.
-        self._node.close()
-        os.close(self._wake_read)
-        os.close(self._wake_write)
+        self._let_go()
         task_fd, client_fd, stdout_fd, stderr_fd = descriptors
         os.dup2(stdout_fd, 1)  # stdin is /dev/null already.
         os.dup2(stderr_fd, 2)
@@ -399,17 +483,29 @@ class Zygote:
         gc.enable()
         return task_fd, client_fd
 
+    def _let_go(self) -> None:
+        """Of the zygote's signals and descriptors."""
+        signal.set_wakeup_fd(-1)
+        for signal_number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(signal_number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        # The zygote was started with no others, and what a preload has opened belongs to that
+        # module: its objects would later close numbers that have been reused meanwhile.
+        self._node.close()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+
     def _take_settings(self, settings: dict[str, Any]) -> None:
         """Make the process look as if the job had started it, before any user code runs."""
         reseed()
-        _change_environment(settings.get("environ") or {}, settings.get("env_vars") or {})
+        change_environment(settings.get("environ") or {}, settings.get("env_vars") or {})
         threads = settings.get("blas_threads")
         if threads:
-            # For libraries loaded later; those loaded already are asked one by one.
             for name in BLAS_VARIABLES:
                 os.environ.setdefault(name, str(threads))
-            if self._blas is not None and threads != 1:  # One is what they have: 3 ms saved.
-                self._blas.limit(limits=threads)
+        limits = thread_limits()
+        if any(limit != 1 for limit in limits.values()):  # One is what they have: 3 ms saved.
+            limit_threads(limits, self._blas)
         sys_path = settings.get("sys_path")
         if sys_path is not None:
             sys.path[:] = sys_path
@@ -420,6 +516,7 @@ class Zygote:
             except OSError as error:
                 # The driver's directory need not exist on every host.
                 print(f"hpcray: staying in {os.getcwd()}: {error}", file=sys.stderr)
+        enter_as_ray(settings)
 
 
 # --- small tools --------------------------------------------------------------------------------
@@ -439,6 +536,50 @@ def reseed() -> None:
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         numpy.random.seed()
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.default_generator.seed()  # a GPU's has the same seed in every process that is new
+
+
+def for_imports(environ: Mapping[str, str]) -> dict[str, str]:
+    """Variables with which libraries start no threads as they are loaded."""
+    arrow = environ.get(_ARROW_VARIABLE)
+    return {
+        **dict.fromkeys(BLAS_VARIABLES, "1"),
+        _ARROW_VARIABLE: f"{arrow},{_ARROW_THREADLESS}" if arrow else _ARROW_THREADLESS,
+    }
+
+
+def thread_limits() -> dict[str, int]:
+    """Threads that the environment allows to the libraries of each kind (threadpoolctl's names)."""
+    every = os.environ.get("OMP_NUM_THREADS", "")
+    found = {"openmp": every}
+    for kind in ("openblas", "mkl", "blis"):
+        found[kind] = os.environ.get(f"{kind.upper()}_NUM_THREADS", every)
+    first = {kind: value.partition(",")[0].strip() for kind, value in found.items()}
+    return {kind: int(value) for kind, value in first.items() if value.isdecimal() and int(value)}
+
+
+def limit_threads(limits: Mapping[str, int], libraries: Any = None) -> None:
+    """Have libraries that are loaded already do as if they had been loaded with these limits.
+
+    `libraries`: a ThreadpoolController, if its owner has looked for them before.
+    """
+    if libraries is None:
+        libraries = _blas_controller()
+    if libraries is not None:
+        for kind, limit in limits.items():
+            same = {"user_api": kind} if kind == "openmp" else {"internal_api": kind}
+            libraries.select(**same).limit(limits=limit)
+    torch = sys.modules.get("torch")
+    if torch is not None and "openmp" in limits:
+        torch.set_num_threads(limits["openmp"])
+
+
+def enter_as_ray(settings: Mapping[str, Any]) -> None:
+    """From here on `import ray` gives hpcray, if the job wants it."""
+    if settings.get("as_ray"):
+        importlib.import_module("hpcray.as_ray").install()
 
 
 def kill_sessions(sessions: set[int], signal_number: int) -> set[int]:
@@ -487,14 +628,16 @@ def _peek_exit(pid: int) -> int | None:
     return result.si_status | (0x80 if result.si_code == os.CLD_DUMPED else 0)
 
 
-def _read_settings(request: ForkRequest, descriptors: list[int]) -> dict[str, Any]:
+def _read_settings(
+    request: ForkRequest | PreloadRequest, descriptors: list[int]
+) -> dict[str, Any]:
     encoded = request.settings
     if not encoded:
-        encoded = os.pread(descriptors[4], os.fstat(descriptors[4]).st_size, 0)
+        encoded = os.pread(descriptors[-1], os.fstat(descriptors[-1]).st_size, 0)
     return msgspec.msgpack.decode(encoded, type=dict[str, Any])
 
 
-def _change_environment(changes: Mapping[bytes, bytes | None], env_vars: Mapping[str, str]) -> None:
+def change_environment(changes: Mapping[bytes, bytes | None], env_vars: Mapping[str, str]) -> None:
     old_zone = os.environ.get("TZ")
     # As bytes: a variable need not be UTF-8, and messages carry no other text.
     for name, value in changes.items():
@@ -544,24 +687,15 @@ def _blas_controller() -> Any:
 # --- start --------------------------------------------------------------------------------------
 
 
-def import_preloads(names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Import them in order; (problems for people, names of those that started threads)."""
+def import_always() -> list[str]:
+    """What every worker needs; problems for people."""
     problems: list[str] = []
-    suspects: list[str] = []
-    threads = thread_count()
-    for name in names:
-        try:
+    for name in _ALWAYS_PRELOADED:
+        with contextlib.suppress(ImportError):
             importlib.import_module(name)
-        except ImportError as error:
-            if name not in _ALWAYS_PRELOADED:
-                problems.append(f"preload {name} cannot be imported: {error}")
-        except (Exception, SystemExit) as error:  # Whatever a user's module raises.
-            problems.append(f"preload {name} raised {type(error).__name__}: {error}")
-        if thread_count() > threads:
-            suspects.append(name)
-            problems.append(f"preload {name} started {thread_count() - threads} threads")
-        threads = thread_count()
-    return problems, suspects
+        if thread_count() > 1:
+            problems.append(f"{name} starts threads: {', '.join(_thread_names())}")
+    return problems
 
 
 def load_target(name: str) -> Target | str:
@@ -580,8 +714,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="hpcray.worker.zygote", description=__doc__)
     parser.add_argument("--fd", type=int, required=True, help="socket of the node")
     parser.add_argument("--target", default=DEFAULT_TARGET, help="module:function of a worker")
-    parser.add_argument("--preload", action="append", default=[], help="module to import")
-    parser.add_argument("--sys-path", type=json.loads, help="JSON list: sys.path for preloads")
+    parser.add_argument("--sys-path", type=json.loads, help="JSON list: sys.path of the target")
     parser.add_argument("--restore", type=json.loads, default={}, help="JSON object: variables")
     parser.add_argument("--descriptor-limit", type=int, help="soft limit for workers")
     options = parser.parse_args(arguments)
@@ -610,16 +743,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     started = dict(os.environb)
     if options.sys_path is not None:
         sys.path[:] = options.sys_path
-    problems, suspects = import_preloads([*_ALWAYS_PRELOADED, *options.preload])
+    problems = import_always()
     target = load_target(options.target)
     if isinstance(target, str):
         problems.append(target)
     changes = {**dict.fromkeys(os.environb.keys() - started.keys()), **started, **changes}
-    _change_environment(changes, {})
+    change_environment(changes, {})
     # User code must not find the zygote under the name of its own main module.
     sys.modules["__main__"] = types.ModuleType("__main__")
     sys.argv[:] = [""]
-    zygote = Zygote(node, target, suspects)
+    zygote = Zygote(node, target)
     zygote.warm_up()
     sys.stdout.flush()  # What is buffered now would be printed once by every worker.
     sys.stderr.flush()

@@ -45,6 +45,8 @@ EXCEPTIONS = {
     ("node.pool", "__init__"): "hpcray.__file__: where the zygote finds the package",
     ("worker.main", "actor"):
         "loads the handles of actors before the first fork; a worker has no face otherwise",
+    ("worker.preload", "launch.progress"):
+        "what the kernel says of another process; it imports nothing",
     ("worker.hosting", "actor"): "ActorExitRequest, which should live below both",
 }
 # Of the worker's room a node may know this one module.

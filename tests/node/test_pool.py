@@ -26,7 +26,7 @@ from hpcray.node.pool import (
 )
 from hpcray.protocol.sizes import DATAGRAM_MAX_BYTES
 from hpcray.transport.datagrams import FULL, SENT
-from hpcray.worker.zygote import Exited, Forked, ForkRefused, Ready
+from hpcray.worker.zygote import Exited, Forked, ForkRefused, Preloaded, Ready
 
 TARGETS = str(Path(__file__).parent.parent / "worker")
 LIMIT_S = 30
@@ -303,6 +303,79 @@ def test_dead_zygote_takes_what_is_being_forked(driver: Driver) -> None:
         driver.pool.forget(number)
         driver.pool.restart_zygote()
     # The look for what a test leaves behind does the rest.
+
+
+def look(driver: Driver, number: int, *names: str) -> list[str]:
+    """Which of these modules a new worker finds imported."""
+    found: list[str] = hear(driver.pool.start(number, {"do": "look", "look_for": names}))[0]
+    return found
+
+
+def preload_settings(folder: Path, **sources: str) -> dict[str, Any]:
+    for name, source in sources.items():
+        (folder / f"{name}.py").write_text(source)
+    return {"sys_path": [str(folder), *sys.path]}
+
+
+def test_a_new_zygote_preloads_again_but_what_was_unfit(driver: Driver, tmp_path: Path) -> None:
+    count = tmp_path / "count"
+    settings = preload_settings(
+        tmp_path, fit="", unfit=f"open({str(count)!r}, 'a').write('.')\nimport os\nos.abort()")
+    driver.pool.preload(["fit", "unfit"], settings, quiet=True)
+    assert look(driver, 1, "fit", "unfit") == ["fit"]
+    preloaded = driver.wait_for(Preloaded)
+    assert [problem.module for problem in preloaded.problems] == ["unfit"]
+    assert preloaded.quiet
+    driver.wait_for(Ready)
+    os.kill(driver.pool.zygote_pid, signal.SIGKILL)
+    assert driver.wait_for(ZygoteLost).dropped == ()
+    driver.pool.forget(1)
+    driver.pool.restart_zygote()
+    assert look(driver, 1, "fit", "unfit") == ["fit"]
+    assert count.read_text() == ".", "once is enough"
+
+
+def test_what_kills_the_zygote_itself_is_not_preloaded_again(
+    driver: Driver, tmp_path: Path
+) -> None:
+    settings = preload_settings(
+        tmp_path, fit="", harmless="",
+        deadly="if open('/proc/self/comm').read() == 'hpcray:zygote\\n':\n"
+               "    import os\n    os.abort()")
+    driver.pool.preload(["fit"], settings)
+    driver.pool.preload(["harmless", "deadly"], settings)
+    lost = driver.wait_for(ZygoteLost)
+    assert lost.dropped == ("harmless", "deadly")
+    assert lost.exit_code == -signal.SIGABRT
+    driver.pool.restart_zygote()
+    assert look(driver, 1, "fit", "harmless", "deadly") == ["fit"]
+
+
+def test_a_list_too_large_for_a_datagram_is_preloaded(driver: Driver, tmp_path: Path) -> None:
+    before = len(descriptors())
+    settings = preload_settings(tmp_path, fit="")
+    many = [f"fit.{'x' * 100}_{number}" for number in range(2000)]
+    driver.pool.preload(["fit", *many], settings)
+    preloaded = driver.wait_for(Preloaded)
+    assert "is not a package" in preloaded.problems[-1].text
+    assert look(driver, 1, "fit") == ["fit"]
+    driver.wait_for(Forked)
+    assert len(descriptors()) - before <= 5, "those of the worker"
+
+
+def test_the_end_does_not_wait_for_an_import(driver: Driver, tmp_path: Path) -> None:
+    """In the zygote itself, which hears nobody meanwhile."""
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    settings = preload_settings(
+        tmp_path, slow=f"if open('/proc/self/comm').read() == 'hpcray:zygote\\n':\n"
+                       f"    open({str(gate)!r}).read()")
+    driver.pool.preload(["slow"], settings)
+    driver.pool.start(1, {"do": "stubborn"})
+    with open(gate, "w"):
+        started_s = time.monotonic()
+        driver.pool.close(20)
+        assert time.monotonic() - started_s < 10
 
 
 def test_numbers_are_unique(driver: Driver) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import select
 import signal
@@ -53,8 +54,8 @@ class RawZygote:
         options.setdefault("target", "zygote_targets:run")
         self.socket, self.process = spawn_zygote(environ, sys_path=[HERE, *sys.path], **options)
 
-    def event(self) -> zygote.Event:
-        wait_readable(self.socket)
+    def event(self, limit_s: float = LIMIT_S) -> zygote.Event:
+        wait_readable(self.socket, limit_s)
         event: zygote.Event = msgspec.msgpack.decode(self.socket.recv(65536), type=zygote.Event)
         return event
 
@@ -212,32 +213,259 @@ def test_worker_killed_by_a_signal_is_told_from_one_that_exits(raw: RawZygote) -
     worker.close()
 
 
-def test_preload_with_a_thread_is_named_and_nothing_forked() -> None:
-    node = RawZygote(preload=["zygote_targets"], environ={"TEST_LEAK_A_THREAD": "1"})
+def test_a_missing_target_is_a_problem_and_a_refusal() -> None:
+    node = RawZygote(target="no_such_target:run")
     ready = node.event()
     assert isinstance(ready, Ready)
-    assert ready.problems == ("preload zygote_targets started 1 threads",)
-    worker = node.fork(1, do="echo")
-    refused = node.event()
-    assert isinstance(refused, ForkRefused)
-    assert "2 threads" in refused.reason
-    assert "zygote_targets" in refused.reason
-    worker.close()
-    node.close()
-
-
-def test_missing_modules_are_problems_and_a_missing_target_a_refusal() -> None:
-    node = RawZygote(preload=["no_such_module"], target="no_such_target:run")
-    ready = node.event()
-    assert isinstance(ready, Ready)
-    assert len(ready.problems) == 2
-    assert "preload no_such_module cannot be imported" in ready.problems[0]
+    assert len(ready.problems) == 1
     worker = node.fork(1, do="echo")
     refused = node.event()
     assert isinstance(refused, ForkRefused)
     assert "no_such_target" in refused.reason
     worker.close()
     node.close()
+
+
+# --- preload ------------------------------------------------------------------------------------
+
+
+class Modules:
+    """A directory of modules to import."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.names: list[str] = []
+
+    def add(self, name: str, source: str = "") -> None:
+        self.names.append(name)
+        *packages, _ = name.split(".")
+        path = self.folder.joinpath(*packages)
+        path.mkdir(parents=True, exist_ok=True)
+        for depth in range(len(packages)):
+            self.folder.joinpath(*packages[: depth + 1], "__init__.py").touch()
+        self.folder.joinpath(*name.split(".")).with_suffix(".py").write_text(source)
+
+    def settings(self, **more: Any) -> dict[str, Any]:
+        path = [str(self.folder), HERE, *sys.path]
+        return {"modules": self.names, "sys_path": path, **more}
+
+
+@pytest.fixture
+def modules(tmp_path: Path) -> Modules:
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    return Modules(folder)
+
+
+def preload(node: RawZygote, settings: dict[str, Any], patience_s: float = LIMIT_S) -> None:
+    node.request(zygote.PreloadRequest(msgspec.msgpack.encode(settings), patience_s))
+
+
+def preloaded(node: RawZygote) -> dict[str, zygote.Problem]:
+    while isinstance(event := node.event(3 * LIMIT_S), zygote.Trying):
+        pass
+    assert isinstance(event, zygote.Preloaded), event
+    assert len({problem.module for problem in event.problems}) == len(event.problems)
+    return {problem.module: problem for problem in event.problems}
+
+
+def imported(node: RawZygote, names: list[str]) -> list[str]:
+    """Those that a new worker finds imported."""
+    worker = node.fork(99, do="look", look_for=names)
+    found: list[str] = worker.hear()[0]
+    worker.close()
+    return found
+
+
+UNFIT = {
+    "starts 1 thread":
+        "import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()",
+    "starts a process": "import subprocess\nsubprocess.Popen(['sleep', '1000'])",
+    "sets a handler of SIGTERM": "import signal\nsignal.signal(signal.SIGTERM, lambda *_: None)",
+    "calls MPI_Init": """
+import sys, types
+mpi = sys.modules["mpi4py.MPI"] = types.ModuleType("mpi4py.MPI")
+mpi.Is_initialized = lambda: True
+""",
+    "exits with status 0": "import os\nos._exit(0)",
+    "crashes by signal 11 (the last words)":
+        "import os, sys\nprint('the last words', file=sys.stderr)\nos.kill(os.getpid(), 11)",
+    "hangs: no progress for 2 s": "import threading\nthreading.Event().wait()",
+}
+HARMLESS = {
+    "cannot be imported: No module named 'no_such_module'": "import no_such_module",
+    "raises ValueError: as asked": "raise ValueError('as asked')",
+    "raises SystemExit: 3": "raise SystemExit(3)",
+}
+
+
+@pytest.mark.parametrize("problem", [*UNFIT, *HARMLESS])
+def test_an_unfit_module_is_named_and_harms_nobody(
+    raw: RawZygote, modules: Modules, problem: str
+) -> None:
+    modules.add("fit_before")
+    modules.add("unfit", {**UNFIT, **HARMLESS}[problem])
+    modules.add("fit_after")
+    # It would find another world than in a process of its own, where that module is there.
+    modules.add("dependent", "try:\n    import unfit\nexcept ImportError:\n    pass")
+    modules.add("last", "import fit_before, fit_after")
+    preload(raw, modules.settings(), 2.0)
+    texts = {name: found.text for name, found in preloaded(raw).items()}
+    expected = {"unfit": problem}
+    if problem in UNFIT:
+        expected["dependent"] = "needs unfit"
+    elif "cannot be imported" not in problem:
+        expected["dependent"] = problem
+    assert texts == expected
+    assert imported(raw, modules.names) == [name for name in modules.names if name not in expected]
+
+
+def test_what_computes_without_end_has_an_end(raw: RawZygote, modules: Modules) -> None:
+    modules.add("endless", "while True:\n    pass")
+    modules.add("fit")
+    preload(raw, modules.settings(), 0.2)
+    assert preloaded(raw)["endless"].crashed
+    assert imported(raw, modules.names) == ["fit"]
+
+
+def test_a_package_that_is_unfit_takes_what_is_in_it_along(
+    raw: RawZygote, modules: Modules
+) -> None:
+    modules.add("package.inner")
+    modules.add("package.other")
+    (modules.folder / "package" / "__init__.py").write_text("import os\nos.abort()")
+    modules.names.insert(0, "package")
+    modules.add("packaged")
+    preload(raw, modules.settings())
+    problems = preloaded(raw)
+    assert list(problems) == ["package"]
+    assert problems["package"].crashed
+    assert imported(raw, modules.names) == ["packaged"]
+
+
+def test_many_unfit_modules_come_to_an_end(raw: RawZygote, modules: Modules) -> None:
+    for number in range(40):
+        modules.add(f"unfit_{number}", UNFIT["exits with status 0"])
+    preload(raw, modules.settings())
+    problems = list(preloaded(raw).values())
+    assert len(problems) < 40
+    assert "is left out, and" in problems[-1].text
+    assert imported(raw, modules.names) == []
+
+
+def test_imports_have_a_workers_surroundings_and_leave_the_zygotes(
+    modules: Modules, tmp_path: Path
+) -> None:
+    node = RawZygote(environ={"JE_ARROW_MALLOC_CONF": "dirty_decay_ms:5"})
+    assert isinstance(node.event(), Ready)
+    modules.add("marking", """
+import os, sys
+print("chatter")
+print("chatter", file=sys.stderr)
+assert os.getcwd() == os.environ["PLACE"] and os.environ["TOP"] == "<this>"
+assert os.environ["OMP_NUM_THREADS"] == os.environ["NUMEXPR_NUM_THREADS"] == "1"
+assert os.environ["JE_ARROW_MALLOC_CONF"] == "dirty_decay_ms:5,background_thread:false"
+os.environ["MARK"] = "set by it"
+""")
+    modules.names.append("json.tool")  # a longer way to where it is found
+    settings = modules.settings(
+        cwd=str(tmp_path), environ={b"PLACE": str(tmp_path).encode(), b"NEW": b"this"},
+        env_vars={"TOP": "<${NEW}>"})
+    preload(node, settings)
+    assert preloaded(node) == {}
+    variables = ("PLACE", "NEW", "TOP", "MARK", "JE_ARROW_MALLOC_CONF", "NUMEXPR_NUM_THREADS")
+    worker = node.fork(1, do="look", look_for=modules.names, variables=variables)
+    found, environ = worker.hear()
+    assert found == modules.names
+    assert environ == {"MARK": "set by it", "JE_ARROW_MALLOC_CONF": "dirty_decay_ms:5"}
+    worker.task.send(b"go on")
+    assert worker.output(worker.stdout) == worker.output(worker.stderr) == ""
+    worker.close()
+    plain = node.fork(2, do="describe")
+    seen = plain.hear()
+    assert str(modules.folder) not in seen["sys_path"]
+    assert seen["cwd"] == os.getcwd()
+    plain.close()
+    node.close()
+
+
+def test_forks_wait_for_a_preload_and_deaths_are_told_meanwhile(
+    raw: RawZygote, modules: Modules
+) -> None:
+    elder = raw.fork(1, do="echo")
+    assert elder.hear() == "up"
+    assert isinstance(raw.event(), Forked)
+    gate = modules.folder / "gate"
+    os.mkfifo(gate)
+    # In the trial only: the zygote itself would be deaf meanwhile.
+    modules.add("slow", f"""
+import threading
+if open("/proc/self/comm").read() == "hpcray:trial\\n":
+    open({str(gate)!r}).read()
+""")
+    preload(raw, modules.settings())
+    younger = raw.fork(2, do="look", look_for=modules.names)
+    assert isinstance(raw.event(), zygote.Trying)
+    with open(gate, "w"):  # it is in the middle of the import
+        elder.task.send(b"exit")
+        exited = raw.event()
+        assert isinstance(exited, Exited)
+        assert exited.number == 1
+    assert preloaded(raw) == {}
+    assert younger.hear()[0] == ["slow"]
+    elder.close()
+    younger.close()
+
+
+@pytest.mark.parametrize("orderly", [False, True])
+def test_the_end_does_not_wait_for_a_preload(modules: Modules, orderly: bool) -> None:
+    node = RawZygote()
+    assert isinstance(node.event(), Ready)
+    gate = modules.folder / "gate"
+    os.mkfifo(gate)
+    modules.add("slow", f"import subprocess\nsubprocess.Popen(['sleep', '1000'])\n"
+                        f"open({str(gate)!r}).read()")
+    preload(node, modules.settings())
+    trying = node.event()
+    assert isinstance(trying, zygote.Trying)
+    with open(gate, "w"):
+        if orderly:
+            node.request(zygote.StopRequest(1.0))
+            node.socket.shutdown(socket.SHUT_WR)
+        else:
+            node.socket.close()
+        assert node.process.wait(LIMIT_S) == 0
+    assert not zygote.kill_sessions({trying.pid}, 0), "nor is anything of the trial left"
+    node.close()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_libraries_imported_before_the_fork_work_after_it(
+    raw: RawZygote, tmp_path: Path, threads: int
+) -> None:
+    pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    wanted = ["pandas", "pyarrow", "pyarrow.parquet", "pyarrow.compute", "pyarrow.dataset",
+              "scipy", "scipy.linalg", "torch"]
+    there = [name for name in wanted if importlib.util.find_spec(name.split(".")[0])]
+    preload(raw, {"modules": there, "sys_path": sys.path}, 60.0)
+    assert preloaded(raw) == {}
+    workers = [raw.fork(number, do="use_libraries", folder=str(tmp_path), blas_threads=threads)
+               for number in (1, 2)]
+    seeds = set()
+    for worker in workers:
+        wait_readable(worker.client, 60)
+        found = worker.hear()
+        assert found["imported"] == [name for name in there if "." not in name]
+        assert found["pyarrow"] == [sum(range(100_000)), 2]
+        assert found["pandas"] == {"x": sum(range(0, 1000, 2)), "y": sum(range(1, 1000, 2))}
+        assert found["threads"] == [threads]
+        assert found.get("scipy", 2.0) == 2.0
+        if "torch" in there:
+            assert found["torch"][:2] == [threads, 512.0 ** 3]
+            seeds.add(found["torch"][2])
+        worker.close()
+    assert len(seeds) in (0, 2), "each as random as a new process"
 
 
 def test_end_of_node_ends_whole_sessions_and_unlinks_its_files(tmp_path: Path) -> None:

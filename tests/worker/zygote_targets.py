@@ -16,11 +16,6 @@ from typing import Any
 
 import msgspec
 
-if os.environ.get("TEST_LEAK_A_THREAD"):
-    import threading
-
-    threading.Thread(target=threading.Event().wait, name="leaked", daemon=True).start()
-
 
 def run(number: int, task_fd: int, client_fd: int, settings: dict[str, Any]) -> int | None:
     tasks = socket.socket(fileno=task_fd)
@@ -38,6 +33,52 @@ def echo(number: int, tasks: socket.socket, say: Any, settings: dict[str, Any]) 
     say("up")
     while (datagram := tasks.recv(1 << 18)) != b"exit":
         say(datagram)
+
+
+def look(number: int, tasks: socket.socket, say: Any, settings: dict[str, Any]) -> None:
+    """Which of these modules are imported already, and what the environment says of these."""
+    names = settings["look_for"]
+    say([[name for name in names if name in sys.modules],
+         {name: os.environ[name] for name in settings.get("variables", ()) if name in os.environ}])
+    tasks.recv(1)
+
+
+def use_libraries(
+    number: int, tasks: socket.socket, say: Any, settings: dict[str, Any]
+) -> None:
+    """What a user does with libraries that were imported before the fork."""
+    imported = [name for name in ("pandas", "pyarrow", "scipy", "torch") if name in sys.modules]
+    found: dict[str, Any] = {"imported": imported}
+    if "pyarrow" in imported:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+        import pyarrow.parquet as pq
+
+        table = pa.table({"n": list(range(100_000)), "s": ["x", "y"] * 50_000})
+        path = f"{settings['folder']}/{number}.parquet"
+        pq.write_table(table, path, row_group_size=1000)
+        back = pq.read_table(path, use_threads=True)
+        found["pyarrow"] = [pc.sum(back["n"]).as_py(), back.group_by("s").aggregate([]).num_rows]
+    if "pandas" in imported:
+        import pandas as pd
+
+        frame = pd.DataFrame({"n": range(1000), "s": ["x", "y"] * 500})
+        found["pandas"] = frame.groupby("s")["n"].sum().to_dict()
+    if "scipy" in imported:
+        import numpy as np
+        import scipy.linalg
+
+        found["scipy"] = round(float(scipy.linalg.det(np.eye(300) * 2 ** (1 / 300))), 6)
+    if "torch" in imported:
+        import torch
+
+        ones = torch.ones(512, 512)
+        found["torch"] = [torch.get_num_threads(), float((ones @ ones).sum()), torch.initial_seed()]
+    from threadpoolctl import threadpool_info
+
+    found["threads"] = sorted({library["num_threads"] for library in threadpool_info()})
+    say(found)
+    tasks.recv(1)
 
 
 def leave(number: int, tasks: socket.socket, say: Any, settings: dict[str, Any]) -> int:

@@ -1,0 +1,348 @@
+"""Imports in the zygote: each module is tried in a child first, for what it does to a process.
+
+    zygote                                trial, a fork of the zygote
+      |------- fork ------------------------->|
+      |<------ Verdict(1) --------------------|  modules[0] is fit; now it imports modules[1]
+      |  import modules[0]                    |
+      |<------ Verdict(1, "starts a thread") -|  exits: nothing can be learned in it any more
+      |------- fork: another trial ---------->|  modules[2] ...
+
+Why a trial: a module that starts a thread, opens a GPU or calls MPI_Init as it is imported is of no
+use in a process that forks; one that crashes or hangs would take all workers of the node along. The
+zygote imports a module while the trial is at the next one, so where there are two CPUs the whole
+takes little longer than the imports do.
+
+What must not go in here: the sockets of the zygote, what is done with the problems.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any, NoReturn
+
+import msgspec
+
+from hpcray.launch.progress import cpu_progress
+from hpcray.transport.patience import Patience
+from hpcray.worker import zygote
+from hpcray.worker.zygote import Problem
+
+# A trial for each module that spoils its process. Those that depend on it are found out cheaply
+# (`_Unfit`), but somewhere is an end.
+_TRIALS = 20
+# A module that computes without end is given up after so many times the limit of no progress.
+_ENDLESS = 10
+_TEXT_CHARS = 300
+# An import may replace none of these: the zygote's or the worker's life hangs on them.
+_SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, zygote.INTERRUPT_SIGNAL)
+# Whatever has one of them open has a driver's state, which a fork does not get.
+_GPU_DEVICES = ("/dev/nvidia", "/dev/kfd", "/dev/dri/")
+
+
+class Verdict(msgspec.Struct, frozen=True, array_like=True):
+    """Without a problem: of the modules before `index` all are fit that were not told of, and
+    `index` is what comes now. With one: `index` is not fit."""
+
+    index: int
+    problem: str = ""
+    spoilt: bool = False  # the trial, which ends
+
+
+class Preloading:
+    """One request's modules on their way into this process: `step` whenever `fileno` is readable,
+    and every `look_s`, until `done`."""
+
+    def __init__(
+        self, modules: Sequence[str], settings: Mapping[str, Any], patience_s: float,
+        in_child: Callable[[], None],
+    ) -> None:
+        """`in_child` makes a fork of the zygote independent of it."""
+        self.problems: list[Problem] = []
+        self.done = False
+        self._modules = [name for name in dict.fromkeys(modules) if name not in sys.modules]
+        self._settings = settings
+        self._patience_s = patience_s
+        self._in_child = in_child
+        self._unfit: set[str] = set()
+        self._spoilers: set[str] = set()  # of those: what may not be imported on trial again
+        self._next = 0  # what the zygote imports next
+        self._trials = 0
+        self.pid = 0
+        self._socket: socket.socket | None = None
+        self._stderr = -1
+        self._trying = 0
+        self._over = False  # the trial has said all
+        self._go_on()
+
+    @property
+    def look_s(self) -> float:
+        return self._patience.look_s
+
+    def fileno(self) -> int:
+        assert self._socket is not None
+        return self._socket.fileno()
+
+    def step(self) -> None:
+        """Hear the trial, without waiting for it; import what has been found fit."""
+        assert self._socket is not None
+        try:
+            datagram = self._socket.recv(4096, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            self._see_whether_it_hangs()
+            return
+        if datagram:
+            self._began_s = time.monotonic()
+            verdict = msgspec.msgpack.decode(datagram, type=Verdict)
+            self._trying = verdict.index
+            if verdict.problem:
+                self._drop(verdict.problem, spoils=verdict.spoilt)
+            self._over = verdict.spoilt or verdict.index == len(self._modules)
+            self._import_to(verdict.index)
+            return
+        said = self._last_words()
+        status = self._end_trial()
+        if not self._over:
+            how = f"crashes by signal {-status}" if status < 0 else f"exits with status {status}"
+            self._drop(how + (f" ({said})" if said else ""), crashed=True)
+        self._go_on()
+
+    def abandon(self) -> None:
+        """Import no more."""
+        if self.pid:
+            self._end_trial()
+        self.done = True
+
+    # --- the zygote's side ------------------------------------------------------------------------
+
+    def _go_on(self) -> None:
+        """Another trial, if there is anything left to try."""
+        index = self._trying
+        if index >= len(self._modules):
+            self._import_to(index)
+            self.done = True
+            return
+        if self._trials == _TRIALS:
+            self.problems.append(Problem(
+                self._modules[index], f"is left out, and {len(self._modules) - index - 1} more: "
+                f"{_TRIALS} others had to be"))
+            self.done = True
+            return
+        self._trials += 1
+        self._patience = Patience(self._patience_s)
+        self._began_s = time.monotonic()
+        self._over = False
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._stderr = os.memfd_create("stderr", os.MFD_CLOEXEC)
+        try:
+            self.pid = os.fork()
+        except OSError as error:
+            self.problems.append(Problem(self._modules[index], f"cannot be tried: {error}"))
+            theirs.close()
+            self._close()
+            self.done = True
+            return
+        if self.pid == 0:
+            self._socket.close()
+            self._try(theirs, index)
+        theirs.close()
+
+    def _see_whether_it_hangs(self) -> None:
+        now_s = time.monotonic()
+        if self._patience.look(now_s, (self._trying, cpu_progress(self.pid))):
+            why = f"hangs: no progress for {self._patience_s:g} s"
+        elif now_s - self._began_s > self._patience_s * _ENDLESS:
+            why = f"takes more than {self._patience_s * _ENDLESS:g} s"
+        else:
+            return
+        if not self._over:
+            self._drop(why, crashed=True)
+        self._end_trial()
+        self._go_on()
+
+    def _drop(self, why: str, *, crashed: bool = False, spoils: bool = False) -> None:
+        """What is being tried is unfit."""
+        name = self._modules[self._trying]
+        self._unfit.add(name)
+        if crashed or spoils:
+            self._spoilers.add(name)
+        self.problems.append(Problem(name, why[:_TEXT_CHARS], crashed))
+        self._trying += 1
+
+    def _import_to(self, end: int) -> None:
+        names = [name for name in self._modules[self._next:end]
+                 if name not in self._unfit and not _below(name, self._unfit)]
+        self._next = max(self._next, end)
+        if names:  # tried: so its surroundings have been entered before
+            with surroundings(self._settings):
+                for name in names:
+                    problem = _import(name)
+                    if problem:
+                        self.problems.append(Problem(name, problem[:_TEXT_CHARS]))
+
+    def _last_words(self) -> str:
+        size = os.fstat(self._stderr).st_size
+        data = os.pread(self._stderr, 4096, max(size - 4096, 0))
+        lines = data.decode(errors="replace").strip().splitlines()
+        return lines[-1][:200] if lines else ""
+
+    def _end_trial(self) -> int:
+        """Kill it and what it has started; how it ended."""
+        zygote.end_sessions({self.pid})
+        # It may have been quicker than its own setsid().
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        _, status = os.waitpid(self.pid, 0)
+        self.pid = 0
+        self._close()
+        return os.waitstatus_to_exitcode(status)
+
+    def _close(self) -> None:
+        assert self._socket is not None
+        self._socket.close()
+        self._socket = None
+        os.close(self._stderr)
+
+    # --- the trial's side -------------------------------------------------------------------------
+
+    def _try(self, node: socket.socket, index: int) -> NoReturn:
+        def tell(verdict: Verdict) -> None:
+            node.send(msgspec.msgpack.encode(verdict))
+
+        try:
+            self._in_child()
+            with surroundings(self._settings, self._stderr):
+                blocked = _Unfit(self._spoilers)
+                sys.meta_path.insert(0, blocked)
+                before = _handlers()
+                for number in range(index, len(self._modules)):
+                    name = self._modules[number]
+                    if name in sys.modules or _below(name, self._unfit):
+                        continue
+                    tell(Verdict(number))
+                    problem = _import(name)
+                    spoilt = _what_it_did(before) or blocked.asked_for()
+                    if spoilt or problem:
+                        self._unfit.add(name)
+                        tell(Verdict(number, (spoilt or problem)[:_TEXT_CHARS], bool(spoilt)))
+                    if spoilt:
+                        os._exit(0)
+                tell(Verdict(len(self._modules)))
+            os._exit(0)
+        except BaseException:  # the zygote is gone, or the surroundings cannot be entered
+            traceback.print_exc()  # into its last words
+        finally:
+            os._exit(1)
+
+
+def _import(name: str) -> str:
+    """What is wrong with it; nothing that it raises gets any further."""
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        return f"cannot be imported: {error}"
+    except BaseException as error:
+        return f"raises {type(error).__name__}: {error}"
+    return ""
+
+
+def _below(name: str, packages: set[str]) -> bool:
+    """Whether one of them is its package, or that one's."""
+    while name := name.rpartition(".")[0]:
+        if name in packages:
+            return True
+    return False
+
+
+class _Unfit(MetaPathFinder):
+    """In a trial: who asks for an unfit module is not fit either, and it is not imported again to
+    find that out."""
+
+    def __init__(self, unfit: set[str]) -> None:
+        self._unfit = unfit
+        self._asked = ""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname in self._unfit:
+            self._asked = fullname
+            raise ImportError(f"{fullname} is not imported here")
+        return None
+
+    def asked_for(self) -> str:
+        """Even if the import went on without: in a worker it would find it."""
+        return f"needs {self._asked}" if self._asked else ""
+
+
+def _handlers() -> tuple[object, ...]:
+    return tuple(signal.getsignal(number) for number in _SIGNALS)
+
+
+def _what_it_did(handlers: tuple[object, ...]) -> str:
+    """To this process, so that no fork of it is as good as a new one; empty if nothing."""
+    threads = zygote.thread_count() - 1
+    if threads:
+        return f"starts {threads} thread{'s'[:threads > 1]}"
+    for number, before, now in zip(_SIGNALS, handlers, _handlers(), strict=True):
+        if now is not before:
+            return f"sets a handler of {signal.Signals(number).name}"
+    with contextlib.suppress(OSError), open(f"/proc/self/task/{os.getpid()}/children") as file:
+        if file.read():
+            return "starts a process"
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized():
+        return "calls MPI_Init"
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{fd}").startswith(_GPU_DEVICES):
+                return "opens a GPU"
+    return ""
+
+
+@contextlib.contextmanager
+def surroundings(settings: Mapping[str, Any], stderr: int | None = None) -> Iterator[None]:
+    """Those of a worker, but for what keeps libraries from starting threads; silent. What is
+    imported there leaves its marks in the environment, as it does in a worker."""
+    path = list(sys.path)
+    environ = dict(os.environb)
+    with contextlib.ExitStack() as undo:
+
+        def owned(fd: int) -> int:
+            undo.callback(os.close, fd)
+            return fd
+
+        here = owned(os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+        nothing = owned(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC))
+        for fd, stream in enumerate((sys.stdout, sys.stderr), 1):
+            stream.flush()
+            undo.callback(os.dup2, owned(os.dup(fd)), fd)
+            undo.callback(stream.flush)
+            os.dup2(nothing if fd == 1 or stderr is None else stderr, fd)
+        undo.callback(os.fchdir, here)
+        with contextlib.suppress(OSError):
+            os.chdir(settings.get("cwd") or ".")
+        undo.callback(sys.path.__setitem__, slice(None), path)
+        if settings.get("sys_path") is not None:
+            sys.path[:] = settings["sys_path"]
+        zygote.change_environment(settings.get("environ") or {}, settings.get("env_vars") or {})
+        os.environ.update(zygote.for_imports(os.environ))
+        started = dict(os.environb)
+        try:
+            zygote.enter_as_ray(settings)
+            yield
+        finally:
+            new = {name: value for name, value in os.environb.items()
+                   if started.get(name) != value}
+            gone = dict.fromkeys(os.environb.keys() - environ.keys())
+            zygote.change_environment({**gone, **environ, **new}, {})
