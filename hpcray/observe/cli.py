@@ -58,10 +58,13 @@ Options stand before the script. What follows the script is the script's own.
 """
 
 DOCTOR_HELP = """\
-usage: hpcray doctor
+usage: hpcray doctor [MODULE...]
 
 Checks this machine in some seconds: Python, mpirun, MPI, the control store, CPUs, GPUs, memory,
 shared memory, and the HPCRAY_* variables that are set. Each problem comes with what to do.
+
+With names of modules it says instead which of them a node can import once for all its workers
+(`preload` of init, HPCRAY_PRELOAD), and why not the others.
 
 The exit status is 0 if all is well, and 1 if something must be fixed.
 """
@@ -191,15 +194,25 @@ def run(arguments: list[str]) -> int:
 
 def doctor(arguments: list[str]) -> int:
     """`hpcray doctor`: exit status 1 if anything must be fixed."""
-    _takes_none(arguments)
-    return _printing(_report)
+    if any(argument in HELP for argument in arguments):
+        raise HelpWantedError
+    option = next((argument for argument in arguments if argument.startswith("-")), None)
+    if option is not None:
+        raise UsageError(f"it has no option {option!r}; what it takes are names of modules")
+    return _printing(lambda: _report(arguments))
 
 
-def _report() -> int:
-    from hpcray.launch.doctor import examine
+def _report(modules: list[str]) -> int:
+    if modules:
+        from hpcray.observe.preloads import examine_preloads
 
+        findings = examine_preloads(modules, os.environ)
+    else:
+        from hpcray.launch.doctor import examine
+
+        findings = examine(os.environ)
     problems = 0
-    for finding in examine(os.environ):
+    for finding in findings:
         mark = {"ok": "ok", "note": "note", "problem": "PROBLEM"}[finding.level]
         print(f"{mark:8}{finding.name:15}{finding.text}")
         if finding.fix:
