@@ -82,6 +82,8 @@ class Link:
         # What to do about it, outside: may raise.
         self.on_interrupt: Callable[[], None] = _raise_interrupt
         self.on_lost: Callable[[str], None] = lambda reason: None
+        # Of a driver, whose child the node is: how that has ended. Waits for the end, a moment.
+        self.autopsy: Callable[[], str] = lambda: ""
         # By threads that wait, between two reads: may raise (a worker's cancelled task).
         self.check_interrupt: Callable[[], None] | None = None
         # A worker gives its CPU back around a wait: what to say then, None if it need not.
@@ -248,7 +250,8 @@ class Link:
             raise RuntimeError(
                 "this process was forked from an hpcray process and has no connection of its own; "
                 "call hpcray functions from the parent only")
-        raise exceptions.RaySystemError(f"the connection to the node is gone: {self.lost}")
+        raise exceptions.RaySystemError(
+            f"the connection to the node is gone: {self.lost}{self.autopsy()}")
 
     def linger(self, nbytes: int) -> None:
         """Send now if the channel was quiet or enough has gathered; else soon (helper)."""
@@ -416,7 +419,7 @@ class Link:
             for lock, _ in self._sleepers:
                 lock.release()
             self._sleepers.clear()
-            self.core.effects.append(lambda: self.on_lost(reason))
+            self.core.effects.append(lambda: self.on_lost(f"{reason}{self.autopsy()}"))
             self.helper.wake()
 
     # --- waiting (inside) -------------------------------------------------------------------------
@@ -566,6 +569,7 @@ class Link:
         self.helper.stop()
         with self:
             self.on_lost = lambda reason: None
+            self.autopsy = lambda: ""
             self.set_lost(reason)
             self.socket.close()
             self.core.neighbours.close()

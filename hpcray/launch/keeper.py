@@ -59,7 +59,8 @@ def main() -> NoReturn:
     if status >= 0:
         os._exit(status)
     if not told:
-        print(f"hpcray: {how_it_ended(rank, node.pid, -status)}", file=sys.stderr, flush=True)
+        print(f"hpcray: {how_it_ended(rank, node.pid, -status)}; the job ends, as it cannot go on "
+              "without a rank", file=sys.stderr, flush=True)
         if step != "-":
             with contextlib.suppress(OSError):
                 subprocess.run(["scancel", step], check=False)
@@ -76,8 +77,7 @@ def how_it_ended(rank: int, pid: int, number: int) -> str:
     except ValueError:
         name = f"signal {number}"
     why = " (the out-of-memory killer, a batch limit or a person)" if number == 9 else ""
-    return (f"rank {rank} (pid {pid} on {socket.gethostname()}) was killed by {name}{why}; the job "
-            "ends, as it cannot go on without a rank")
+    return f"rank {rank} (pid {pid} on {socket.gethostname()}) was killed by {name}{why}"
 
 
 if __name__ == "__main__":

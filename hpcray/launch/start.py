@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
@@ -33,6 +34,7 @@ from hpcray.launch.identity import (
     slurm_step,
     strip_identity,
 )
+from hpcray.launch.keeper import how_it_ended
 from hpcray.launch.progress import cpu_progress, is_stopped
 from hpcray.launch.script import working_directory
 from hpcray.launch.terminal import hide_false_terminals
@@ -48,6 +50,8 @@ _LOOK_S = 0.5
 _STOPPED_S = 5.0
 _ASLEEP_S = 150.0
 _HUNG_S = 0.5
+# From the end of its socket to the end of a process.
+_ENDED_S = 1.0
 # A start that takes longer says what it waits for.
 _PATIENCE_S = 10.0
 
@@ -172,6 +176,7 @@ def connect(config: InitConfig, on_output: Callable[[Any], None]) -> Client:
 
         client.imports = Imports()
     client.on_output(on_output)
+    client.link.autopsy = partial(_autopsy, node.process, node.launch.rank)
     try:
         with _late_ranks_told(node.launch):
             client.start(config.start_timeout_s + 5, _for_node(config, client))
@@ -203,6 +208,17 @@ def connect(config: InitConfig, on_output: Callable[[Any], None]) -> Client:
 
     client.begin_task(ids.driver_task_id(client.rank, client.job_id), 0)
     return client
+
+
+def _autopsy(process: subprocess.Popen[bytes], rank: int) -> str:
+    """How the node has ended, for whoever finds its socket closed. That is a moment before."""
+    try:
+        status = process.wait(_ENDED_S)
+    except subprocess.TimeoutExpired:
+        return ""
+    if status < 0:
+        return f". The node of {how_it_ended(rank, process.pid, -status)}"
+    return f". The node ended with status {status}; its last words are above" if status else ""
 
 
 @contextlib.contextmanager

@@ -344,8 +344,13 @@ class NodeServer:
             try:
                 handle = self._pool.start(number, self._settings)
             except ZygoteGoneError:
-                reason = "the process that starts workers dies as it starts, see its output above"
-                details = "a library that the job preloads may crash"
+                if self._zygote_delay_s > _ZYGOTE_DELAY_S:
+                    reason = ("the process that starts workers dies as it starts, see its output "
+                              "above")
+                    details = "a library that the job preloads may crash"
+                else:
+                    reason = "the process that starts workers has died"
+                    details = "a new one is being started"
             except OSError as error:
                 reason, details = _SHORT_OF_DESCRIPTORS, str(error)
         if handle is None:

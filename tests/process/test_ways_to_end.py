@@ -189,7 +189,8 @@ print("idle end", flush=True)
 """, pty=True)
     job.expect("up")
     job.kill("node")
-    job.expect("the connection to the node is gone")
+    job.expect(r"the connection to the node is gone: .* The node of rank 0 \(pid \d+ on \S+\) "
+               r"was killed by SIGKILL \(the out-of-memory killer")
     job.say("\n")
     job.expect("idle end")
     job.finish()
@@ -232,6 +233,7 @@ print(ray.get(ref), ray.get([echo.remote(i) for i in range(5)]), flush=True)
     job.expect(r"retried \[0, 1, 2, 3, 4\]")
     output = job.finish()
     assert output.count("starting a new one") == 1
+    assert "dies as it starts" not in output, "it did not"
 
 
 def test_a_killed_sidecar_is_reported_once(start: Start):
