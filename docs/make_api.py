@@ -197,6 +197,7 @@ OPTION_TESTS: dict[str, str] = {
     "concurrency_group": "api/test_actor_options.py",
     "concurrency_groups": "api/test_actor_options.py",
     "enable_task_events": "api/test_state.py",
+    "fallback_strategy": "api/test_resources.py",
     "get_if_exists": "api/test_named_actors.py",
     "label_selector": "api/test_placing.py",
     "lifetime": "api/test_named_actors.py",

@@ -200,10 +200,11 @@ def _log_rules(found: _Environment) -> dict[str, Any]:
 
 def check_runtime_env(runtime_env: Mapping[str, Any] | None) -> dict[str, Any]:
     """A runtime_env reduced to what it says, with absolute paths: env_vars, working_dir,
-    py_modules, excludes.
+    py_modules, excludes, worker_process_setup_hook.
 
     Raises:
       NotImplementedError: for the fields of Ray's that hpcray does not have.
+      TypeError, ValueError: a field that cannot be.
     """
     if runtime_env is None:
         return {}
@@ -216,9 +217,11 @@ def check_runtime_env(runtime_env: Mapping[str, Any] | None) -> dict[str, Any]:
             f"{', '.join(map(repr, others))}: workers use the driver's Python; install packages "
             "into its environment before the job")
     checked: dict[str, Any] = {}
-    if not isinstance(runtime_env.get("config") or {}, Mapping):
-        raise TypeError("runtime_env['config'] must be a RuntimeEnvConfig or a dict, not "
-                        f"{type(runtime_env['config']).__name__}")
+    if (how := runtime_env.get("config")) is not None:
+        if not isinstance(how, Mapping):
+            raise TypeError("runtime_env['config'] must be a RuntimeEnvConfig or a dict, not "
+                            f"{type(how).__name__}")
+        check_setup(**how)
     if len(runtime_env) > ("env_vars" in runtime_env):
         checked = _check_directories(runtime_env)
     env_vars = runtime_env.get("env_vars")
@@ -235,6 +238,26 @@ def check_runtime_env(runtime_env: Mapping[str, Any] | None) -> dict[str, Any]:
     return {**checked, "env_vars": dict(env_vars)} if env_vars else checked
 
 
+def check_setup(
+    setup_timeout_seconds: int = 600, eager_install: bool = True,
+    log_files: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """The fields of a RuntimeEnvConfig.
+
+    Raises:
+      TypeError, ValueError: one that cannot be, or that there is not.
+    """
+    if not isinstance(setup_timeout_seconds, int):
+        raise TypeError(f"setup_timeout_seconds must be an int, not {setup_timeout_seconds!r}")
+    if setup_timeout_seconds <= 0 and setup_timeout_seconds != -1:
+        raise ValueError("setup_timeout_seconds must be above 0, or -1 for no limit, not "
+                         f"{setup_timeout_seconds}")
+    if not isinstance(eager_install, bool):
+        raise TypeError(f"eager_install must be a bool, not {eager_install!r}")
+    return {"setup_timeout_seconds": setup_timeout_seconds, "eager_install": eager_install,
+            "log_files": list(log_files or ())}
+
+
 def expanded(env_vars: Mapping[str, str]) -> dict[str, str]:
     """Their values with ${NAME} replaced by what this process has; by nothing if it has not. $NAME,
     too, but that stays if there is none (as in Ray)."""
@@ -242,8 +265,10 @@ def expanded(env_vars: Mapping[str, str]) -> dict[str, str]:
             for name, value in env_vars.items()}
 
 
+# Of the job: what every worker calls before its first task, a function or "module.function".
+SETUP_HOOK = "worker_process_setup_hook"
 # "config" says how the others are set up, and has no effect (`hpcray.runtime_env`).
-_RUNTIME_ENV = ("env_vars", "working_dir", "py_modules", "excludes", "config")
+_RUNTIME_ENV = ("env_vars", "working_dir", "py_modules", "excludes", "config", SETUP_HOOK)
 
 
 def _check_directories(runtime_env: Mapping[str, Any]) -> dict[str, Any]:
@@ -253,6 +278,14 @@ def _check_directories(runtime_env: Mapping[str, Any]) -> dict[str, Any]:
       TypeError, ValueError: not a directory (or zip), or not on this machine.
     """
     checked: dict[str, Any] = {}
+    hook = runtime_env.get(SETUP_HOOK)
+    if hook is not None:
+        named = isinstance(hook, str) and all(map(str.isidentifier, hook.split("."))) and (
+            "." in hook)
+        if not (named or callable(hook)):
+            raise TypeError(f"runtime_env[{SETUP_HOOK!r}] must be a function or the name of one, "
+                            f"'module.function', not {hook!r}")
+        checked[SETUP_HOOK] = hook
     working_dir = runtime_env.get("working_dir")
     if working_dir is not None:
         checked["working_dir"] = _path("working_dir", working_dir, (".zip",))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from hpcray.client import context
-from hpcray.config import check_namespace, check_resource_name, check_runtime_env
+from hpcray.config import SETUP_HOOK, check_namespace, check_resource_name, check_runtime_env
 from hpcray.protocol import labels, messages, sizes, words
 from hpcray.protocol.messages import (
     ACTOR_CREATION,
@@ -134,6 +134,20 @@ def _label_selector(name: str, value: Any) -> None:
     labels.parse_selector(value)
 
 
+def _fallback(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, list):
+        raise TypeError(f"{name} must be a list of dicts, not {value!r}")
+    for choice in value:
+        if not isinstance(choice, Mapping):
+            raise TypeError(f"{name} must be a list of dicts; {choice!r} is none")
+        if set(choice) != {"label_selector"}:
+            raise ValueError(f"a choice in {name} has a label_selector and nothing else, not "
+                             f"{choice!r}")
+        _label_selector("label_selector", choice["label_selector"])
+
+
 def _priority(name: str, value: Any) -> None:
     _whole(-_PRIORITY_MAX)(name, value)
     if value is not None and value > _PRIORITY_MAX:
@@ -194,7 +208,8 @@ def _namespace(_name: str, value: Any) -> None:
 
 
 def _runtime_env(_name: str, value: Any) -> None:
-    check_runtime_env(value)
+    if SETUP_HOOK in check_runtime_env(value):
+        raise ValueError(f"{SETUP_HOOK} is for all workers of the job: give it to init()")
 
 
 def _group(name: str, value: Any) -> None:
@@ -248,10 +263,8 @@ TABLE: dict[str, Option] = {
     "concurrency_group": Option("m", None, _instance(str)),
     "accelerator_type": Option("ta", None, _accelerator),
     "label_selector": Option("ta", None, _label_selector),
+    "fallback_strategy": Option("ta", None, _fallback),
     # Ray's, refused unless they say what happens anyway.
-    "fallback_strategy": Option(
-        "ta", None, _any, "fallback_strategy is not supported; NodeLabelSchedulingStrategy has "
-        "soft conditions"),
     "object_store_memory": Option(
         "ta", None, _any, "object_store_memory can be set for the job only: init(...)"),
     # Ray's older way to say PlacementGroupSchedulingStrategy.
@@ -364,20 +377,25 @@ def placement(strategy: Any) -> dict[str, Any]:
 
 def _on_labels(template: Template, options: Mapping[str, Any]) -> Template:
     """The template with its conditions on labels among its resources: see protocol/labels.py."""
-    selector = options.get("label_selector")
     strategy = options.get("scheduling_strategy")
-    hard = labels.parse_selector(selector) if selector else []
+    choices = [labels.parse_selector(selector or {}) for selector in (
+        options.get("label_selector"),
+        *(choice["label_selector"] for choice in options.get("fallback_strategy") or ()))]
+    hard: list[labels.Condition] = []
     soft: list[labels.Condition] = []
     if strategy is not None and not isinstance(strategy, str):
         from hpcray.util.scheduling_strategies import NodeLabelSchedulingStrategy, conditions
 
         if isinstance(strategy, NodeLabelSchedulingStrategy):
-            hard += conditions(strategy.hard)
+            hard = conditions(strategy.hard)
             soft = conditions(strategy.soft)
-    if not hard and not soft:
+    names = [labels.name(labels.SOFT, soft)] if soft else []
+    if hard or any(choices):
+        names.append(labels.name(labels.HARD, *([*choice, *hard] for choice in choices)))
+    if not names:
         return template
-    names = [labels.name(kind, found)
-             for kind, found in ((labels.HARD, hard), (labels.SOFT, soft)) if found]
+    if len(choices) > 1:  # not where there happens to be room, but where it is preferred
+        template = msgspec.structs.replace(template, spread=True)
 
     def also(shape: Resources) -> Resources:
         return tuple(sorted((*shape, *((name, labels.TAKEN) for name in names))))

@@ -199,6 +199,11 @@ def is_error(data: Any) -> bool:
     return bool(data[0] >= values.ERROR)
 
 
+def dump_function(function: Callable[[], Any]) -> bytes:
+    """One that every worker calls; plain pickle reads it."""
+    return bytes(cloudpickle.dumps(function))
+
+
 def dump_classes(classes: Iterable[type]) -> bytes:
     return bytes(cloudpickle.dumps(tuple(classes), protocol=5))
 

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
+from hpcray.config import SETUP_HOOK
 from hpcray.exceptions import LaunchError
 from hpcray.launch.identity import (
     Launch,
@@ -239,7 +240,16 @@ def _late_ranks_told(launch: Launch) -> Iterator[None]:
 
 
 def _for_node(config: InitConfig, client: Client) -> dict[str, Any]:
-    data: dict[str, Any] = msgspec.to_builtins(config)
+    environment = dict(config.runtime_env)
+    hook = environment.get(SETUP_HOOK)
+    if callable(hook):
+        from hpcray.client.serialization import dump_function
+
+        environment[SETUP_HOOK] = getattr(hook, "__name__", type(hook).__name__)  # for people
+        hook = dump_function(hook)
+    data: dict[str, Any] = msgspec.to_builtins(
+        msgspec.structs.replace(config, runtime_env=environment))
+    data["setup_hook"] = hook
     data.pop("redis_url", None)
     data["session"] = _session_count
     data["cwd"] = cwd = working_directory()

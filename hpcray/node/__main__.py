@@ -109,6 +109,8 @@ def main() -> int:
         "CPU": found.cpus * UNIT, "memory": found.memory_bytes * UNIT,
         f"node:{found.node_ip}": UNIT,
     }
+    if launch.rank == 0:
+        resources["node:__internal_head__"] = UNIT  # Ray's name for the node of the driver
     node_labels = {HOST: found.hostname}
     if found.accelerator:
         resources[f"accelerator_type:{found.accelerator}"] = UNIT

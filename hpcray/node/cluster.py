@@ -33,6 +33,7 @@ from hpcray.protocol import ids, labels, values, words
 from hpcray.protocol.messages import (
     ACTOR_CREATION,
     SPILL,
+    STORE,
     UNIT,
     WAIT,
     Demand,
@@ -226,11 +227,11 @@ class Cluster:
         ones, if there are any."""
         able = {rank: _slots(total, shape) for rank, total in self._totals.items()
                 if _covers(total, shape)}
-        soft = [name for name, _ in shape if name[0] == labels.SOFT]
-        if soft:
-            preferred = {rank: slots for rank, slots in able.items() if all(
-                labels.meets(dict(self.nodes[rank].labels), name) for name in soft)}
-            able = preferred or able
+        soft = [name for name, _ in shape if labels.prefers(name)]
+        if soft and able:
+            rated = {rank: _rating(dict(self.nodes[rank].labels), soft) for rank in able}
+            best = min(rated.values())
+            able = {rank: slots for rank, slots in able.items() if rated[rank] == best}
         size = self._machine.size
         return dict(sorted(able.items(), key=lambda pair: (pair[0] - self._rank) % size))
 
@@ -469,7 +470,9 @@ class Cluster:
             return
         self._last_load = (dict(facts[0]), facts[1], facts[2])
         self._last_load_s = now_s
-        self._to_scheduler(Load(tuple(sorted(facts[0].items())), facts[1], facts[2]))
+        # The store's room changes with every object: it is told along, and no reason to tell.
+        free = {**facts[0], STORE: self._machine.memory.free_units}
+        self._to_scheduler(Load(tuple(sorted(free.items())), facts[1], facts[2]))
 
     def load_changed(self) -> None:
         """Work came by a grant: the scheduler has counted it, and must hear how it turned out."""
@@ -585,7 +588,7 @@ class GlobalScheduler:
             home, shape, actor = key
             left = demand.count
             given: dict[int, int] = {}
-            soft = [name for name, _ in shape if name[0] == labels.SOFT]
+            soft = [name for name, _ in shape if labels.prefers(name)]
             while left > 0:
                 rank = self._choose(home, shape, actor, soft, now_s)
                 if rank is None:
@@ -614,7 +617,7 @@ class GlobalScheduler:
     ) -> int | None:
         """The node with room: preferred by soft conditions; fewest actors per CPU for an actor,
         shortest queue for a task."""
-        best: tuple[bool, float, int, int] | None = None
+        best: tuple[int, float, int, int] | None = None
         for rank, view in self.views.items():
             if rank == home and not actor:
                 continue  # what fits there has started already
@@ -624,11 +627,15 @@ class GlobalScheduler:
             while view.recent and now_s - view.recent[0] > _RECENT_S:
                 view.recent.popleft()
             busy = (view.actors + len(view.recent)) / cpus if actor else view.queued / cpus
-            unwanted = bool(soft) and not all(labels.meets(view.labels, name) for name in soft)
-            candidate = (unwanted, busy, 0 if rank == home else 1, rank)
+            candidate = (_rating(view.labels, soft), busy, 0 if rank == home else 1, rank)
             if best is None or candidate < best:
                 best = candidate
         return None if best is None else best[3]
+
+
+def _rating(node_labels: dict[str, str], conditions: list[str]) -> int:
+    """How well a node meets conditions that prefer some: 0 is best."""
+    return sum(labels.rating(node_labels, name) for name in conditions)
 
 
 def may_run(node_labels: dict[str, str], condition: str) -> bool:
@@ -640,8 +647,9 @@ def describe(shape: Shape) -> str:
     """A shape for people."""
     amounts = [f"{name}: {words.size(amount / UNIT)}" if "memory" in name
                else f"{name}: {amount / UNIT:g}" for name, amount in shape
-               if not labels.is_condition(name)]
-    hard = [f"labels {name[1:]}" for name, _ in shape if name[0] == labels.HARD]
+               if not labels.is_condition(name) and not name.startswith("node:__")]
+    hard = [f"labels {name[1:].replace('|', ' or ')}" for name, _ in shape
+            if name[0] == labels.HARD]
     return ", ".join([f"{{{', '.join(amounts)}}}", *hard])
 
 

@@ -34,6 +34,7 @@ from hpcray.objects.allocator import range_bytes
 from hpcray.objects.budget import NODE, SegmentBudget, SegmentGrant, StoreFull
 from hpcray.protocol import ids, words
 from hpcray.protocol.messages import (
+    UNIT,
     Located,
     Released,
     SegmentClosed,
@@ -401,6 +402,11 @@ class NodeMemory:
             self._answered(client)
         for pull, _ in self._pulls.values():
             self._outbox.actions.append(pull)
+
+    @property
+    def free_units(self) -> int:
+        """How much of the resource `object_store_memory` no object takes."""
+        return max(self.budget.capacity_bytes - self.object_bytes, 0) * UNIT
 
     @property
     def tight(self) -> bool:

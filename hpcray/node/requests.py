@@ -33,6 +33,7 @@ from hpcray.node.names import Asker, Names, NotYet, RequestError, already_taken
 from hpcray.node.outbox import Outbox
 from hpcray.protocol import ids, labels
 from hpcray.protocol.messages import (
+    STORE,
     PeerReply,
     PeerRequest,
     Reply,
@@ -232,6 +233,7 @@ class Requests:
 
     def _available_resources(self, _: Any) -> dict[str, int]:
         free = {n: a for n, a in self._machine.dispatcher.ledger.free.items() if a > 0}
+        free[STORE] = self._machine.memory.free_units
         scheduler = self._machine.cluster.scheduler
         if scheduler is not None:
             for rank, view in scheduler.views.items():

@@ -819,6 +819,7 @@ class NodeServer:
             "node_ids": [ids.node_id_hex(rank, self._job_key) for rank in range(self.size)],
             "nodes": [messages.encode(node) for node in nodes],
             "environ": self._config.pop("environ", {}),
+            "setup_hook": self._config.pop("setup_hook", None),
             "gpus": gpus,
             "modules": self._config.pop("modules", ()),
             "config": self._config,
@@ -850,7 +851,7 @@ class NodeServer:
         mine = dict(nodes[self.rank].resources)
         capacity_bytes = mine["object_store_memory"] // messages.UNIT
         # The secret and the control store's password are the nodes' own: clients do not get them.
-        own = ("secret", "control", "nodes", "environ", "gpus", "modules")
+        own = ("secret", "control", "nodes", "environ", "setup_hook", "gpus", "modules")
         public = {k: v for k, v in session.items() if k not in own}
         machine = Machine(self.rank, self.size, mine, capacity_bytes, job_id, public)
         for node in nodes:
@@ -869,7 +870,7 @@ class NodeServer:
         self._pool.set_cleanup_folder(self._packages)
         # Workers are forks of the zygote, so they start with this node's environment.
         self._settings = {
-            "environ": session["environ"],
+            "environ": session["environ"], "setup_hook": session["setup_hook"],
             "env_vars": config.get("runtime_env", {}).get("env_vars"),
             "cwd": config.get("cwd") or os.getcwd(),
             "sys_path": config.get("sys_path"), "blas_threads": 1, "rank": self.rank,

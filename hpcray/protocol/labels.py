@@ -2,10 +2,11 @@
 
     {"zone": "in(a,b)"}  --parse_selector-->  conditions  --name-->  "?zone=a,b"
     {"zone": In("a", "b"), "gpu": DoesNotExist()}              -->   "?!gpu;zone=a,b"
+    the first, or else (fallback_strategy) {"zone": "c"}       -->   "?zone=a,b|zone=c"
 
 A hard condition travels as a resource that the nodes which meet it offer without limit: queues,
 grants and leases know nothing else of it. A soft one is offered by all (`~zone=a`), and those
-that meet it are asked first.
+that meet it are asked first. So are, of several alternatives, those that meet an earlier one.
 """
 
 from __future__ import annotations
@@ -83,20 +84,36 @@ def parse_selector(selector: Mapping[str, str]) -> list[Condition]:
     return found
 
 
-def name(kind: str, conditions: Iterable[Condition]) -> str:
-    """As a resource: equal conditions have equal names, whatever their order."""
-    return kind + ";".join(sorted({
+def name(kind: str, *alternatives: Iterable[Condition]) -> str:
+    """As a resource: equal conditions have equal names, whatever their order. Of alternatives the
+    first is preferred."""
+    return kind + "|".join(";".join(sorted({
         f"!{key}" if operator == "!" else f"{key}{operator}{','.join(sorted(set(values)))}"
-        for key, operator, values in conditions}))
+        for key, operator, values in conditions})) for conditions in alternatives)
 
 
 def is_condition(resource: str) -> bool:
     return resource[0] in "?~"
 
 
+def prefers(resource: str) -> bool:
+    """Whether some of the nodes that offer it are better than others."""
+    return resource[0] == SOFT or (resource[0] == HARD and "|" in resource)
+
+
+def rating(labels: Mapping[str, str], resource: str) -> int:
+    """How well a node with these labels meets a condition: 0 best, up to the number of its
+    alternatives, which says that it meets none."""
+    alternatives = resource[1:].split("|")
+    for index, text in enumerate(alternatives):
+        if not text or all(_meets(labels, part) for part in text.split(";")):
+            return index
+    return len(alternatives)
+
+
 def meets(labels: Mapping[str, str], resource: str) -> bool:
-    """Whether a node with these labels meets all conditions in the name."""
-    return all(_meets(labels, text) for text in resource[1:].split(";"))
+    """Whether a node with these labels meets all conditions in the name, or an alternative."""
+    return rating(labels, resource) <= resource.count("|")
 
 
 def _meets(labels: Mapping[str, str], text: str) -> bool:

@@ -29,6 +29,7 @@ ARGS_IN_DEP = b"*"
 
 # Resource amounts are integers, so that the ledger is exact: 0.1 + 0.2 == 0.3.
 UNIT = 10_000
+STORE = "object_store_memory"  # a resource that no task asks for: what objects leave of it
 
 
 class _Message(msgspec.Struct, array_like=True, gc=False):

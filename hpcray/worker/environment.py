@@ -7,8 +7,10 @@ environment and the same GPUs only.
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
+import pickle
 import shutil
 import sys
 import zipfile
@@ -63,6 +65,26 @@ def _forget_preloaded(paths: list[str]) -> None:
     for name in zygote.preloaded:
         if name.partition(".")[0] in brought:
             sys.modules.pop(name, None)
+
+
+def set_up(hook: bytes | str) -> None:
+    """Call the job's `worker_process_setup_hook`: a pickled function, or the name of one.
+
+    Raises:
+      RuntimeEnvSetupError: it cannot be found, or raised.
+    """
+    try:
+        if isinstance(hook, bytes):
+            function = pickle.loads(hook)
+        else:
+            module, _, name = hook.rpartition(".")
+            function = getattr(importlib.import_module(module), name)
+        function()
+    except Exception as error:
+        what = hook if isinstance(hook, str) else "the function given"
+        raise exceptions.RuntimeEnvSetupError(
+            f"worker_process_setup_hook ({what}) failed: {type(error).__name__}: {error}"
+        ) from error
 
 
 # Variables by which libraries choose devices. Slurm sets several of them alike.

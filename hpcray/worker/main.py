@@ -336,6 +336,8 @@ class Worker:
             environment.enter(self.client, self._settings["packages"], template)
         if run.devices:
             self.context.devices = environment.see_devices(self._settings["gpus"], run.devices)
+        if "setup_hook" in self._settings:
+            environment.set_up(self._settings["setup_hook"])
         self._entered = True
         self._around.settle()
 

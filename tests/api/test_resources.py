@@ -273,6 +273,76 @@ def test_resources_come_back_after_an_error(ray, eventually):
     eventually(lambda: ray.available_resources().get("CPU") == 2)
 
 
+def test_the_head_node_has_a_name(ray):
+    assert ray.cluster_resources()["node:__internal_head__"] == 1
+    on_head = ray.remote(resources={"node:__internal_head__": 0.001})(lambda: 1)
+    assert ray.get(on_head.remote(), timeout=20) == 1
+
+
+def test_what_is_stored_is_not_available(cluster, eventually):
+    mib = 2**20
+    ray = cluster(num_cpus=1, object_store_memory=200 * mib)
+
+    def free():
+        return round(ray.available_resources()["object_store_memory"] / mib)
+
+    eventually(lambda: free() == 200)
+    ref = ray.put(bytes(50 * mib))
+    eventually(lambda: free() == 150)
+    assert ray.cluster_resources()["object_store_memory"] == 200 * mib
+    del ref
+    eventually(lambda: free() == 200)
+
+
+@pytest.mark.parametrize(("options", "assigned", "of_an_actor"), [
+    ({}, {"CPU": 1}, {}), ({"num_cpus": 0}, {}, {}),
+    ({"num_cpus": 0.5}, {"CPU": 0.5}, {"CPU": 0.5}),
+    ({"resources": {"lamp": 0.5}}, {"CPU": 1, "lamp": 0.5}, {"CPU": 1, "lamp": 0.5}),
+    ({"resources": {"lamp": 0}}, {"CPU": 1}, None),
+    ({"memory": 1000}, {"CPU": 1, "memory": 1000}, {"memory": 1000}),
+    ({"num_gpus": 1}, {"CPU": 1, "GPU": 1}, {"CPU": 1, "GPU": 1}),
+    ({"num_cpus": 1.5, "resources": {"lamp": 1.5}}, {"CPU": 1.5, "lamp": 1.5}, None),
+], ids=str)
+def test_assigned_resources(_clusters, options, assigned, of_an_actor):
+    ray = _clusters.require(num_cpus=4, num_gpus=1, resources={"lamp": 2})
+
+    def look(self=None):
+        return ray.get_runtime_context().get_assigned_resources()
+
+    assert ray.get(ray.remote(look).options(**options).remote()) == assigned
+    if of_an_actor is not None:
+        actor = ray.remote(type("Actor", (), {"look": look})).options(**options).remote()
+        assert ray.get(actor.look.remote()) == of_an_actor
+
+
+# --- choosing by labels ---------------------------------------------------------------------------
+
+
+def test_a_fallback_is_taken_where_the_first_choice_is_not(cluster):
+    ray = cluster(num_cpus=1, labels={"zone": "a"})
+    f = ray.remote(lambda: 1)
+    choices = [{"label_selector": {"zone": "y"}}, {"label_selector": {"zone": "in(a,b)"}}]
+    first = {"label_selector": {"zone": "x"}}
+    assert ray.get(f.options(**first, fallback_strategy=choices).remote(), timeout=20) == 1
+    actor = ray.remote(type("Actor", (), {"f": lambda self: 2}))
+    actor = actor.options(**first, fallback_strategy=choices).remote()
+    assert ray.get(actor.f.remote(), timeout=20) == 2
+    nowhere = f.options(**first, fallback_strategy=choices[:1]).remote()
+    assert ray.wait([nowhere], timeout=0.3) == ([], [nowhere])
+    ray.cancel(nowhere)
+    anywhere = f.options(**first, fallback_strategy=[{"label_selector": {}}])
+    assert ray.get(anywhere.remote(), timeout=20) == 1
+
+
+@pytest.mark.parametrize(("strategy", "error"), [
+    ({"label_selector": {"zone": "a"}}, TypeError), ([{"num_cpus": 1}], ValueError),
+    ([{"label_selector": {"zone": 1}}], TypeError), (["zone"], (TypeError, ValueError)),
+])
+def test_fallbacks_that_cannot_be(ray, strategy, error):
+    with pytest.raises(error):
+        ray.remote(fallback_strategy=strategy)(lambda: 1).remote()
+
+
 # --- blocked tasks give their CPU back ------------------------------------------------------------
 
 

@@ -259,3 +259,133 @@ def test_a_runtime_env_by_class(ray):
     assert ray.get(look.options(runtime_env=environment).remote()) == "yes"
     with pytest.raises(TypeError):
         ray.runtime_env.RuntimeEnv(env_vars={"BY_CLASS": 1})
+
+
+def test_variables_belong_to_a_process(cluster):
+    """What has read them at its import keeps them: other variables, another process."""
+    ray = cluster(num_cpus=1)
+    look = ray.remote(lambda: (os.environ.get("X"), os.getpid()))
+    with_x = {x: look.options(runtime_env={"env_vars": {"X": x}}) for x in "12"}
+    found = [ray.get(one.remote()) for one in (with_x["1"], with_x["2"], look)]
+    assert [x for x, _ in found] == ["1", "2", None]
+    assert len({pid for _, pid in found}) == 3
+    if ray.__name__ == "hpcray":  # Ray may start more
+        assert [ray.get(one.remote()) for one in (with_x["1"], with_x["2"], look)] == found
+
+
+@pytest.mark.hpcray_only("how many processes there are is ours")
+def test_many_environments_leave_few_processes(cluster, eventually):
+    ray = cluster(num_cpus=1)
+    pid = ray.remote(lambda: os.getpid())
+    pids = {ray.get(pid.options(runtime_env={"env_vars": {"X": str(x)}}).remote())
+            for x in range(60)}
+    assert len(pids) == 60
+
+    def alive():
+        return sum(os.path.exists(f"/proc/{one}") for one in pids)
+
+    eventually(lambda: alive() <= 34)
+
+
+def test_what_a_child_inherits(bare_ray, init_options):
+    ray = bare_ray
+    ray.init(num_cpus=4, runtime_env={"env_vars": {"JOB": "job", "BOTH": "job"}}, **init_options)
+    names = ("JOB", "BOTH", "PARENT", "CHILD")
+
+    @ray.remote
+    def look():
+        return [os.environ.get(name) for name in names]
+
+    @ray.remote(runtime_env={"env_vars": {"PARENT": "parent", "BOTH": "parent"}})
+    def parent(own):
+        return ray.get((look if own is None else look.options(runtime_env=own)).remote())
+
+    @ray.remote(runtime_env={"env_vars": {"BOTH": "actor"}})
+    class Actor:
+        def child(self):
+            return ray.get(look.remote())
+
+    assert ray.get(look.remote()) == ["job", "job", None, None]
+    for own in (None, {}):
+        assert ray.get(parent.remote(own)) == ["job", "parent", "parent", None]
+    own = {"env_vars": {"CHILD": "child"}}
+    assert ray.get(parent.remote(own)) == ["job", "parent", "parent", "child"]
+    assert ray.get(Actor.remote().child.remote()) == ["job", "actor", None, None]
+
+
+def test_a_setup_hook_runs_once_in_every_worker(bare_ray, init_options):
+    ray = bare_ray
+
+    def hook():
+        os.environ["HOOKED"] = os.environ.get("HOOKED", "") + os.environ.get("OF_TASK", "x")
+
+    env = {"worker_process_setup_hook": hook, "env_vars": {"OF_JOB": "1"}}
+    ray.init(num_cpus=2, runtime_env=env, **init_options)
+    look = ray.remote(lambda: os.environ["HOOKED"])
+    assert ray.get([look.remote() for _ in range(4)]) == ["x"] * 4
+    assert ray.get(look.remote()) == "x"
+    own = {"env_vars": {"OF_TASK": "task"}}
+    assert ray.get(look.options(runtime_env=own).remote()) == "task"
+    actor = ray.remote(type("Actor", (), {"look": lambda self: os.environ["HOOKED"]})).remote()
+    assert ray.get(actor.look.remote()) == "x"
+    assert ray.get_runtime_context().runtime_env["worker_process_setup_hook"] == "hook"
+    assert "HOOKED" not in os.environ
+
+
+def test_a_setup_hook_by_name(bare_ray, init_options):
+    env = {"worker_process_setup_hook": "gc.disable"}
+    bare_ray.init(num_cpus=1, runtime_env=env, **init_options)
+
+    @bare_ray.remote
+    def collects():
+        import gc
+
+        return gc.isenabled()
+
+    assert bare_ray.get(collects.remote()) is False
+
+
+@pytest.mark.ray_differs("in Ray the worker dies, and the reason is in a file")
+def test_a_setup_hook_that_fails_is_the_tasks_error(bare_ray):
+    ray = bare_ray
+
+    def hook():
+        raise ValueError("of the hook")
+
+    ray.init(num_cpus=1, runtime_env={"worker_process_setup_hook": hook})
+    with pytest.raises(ray.exceptions.RuntimeEnvSetupError, match="of the hook"):
+        ray.get(ray.remote(lambda: 1).remote())
+    actor = ray.remote(type("Actor", (), {"f": lambda self: 1})).remote()
+    with pytest.raises(ray.exceptions.ActorDiedError, match="of the hook"):
+        ray.get(actor.f.remote())
+
+
+@pytest.mark.parametrize(("hook", "error"), [(5, TypeError), ("no_module", TypeError)])
+@pytest.mark.ray_differs("Ray checks it later")
+def test_a_setup_hook_that_cannot_be(bare_ray, hook, error):
+    with pytest.raises(error, match="setup_hook"):
+        bare_ray.init(num_cpus=1, runtime_env={"worker_process_setup_hook": hook})
+
+
+@pytest.mark.ray_differs("a TypeError of JSON in Ray")
+def test_a_setup_hook_is_the_jobs(ray):
+    with pytest.raises(ValueError, match="init"):
+        ray.remote(runtime_env={"worker_process_setup_hook": "a.b"})(lambda: 1)
+
+
+def test_the_class_and_its_fields(backend):
+    RuntimeEnv = backend.runtime_env.RuntimeEnv
+    env = RuntimeEnv(env_vars={"A": "1"}, working_dir="/tmp", py_modules=["/tmp"], excludes=["*.x"])
+    assert (env.env_vars(), env.working_dir(), env.py_modules()) == ({"A": "1"}, "/tmp", ["/tmp"])
+    assert env.has_working_dir() and not env.has_pip() and not env.has_conda() and not env.has_uv()
+    assert not RuntimeEnv().has_working_dir()
+    assert RuntimeEnv.deserialize(env.serialize()) == env == env.to_dict() == env.copy()
+    env.set("env_vars", {"B": "2"})
+    env["excludes"] = ["*.y"]
+    assert (env["env_vars"], env.get("excludes"), env.get("pip", 5)) == ({"B": "2"}, ["*.y"], 5)
+    with pytest.raises(TypeError):
+        env.set("env_vars", {"B": 2})
+    assert RuntimeEnv() == {}
+    for wrong, error in ((0, ValueError), ("a", TypeError)):
+        with pytest.raises(error):
+            RuntimeEnv(config={"setup_timeout_seconds": wrong})

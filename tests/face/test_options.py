@@ -48,7 +48,9 @@ NODE_1 = ids.node_id_hex(1, b"key")
     ("t", {"runtime_env": {"env_vars": {"A": 1}}}, TypeError, "str to str"),
     ("t", {"accelerator_type": 1}, TypeError, "accelerator_type"),
     ("a", {"accelerator_type": ""}, ValueError, "accelerator_type"),
-    ("t", {"fallback_strategy": [{}]}, NotImplementedError, "soft"),
+    ("t", {"fallback_strategy": [{}]}, ValueError, "label_selector"),
+    ("a", {"fallback_strategy": {}}, TypeError, "list"),
+    ("t", {"object_store_memory": 1}, NotImplementedError, "init"),
     ("t", {"label_selector": [1]}, TypeError, "dict"),
     ("t", {"label_selector": {"a": 1}}, TypeError, "'a'"),
     ("t", {"label_selector": {1: "a"}}, TypeError, "1"),
@@ -74,7 +76,7 @@ def test_refused(whom: str, given_options: dict[str, Any], error: type, says: st
 
 
 def test_defaults_of_unsupported_options_are_accepted() -> None:
-    given_options: dict[str, Any] = {"fallback_strategy": None, "object_store_memory": None}
+    given_options: dict[str, Any] = {"_labels": None, "object_store_memory": None}
     assert options.check_options(given_options, "t") == {}
 
 

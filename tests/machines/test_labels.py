@@ -34,6 +34,18 @@ def test_a_name_means_its_conditions(
     assert labels.name(labels.HARD, reversed(conditions)) == name
 
 
+@given(node=st.dictionaries(KEYS, VALUES),
+       alternatives=st.lists(st.lists(CONDITIONS, max_size=3), min_size=1, max_size=3))
+def test_alternatives_in_their_order(
+    node: dict[str, str], alternatives: list[list[labels.Condition]]
+) -> None:
+    name = labels.name(labels.HARD, *alternatives)
+    met = [all(holds(node, one) for one in conditions) for conditions in alternatives]
+    assert labels.meets(node, name) == any(met)
+    assert labels.rating(node, name) == (met.index(True) if any(met) else len(met))
+    assert labels.prefers(name) == (len(alternatives) > 1)
+
+
 @pytest.mark.parametrize(("text", "condition"), [
     ("v", ("k", "=", ("v",))), ("!v", ("k", "!=", ("v",))), ("", ("k", "=", ("",))),
     ("in(a, b)", ("k", "=", ("a", "b"))), ("!in(a)", ("k", "!=", ("a",))),

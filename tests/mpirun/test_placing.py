@@ -57,6 +57,13 @@ for expected, options in (
         expected}, options
     assert home(**options) == expected, options
     all_free()
+# Alternatives: the first that there is, and not where the second one is at hand.
+for first, second, expected in (("b", "a", 1), ("x", "a", 0), ("x", "b", 1)):
+    options = {"label_selector": {"zone": first},
+               "fallback_strategy": [{"label_selector": {"zone": second}}]}
+    assert set(ranks(3, **options)) == {expected}, (first, second)
+    assert home(**options) == expected, (first, second)
+    all_free()
 few = ranks(3, 0.05, scheduling_strategy=Labels(None, soft={"zone": In("b")}))
 assert few == [1] * 3, few
 assert set(ranks(16, 0.1, scheduling_strategy=Labels(None, soft={"zone": In("b")}))) == {0, 1}
