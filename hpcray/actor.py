@@ -221,8 +221,8 @@ def describe_methods(cls: type) -> dict[str, MethodDescription]:
 
 
 def is_async_class(cls: type) -> bool:
-    """Whether any method is a coroutine: then all calls run on one event loop."""
-    for name in set(dir(cls)).difference(dir(object)):
+    """Whether any method, or the constructor, is a coroutine: then calls run on event loops."""
+    for name in dir(cls):
         function, _ = _underlying(cls, name)
         if function is not None:
             target = inspect.unwrap(function) if callable(function) else function

@@ -180,6 +180,11 @@ class Client:
         """Child ids from now on descend from this task."""
         self.core.begin_task(task, attempt, salt)
 
+    def children_of(self, parent: Callable[[], tuple[bytes, int]]) -> None:
+        """Child ids from now on descend from the (task, attempt) that `parent` tells, asked in the
+        thread or coroutine that makes them."""
+        self.core.children_of(parent)
+
     def set_actor(self, actor_id: bytes) -> None:
         """This process is that actor from now on."""
         self.refs.own = ids.creation_object_id(actor_id)

@@ -118,6 +118,9 @@ class Core:
         # Child ids: a prefix per running task and one counter per process.
         self._task: tuple[bytes, int, bytes] = (b"", 0, b"")
         self._prefix = b""
+        # Where calls run side by side: the task of the thread or coroutine that makes a child.
+        self._parent: Callable[[], tuple[bytes, int]] | None = None
+        self._parents_prefix = ((b"", -1), b"")  # of the latest one
         self.counter = 0
         self.handlers: Handlers = self._message_handlers()
 
@@ -158,9 +161,21 @@ class Core:
         """Child ids from now on descend from this task; hashed when the first child comes."""
         self._task = (task, attempt, salt)
         self._prefix = b""
+        # What runs in the thread or coroutine that asks; None if it is the same in all of them.
+        self.parent: Callable[[], tuple[bytes, int]] | None = None
+        self._parents: tuple[bytes, bytes] = (b"", b"")  # the latest: task, prefix
+    def children_of(self, parent: Callable[[], tuple[bytes, int]]) -> None:
+        """Child ids from now on descend from the task that `parent` tells, in their thread."""
+        self._parent = parent
+        self._prefix = b""
 
     @property
     def task_prefix(self) -> bytes:
+        if self._parent is not None:
+            task = self._parent()
+            if task != self._parents_prefix[0]:
+                self._parents_prefix = (task, ids.task_prefix(*task))
+            return self._parents_prefix[1]
         if not self._prefix:
             self._prefix = ids.task_prefix(*self._task)
         return self._prefix

@@ -612,14 +612,17 @@ class Tasks:
         return task
 
     def raised(self, task: TaskRecord, error: bytes | Located | ErrorAt, retry: bool) -> None:
-        """The task raised; retried only if it asks for that."""
+        """The task raised; retried only if it asks for that.
+
+        A call that was cancelled as it ran says itself what has become of it.
+        """
         if retry and task.retries_left != 0 and not task.cancelled:
             self._count_retry(task)
             if task.template.kind == METHOD:
                 self._machine.actors.call_again(task)
             else:
                 self._requeue(task)
-        elif task.cancelled:
+        elif task.cancelled and task.template.kind != METHOD:
             self._forget_error(task.task_id, error)
             self.fail(task, values.pack_failure(cancelled_failure(task)))
         else:

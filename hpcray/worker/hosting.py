@@ -2,16 +2,18 @@
 
     sequential  one call after the other, in the order given (per caller: the order submitted)
     threaded    max_concurrency > 1 or concurrency groups: a pool of threads per group
-    asyncio     some method is a coroutine: one event loop in the main thread, calls interleave
+    asyncio     some method is a coroutine: an event loop per concurrency group, calls interleave
 """
 
 from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import gc
 import inspect
 import os
+import signal
 import socket
 import sys
 import threading
@@ -82,6 +84,9 @@ class HostedActor:
     def construct(self, cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raises: what the constructor raises."""
         self.instance = cls(*args, **kwargs)
+
+    def constructed(self) -> None:
+        """From now on calls come."""
         context.on_exit = self.on_exit
 
     def serve(self, queue: deque[Run | Stop]) -> int:
@@ -152,7 +157,7 @@ class HostedActor:
             elif name == "__ray_terminate__":
                 found = self._terminate
             else:
-                found = getattr(self.instance, name)
+                found = _bound(self.instance, name)
             self._methods[name] = found
         return found
 
@@ -191,17 +196,16 @@ class HostedActor:
 
     def leave(self, error: BaseException | None) -> None:
         """The actor wants to end: for good, or by a sys.exit() that says it failed (a crash, after
-        which it may be restarted)."""
+        which it may be restarted). What was finished is delivered; this call is not."""
         if isinstance(error, SystemExit) and error.code not in (None, 0):
             self.exit_status = error.code if isinstance(error.code, int) else 1
         elif self.exit_status is None:
             self.exit_status = 0
             self.worker.client.notify(ActorExit(self.actor_id))
+        self.end_soon()
 
-    def exit_by_itself(self) -> None:
-        """exit_actor() or sys.exit(): what was finished is delivered, this call is not."""
-        self.leave(sys.exception())
-        os._exit(self.finish())
+    def end_soon(self) -> None:
+        """Once the call that runs is over: `serve` looks."""
 
     def finish(self) -> int:
         """A graceful end: `__ray_shutdown__`, `__del__` and atexit handlers run. The status."""
@@ -225,6 +229,17 @@ class HostedActor:
 class ConcurrentActor(HostedActor):
     """Several calls at once: each thread or coroutine has a context of its own."""
 
+    def __init__(self, worker: Worker, template: Template, actor_id: bytes) -> None:
+        super().__init__(worker, template, actor_id)
+        # By concurrency group; "" is everybody else's.
+        self.limits = {"": template.max_concurrency, **dict(template.groups)}
+        # Children are those of the call that makes them, whichever call began last.
+        worker.client.children_of(_task_here)
+
+    def constructed(self) -> None:
+        super().constructed()
+        self.worker.on_terminate(self._on_sigterm)
+
     def enter(self, run: Run, template: Template) -> None:
         shared = self.worker.context
         context.set_context(TaskContext(
@@ -232,17 +247,8 @@ class ConcurrentActor(HostedActor):
             shared.resources, shared.devices, shared.namespace, shared.group_id,
             shared.captures, shared.env_vars, shared.packages, self.template.is_async))
 
-
-class ThreadedActor(ConcurrentActor):
-    def __init__(self, worker: Worker, template: Template, actor_id: bytes) -> None:
-        super().__init__(worker, template, actor_id)
-        # By concurrency group; "" is everybody else's.
-        self._threads = {
-            group: ThreadPoolExecutor(limit, thread_name_prefix="hpcray-actor")
-            for group, limit in (("", template.max_concurrency), *template.groups)
-        }
-
     def serve(self, queue: deque[Run | Stop]) -> int:
+        """The main thread reads the calls; others run them."""
         worker = self.worker
         while True:
             if not queue:
@@ -252,17 +258,56 @@ class ThreadedActor(ConcurrentActor):
                 continue
             item = queue.popleft()
             if type(item) is Stop:
-                for threads in self._threads.values():
-                    threads.shutdown(wait=True)
+                self.drain()
                 return self.finish()
             assert isinstance(item, Run)
-            self._threads[self.group(item)].submit(self._call_and_flush, item)
+            if self.exit_status is None:
+                self.submit(item)
+
+    def submit(self, run: Run) -> None:
+        raise NotImplementedError
+
+    def drain(self) -> None:
+        """Wait for the calls: those that run and, unless the actor exits, those behind them."""
+        raise NotImplementedError
+
+    def end_soon(self) -> None:
+        """The actor exits: by itself, once no call runs. Not in this thread, which may run one."""
+        threading.Thread(target=self._end, name="hpcray-exit", daemon=True).start()
+
+    def _end(self) -> None:
+        self.drain()
+        os._exit(self.finish())
+
+    def _on_sigterm(self) -> None:
+        """The calls that run may finish."""
+        self.exit_status = 128 + signal.SIGTERM
+        self.end_soon()
+
+
+class ThreadedActor(ConcurrentActor):
+    def __init__(self, worker: Worker, template: Template, actor_id: bytes) -> None:
+        super().__init__(worker, template, actor_id)
+        self._threads = {
+            group: ThreadPoolExecutor(limit, thread_name_prefix="hpcray-actor")
+            for group, limit in self.limits.items()
+        }
+
+    def submit(self, run: Run) -> None:
+        with contextlib.suppress(RuntimeError):  # shut down meanwhile: the actor exits
+            self._threads[self.group(run)].submit(self._call_and_flush, run)
+
+    def drain(self) -> None:
+        for threads in self._threads.values():
+            threads.shutdown(wait=False, cancel_futures=self.exit_status is not None)
+        for threads in self._threads.values():
+            threads.shutdown(wait=True)
 
     def _call_and_flush(self, run: Run) -> None:
+        if self.exit_status is not None:
+            return
         try:
             self._call(run)
-            if self.exit_status is not None:
-                self.exit_by_itself()
             output.flush()
             self.worker.client.flush()
         except (ChannelClosed, exceptions.RaySystemError):
@@ -270,62 +315,59 @@ class ThreadedActor(ConcurrentActor):
 
 
 class AsyncActor(ConcurrentActor):
-    """Calls are tasks of one event loop; outcomes leave once per round of it."""
+    """Calls are coroutines of an event loop, which reads them, too.
+
+    With concurrency groups each of these has a loop in a thread of its own, so that a call which
+    blocks its loop keeps no other group back; the main thread reads.
+    """
 
     def __init__(self, worker: Worker, template: Template, actor_id: bytes) -> None:
         super().__init__(worker, template, actor_id)
-        self._runner = asyncio.Runner()
-        self._flush_due = False
-        self._starting = False
-        self._first_step: tuple[Callable[[], None], Context] | None = None
-        self._running: set[asyncio.Task[None]] = set()
-        self._by_id: dict[bytes, asyncio.Task[None]] = {}
-        self._stopping: asyncio.Future[None] | None = None
+        self._loops = {group: EventLoop(self, limit) for group, limit in self.limits.items()}
+        self._main = self._loops[""]
+        self._threads: list[threading.Thread] = []
 
     def construct(self, cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """In the actor's event loop: a constructor may create tasks."""
-
+        """In the actor's event loop: a constructor may create tasks, or be a coroutine."""
         raised: list[BaseException] = []
 
         async def construct() -> None:
             try:
-                HostedActor.construct(self, cls, args, kwargs)
+                if inspect.iscoroutinefunction(cls.__init__):
+                    self.instance = cls.__new__(cls, *args, **kwargs)
+                    await self.instance.__init__(*args, **kwargs)
+                else:
+                    HostedActor.construct(self, cls, args, kwargs)
             except BaseException as error:
                 raised.append(error)  # around the loop, whose frames are nobody's business
 
-        self._runner.run(construct())
+        self._main.runner.run(construct())
         if raised:
             raise raised[0]
 
-    def on_exit(self) -> None:
-        """At once: a call may never end, and others would be cancelled by nobody."""
-        super().on_exit()
-        self._runner.get_loop().call_soon_threadsafe(self.exit_by_itself)
-
     def serve(self, queue: deque[Run | Stop]) -> int:
-        with self._runner:
-            return self._runner.run(self._serve(queue))
+        self.worker.client.on_cancel(self._cancel)
+        if len(self._loops) > 1:
+            self._threads = [
+                threading.Thread(target=loop.run, name="hpcray-actor", daemon=True)
+                for loop in self._loops.values()]
+            for thread in self._threads:
+                thread.start()
+            return super().serve(queue)
+        with self._main.runner as runner:
+            return runner.run(self._serve_in_loop(queue))
 
-    async def _serve(self, queue: deque[Run | Stop]) -> int:
-        loop = asyncio.get_running_loop()
+    async def _serve_in_loop(self, queue: deque[Run | Stop]) -> int:
         worker = self.worker
-        self._loop = loop
-        self._limits = {
-            group: asyncio.Semaphore(limit)
-            for group, limit in (("", self.template.max_concurrency), *self.template.groups)
-        }
-        self._stopping = loop.create_future()
+        main = self._main
         channel: socket.socket = worker.client.link.socket
-        loop.add_reader(worker._tasks, self._readable, queue)
-        loop.add_reader(channel, self._client_readable, channel)
-        worker.client.on_cancel(self._cancel)
+        main.loop.add_reader(worker._tasks, self._readable, queue)
+        main.loop.add_reader(channel, self._client_readable, channel)
         worker.client.flush()
-        loop.call_soon(self._start_calls, queue)  # calls do not begin inside another task
-        await self._stopping
-        loop.remove_reader(worker._tasks)
-        loop.remove_reader(channel)
-        if self._running:
-            await asyncio.wait(self._running)
+        main.loop.call_soon(main.start, queue)  # calls do not begin inside another task
+        await main.stopped()
+        main.loop.remove_reader(worker._tasks)
+        main.loop.remove_reader(channel)
         return self.finish()
 
     def _client_readable(self, channel: socket.socket) -> None:
@@ -342,20 +384,79 @@ class AsyncActor(ConcurrentActor):
                     break  # if there is more, the loop says so: cheaper than asking in vain
         except ChannelClosed:
             os._exit(1)
-        self._start_calls(queue)
+        self._main.start(queue)
 
-    def _start_calls(self, queue: deque[Run | Stop]) -> None:
+    def submit(self, run: Run) -> None:
+        loop = self._loops[self.group(run)]
+        loop.soon(loop.start, deque((run,)))
+
+    def drain(self) -> None:
+        for loop in self._loops.values():
+            loop.soon(loop.stop)
+        for thread in self._threads:
+            thread.join()
+
+    def end_soon(self) -> None:
+        if self._threads:
+            super().end_soon()
+        else:
+            self._main.soon(self._main.stop)
+
+    def _cancel(self, task_id: bytes) -> None:
+        """By whoever reads the client channel."""
+        for loop in self._loops.values():
+            loop.soon(loop.cancel, task_id)
+
+
+class EventLoop:
+    """An event loop of an async actor and the calls on it, so many at once; the others wait.
+
+    Outcomes leave once per round of the loop.
+    """
+
+    def __init__(self, actor: AsyncActor, limit: int) -> None:
+        self._actor = actor
+        self._worker = actor.worker
+        self.runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+        self.loop = self.runner.get_loop()
+        self._limit = asyncio.Semaphore(limit)
+        self._stopping: asyncio.Future[None] = self.loop.create_future()
+        self._flush_due = False
+        self._starting = False
+        self._first_step: tuple[Callable[[], None], Context] | None = None
+        self._running: set[asyncio.Task[None]] = set()
+        self._by_id: dict[bytes, asyncio.Task[None]] = {}
+
+    def soon(self, call: Callable[..., None], *args: Any) -> None:
+        """From any thread; nothing if the loop has ended."""
+        with contextlib.suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(call, *args)
+
+    def run(self) -> None:
+        """A thread's life."""
+        with self.runner as runner:
+            runner.run(self.stopped())
+
+    async def stopped(self) -> None:
+        """Returns when it is to stop and has no calls left."""
+        await self._stopping
+        while self._running:
+            await asyncio.wait(self._running)
+
+    def stop(self) -> None:
+        if not self._stopping.done():
+            self._stopping.set_result(None)
+
+    def start(self, queue: deque[Run | Stop]) -> None:
         """Begin what was read; the outcomes of calls that do not wait leave at once, together."""
         self._starting = True
         while queue:
             item = queue.popleft()
             if type(item) is Stop:
-                assert self._stopping is not None
-                if not self._stopping.done():
-                    self._stopping.set_result(None)
+                self.stop()
                 continue
             assert isinstance(item, Run)
-            task = self._begin(self._call_async(item))
+            task = self._begin(self._call(item))
             if not task.done():
                 self._running.add(task)
                 self._by_id[item.task_id] = task
@@ -370,7 +471,7 @@ class AsyncActor(ConcurrentActor):
         Python 3.11 has no eager tasks: a new task asks the loop to call its first step soon, and
         that wish is caught here. A turn of the loop costs as much as all the rest of a small call.
         """
-        loop: Any = self._loop
+        loop: Any = self.loop
         loop.call_soon = self._catch
         try:
             task: asyncio.Task[None] = loop.create_task(call)
@@ -388,64 +489,80 @@ class AsyncActor(ConcurrentActor):
         self._running.discard(task)
         self._by_id.pop(task_id, None)
 
-    def _cancel(self, task_id: bytes) -> None:
-        """By whoever reads the client channel."""
-        self._loop.call_soon_threadsafe(self._cancel_now, task_id)
-
-    def _cancel_now(self, task_id: bytes) -> None:
+    def cancel(self, task_id: bytes) -> None:
         task = self._by_id.get(task_id)
         if task is not None:
             task.cancel()
 
-    async def _call_async(self, run: Run) -> None:
-        worker = self.worker
+    async def _call(self, run: Run) -> None:
+        worker = self._worker
+        actor = self._actor
         client = worker.client
         began_s = time.monotonic()
         template = None
         try:
-            async with self._limits[self.group(run)]:
+            async with self._limit:
+                if actor.exit_status is not None:
+                    return  # the node says what has become of it
                 began_s = time.monotonic()
                 if run.task_id in worker.cancelled:
                     raise asyncio.CancelledError
                 template = worker.load(run).template
                 args, kwargs = worker.arguments(run)
-                method = self.method(template.method)
-                self.enter(run, template)
+                method = actor.method(template.method)
+                actor.enter(run, template)
                 result = method(*args, **kwargs)
-                if inspect.isawaitable(result):
+                if isinstance(result, Coroutine):
                     result = await result
                 if template.stream or inspect.isgenerator(result) or inspect.isasyncgen(result):
                     await generators.run_async(
-                        worker, run, template, result, began_s, self._loop)
+                        worker, run, template, result, began_s, self.loop)
+                elif run.task_id in worker.cancelled:
+                    raise asyncio.CancelledError  # it was told, and has made its own end of it
                 else:
                     worker.deliver(run, template, result, began_s)
         except FailedDependency as failed:
             client.report(Failed(run.task_id, run.attempt, _us(began_s), failed.error))
         except BaseException as error:
             worker.leave_if_forked(error)
-            if self.is_exit(error):
-                # Not from here: these frames would keep the instance from its `__del__`.
-                self.leave(error)
-                self._loop.call_soon(self.exit_by_itself)
+            if actor.is_exit(error):
+                actor.leave(error)
                 return
-            if isinstance(error, asyncio.CancelledError) and run.task_id in worker.cancelled:
-                client.report(worker.cancellation(run, began_s))
-            else:
+            if not isinstance(error, asyncio.CancelledError):
                 name = template.name if template is not None else "method"
                 client.report(worker.failure(run, name, began_s, error, template))
+            elif template is None:  # before it has begun
+                client.report(worker.cancellation(run, began_s))
+            else:
+                cancelled = exceptions.TaskCancelledError(run.task_id.hex())
+                cancelled.__traceback__ = error.__traceback__
+                client.report(worker.failure(run, template.name, began_s, cancelled, template))
         if not self._flush_due:
             self._flush_due = True
             if not self._starting:
-                self._loop.call_soon(self._flush)
+                self.loop.call_soon(self._flush)
 
     def _flush(self) -> None:
         self._flush_due = False
         output.flush()
-        self.worker.client.flush(drain=not self._running)
+        self._worker.client.flush(drain=not self._running)
+
+
+def _task_here() -> tuple[bytes, int]:
+    here = context.current()
+    return here.task_id, here.attempt
 
 
 def _ready() -> bool:
     return True
+
+
+def _bound(instance: Any, name: str) -> Any:
+    """The method as the class has it: an attribute of that name does not hide it."""
+    kind = type(instance)
+    member = inspect.getattr_static(kind, name)
+    bind = getattr(type(member), "__get__", None)
+    return member if bind is None else bind(member, instance, kind)
 
 
 def _exit_request() -> BaseException:

@@ -21,7 +21,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from types import GeneratorType
 from typing import Any
 
@@ -97,9 +97,18 @@ def run_worker(number: int, task_fd: int, client_fd: int, settings: dict[str, An
         return 1  # the node is gone; so are we
 
 
+# What the worker does at a SIGTERM that is not its job's end; unset once it does it.
+_terminate: Callable[[], None] | None = None
+
+
 def _end_in_good_order(number: int, _frame: object) -> None:
     """SIGTERM, by which a job ends its workers; then the signal does its work. Whoever takes longer
     than the zygote's grace is killed."""
+    global _terminate
+    if _terminate is not None:
+        terminate, _terminate = _terminate, None  # a second signal waits for nothing
+        terminate()
+        return
     signal.signal(number, signal.SIG_DFL)
     with contextlib.suppress(BaseException):
         end_user_code()
@@ -160,6 +169,19 @@ class Worker:
         self._unraisable = sys.unraisablehook
         sys.unraisablehook = self._on_unraisable
         self.actor: Any = None  # worker.hosting.HostedActor, once created
+
+    def on_terminate(self, end: Callable[[], None]) -> None:
+        """What a SIGTERM does from now on, unless it is the end of the job."""
+        global _terminate
+        ending = self._settings.get("ending", b"\0")
+
+        def terminate() -> None:
+            if ending[0]:
+                _end_in_good_order(signal.SIGTERM, None)
+            else:
+                end()
+
+        _terminate = terminate
 
     # --- the loop ---------------------------------------------------------------------------------
 
@@ -593,6 +615,7 @@ class Worker:
         own = actor.own_repr()
         if own is not None:
             output.call(own)
+        actor.constructed()
         self.client.report(Done(run.task_id, run.attempt, _us(began_s), serialization.NONE))
 
     def creation_failure(self, run: Run, name: str, error: BaseException) -> bytes:

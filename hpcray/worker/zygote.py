@@ -33,6 +33,7 @@ import contextlib
 import gc
 import importlib
 import json
+import mmap
 import os
 import select
 import shutil
@@ -236,6 +237,8 @@ class Zygote:
         self._prctl = _load_prctl()
         self._blas = _blas_controller()
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        # Shared with the workers: whether a SIGTERM is the end of the job.
+        self._ending = mmap.mmap(-1, 1)
 
     def warm_up(self) -> None:
         """Do once what workers do first: libraries import more at their first use.
@@ -419,6 +422,7 @@ class Zygote:
         sessions = {*self._living, *self._dead.values(), *self._burying}
         if not sessions:
             return
+        self._ending[0] = 1
         kill_sessions(set(self._living), signal.SIGTERM)
         waiting = select.poll()
         waiting.register(self._wake_read, select.POLLIN)
@@ -451,6 +455,7 @@ class Zygote:
             task_fd, client_fd = self._detach(request.number, descriptors[:4])
             settings = _read_settings(request, descriptors)
             self._take_settings(settings)
+            settings["ending"] = self._ending
             for descriptor in descriptors[2:]:
                 os.close(descriptor)
             assert not isinstance(self._target, str)

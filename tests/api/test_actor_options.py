@@ -28,17 +28,21 @@ def grouped(ray):
             import asyncio
 
             self.event = asyncio.Event()
+            self.loop = None
             self.now = self.most = 0
 
         @ray.method(concurrency_group="io")
         async def io(self):
+            import asyncio
+
+            self.loop = asyncio.get_running_loop()
             self.now += 1
             self.most = max(self.most, self.now)
             await self.event.wait()
             self.now -= 1
 
         async def release(self):
-            self.event.set()
+            self.loop.call_soon_threadsafe(self.event.set)  # the group's own loop
 
         async def seen(self):
             return self.now, self.most
@@ -78,7 +82,6 @@ def test_a_group_at_the_call(ray, grouped, gate):
     ray.get(full)
 
 
-@pytest.mark.ray_differs("Ray gives every group an event loop of its own")
 def test_groups_of_an_async_actor(ray, grouped, eventually):
     actor = grouped[1].remote()
     held = [actor.io.remote() for _ in range(5)]
