@@ -240,7 +240,8 @@ class Actors:
             failure = values.Failure(
                 "ActorDiedError", f"The actor {class_name(home.template)} died: {failure.message}",
                 home.actor_id.hex())
-        if intended or home.restarts_left == 0:
+        wanted = ids.creation_object_id(home.actor_id) in self._machine.directory.records
+        if intended or home.restarts_left == 0 or not wanted:
             self._die(home, failure)
             return
         if home.restarts_left > 0:
@@ -444,6 +445,9 @@ class Actors:
             self._update(route, message)
 
     def _update(self, route: Route, message: ActorIs) -> None:
+        if (message.state == ActorState.RESTARTING
+                and route.state in (ActorState.UNKNOWN, ActorState.ALIVE)):
+            self._fail_impatient(route)
         route.state = ActorState(message.state)
         route.rank = message.rank
         route.incarnation = message.incarnation
@@ -451,6 +455,22 @@ class Actors:
         self._flush_route(route)
         if route.state is ActorState.DEAD and route.open_calls == 0:
             self.routes.pop(route.actor_id, None)  # a later call asks the home again
+
+    def _fail_impatient(self, route: Route) -> None:
+        """The actor was there, and is being restarted: calls without retries do not wait for that.
+
+        Those that have waited since before it was first there still do: they met no actor at all.
+        """
+        for calls in (route.resend, route.waiting):
+            for task in [task for task in calls if not task.template.max_retries]:
+                calls.remove(task)
+                self._fail_unavailable(task)
+
+    def _fail_unavailable(self, task: TaskRecord) -> None:
+        self._machine.tasks.fail(task, values.pack_failure(values.Failure(
+            "ActorUnavailableError",
+            f"The actor is being restarted; {task.template.name} was not run. Call it again later, "
+            "or with max_task_retries: then it waits.", task.actor_id.hex())))
 
     def _flush_route(self, route: Route) -> None:
         if route.state not in (ActorState.ALIVE, ActorState.DEAD):
@@ -469,6 +489,8 @@ class Actors:
         elif route.state is ActorState.DEAD:
             failure = route.failure or gone_failure(route.actor_id)
             self._machine.tasks.fail(task, values.pack_failure(failure))
+        elif route.state is ActorState.RESTARTING and not task.template.max_retries:
+            self._fail_unavailable(task)
         else:
             task.state = QUEUED
             route.waiting.append(task)
@@ -522,6 +544,9 @@ class Actors:
         """The host does not have this incarnation (any more): resolve again."""
         route = self.routes[task.actor_id]
         task.rank = -1
+        if route.state is ActorState.RESTARTING and not task.template.max_retries:
+            self._fail_unavailable(task)
+            return
         route.resend.append(task)
         if route.state is ActorState.ALIVE and route.incarnation == task.incarnation:
             route.state = ActorState.UNKNOWN

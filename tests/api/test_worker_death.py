@@ -418,6 +418,122 @@ def test_max_task_retries_sends_the_call_again(ray, counter):
     assert counter.value == 2
 
 
+@pytest.fixture
+def restarting(ray, gate, counter):
+    """(actor, its gate): it has died, and its second constructor waits at the gate."""
+    enter, add = gate.enter, counter.add
+
+    def make(**options):
+        @ray.remote(max_restarts=2, **options)
+        class Actor:
+            def __init__(self):
+                if add() > 1:
+                    enter()
+
+            def pid(self):
+                return os.getpid()
+
+        actor = Actor.remote()
+        os.kill(ray.get(actor.pid.remote()), signals.SIGKILL)
+        gate.wait_for_arrivals()
+        return actor
+
+    return make
+
+
+def test_a_call_while_the_actor_restarts_is_unavailable(ray, restarting, gate):
+    actor = restarting()
+    with pytest.raises(ray.exceptions.ActorUnavailableError, match="restart") as caught:
+        ray.get(actor.pid.remote(), timeout=20)
+    assert caught.value.actor_id == actor._actor_id.hex()
+    # So it is from elsewhere, too.
+    with pytest.raises(ray.exceptions.ActorUnavailableError):
+        ray.get(ray.remote(num_cpus=0)(lambda: ray.get(actor.pid.remote())).remote(), timeout=20)
+    gate.open()
+    _call_until_up(ray, actor, "pid")
+
+
+def test_a_call_with_retries_waits_for_the_restart(ray, restarting, gate):
+    actor = restarting(max_task_retries=1)
+    refs = [actor.pid.remote() for _ in range(3)]
+    assert ray.wait(refs, timeout=0.2) == ([], refs)
+    gate.open()
+    assert len(set(ray.get(refs, timeout=30))) == 1
+
+
+def test_calls_behind_the_one_that_crashes_are_unavailable(ray, counter, gate):
+    add, enter = counter.add, gate.enter
+
+    @ray.remote(max_restarts=1)
+    class A:
+        def die(self):
+            enter()
+            os._exit(1)
+
+        def count(self):
+            add()
+
+    a = A.remote()
+    refs = [a.die.remote(), *[a.count.remote() for _ in range(200)]]
+    gate.wait_for_arrivals()
+    gate.open()
+    for ref in refs:
+        with pytest.raises(ray.exceptions.ActorUnavailableError):
+            ray.get(ref, timeout=30)
+    _call_until_up(ray, a, "count")
+    assert counter.value == 1
+
+
+def test_calls_before_the_first_constructor_wait_for_one_that_works(ray, gate, counter):
+    add, enter = counter.add, gate.enter
+
+    @ray.remote(max_restarts=2)
+    class A:
+        def __init__(self):
+            if add() < 3:
+                enter()
+                os._exit(1)
+
+        def m(self):
+            return "up"
+
+    a = A.remote()
+    ref = a.m.remote()
+    gate.wait_for_arrivals()
+    gate.open()
+    assert ray.get(ref, timeout=30) == "up"
+
+
+def test_a_constructor_that_crashes_is_not_tried_again_without_a_handle(
+    ray, gate, counter, eventually
+):
+    add, enter = counter.add, gate.enter
+
+    @ray.remote(max_restarts=-1)
+    class A:
+        def __init__(self):
+            add()
+            enter()
+            os._exit(1)
+
+    a = A.options(name="hopeless").remote()
+    gate.wait_for_arrivals()
+    del a
+    gate.open()
+
+    def gone():
+        try:
+            ray.get_actor("hopeless")
+        except ValueError:
+            return True
+        return False
+
+    eventually(gone)
+    count = counter.value
+    ray.get(ray.remote(lambda: None).remote())
+    assert counter.value == count
+
+
 def test_calls_without_retries_are_not_sent_again(ray, counter):
     add = counter.add
 
