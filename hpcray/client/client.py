@@ -9,6 +9,7 @@ raises what tasks have raised outside of it.
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import threading
@@ -68,6 +69,7 @@ class Client:
         self.is_driver = is_driver
         self._futures = Futures(self.core.objects, self._value_of, self._wake_helper)
         self.link.helper.complete = self._tick
+        self.core.on_collect = self._collect_garbage
         self.link.helper.has_futures = lambda: self._futures.waiting
         self._pending = PendingCalls(self.core.objects)
         self._group: Group | None = None  # of the latest `wait`
@@ -134,6 +136,11 @@ class Client:
     @property
     def lost(self) -> str | None:
         return self.link.lost
+
+    def _collect_garbage(self) -> None:
+        gc.collect()
+        if self.link.lost is None:
+            self.flush(drain=True)
 
     def on_output(self, show: Callable[[Output], None]) -> None:
         """What to do with lines that workers have printed."""

@@ -37,6 +37,7 @@ from hpcray.protocol.messages import (
     CancelTask,
     ChannelOf,
     ClientGone,
+    CollectGarbage,
     CreateActor,
     DefineFunction,
     DefineTemplate,
@@ -104,6 +105,8 @@ class Core:
         self.cancelled: dict[bytes, None] = {}
         self.on_output: Callable[[Output], None] = lambda output: None
         self.on_cancel: Callable[[bytes], None] = lambda task: None
+        # Something waits for what refs and handles in reference cycles may keep.
+        self.on_collect: Callable[[], None] = lambda: None
         # Values up to this size travel in messages; the node lowers it when they fill its memory.
         self.inline_max_bytes = values.INLINE_MAX_BYTES
         self.welcomed = Waiter(1)
@@ -161,9 +164,7 @@ class Core:
         """Child ids from now on descend from this task; hashed when the first child comes."""
         self._task = (task, attempt, salt)
         self._prefix = b""
-        # What runs in the thread or coroutine that asks; None if it is the same in all of them.
-        self.parent: Callable[[], tuple[bytes, int]] | None = None
-        self._parents: tuple[bytes, bytes] = (b"", b"")  # the latest: task, prefix
+
     def children_of(self, parent: Callable[[], tuple[bytes, int]]) -> None:
         """Child ids from now on descend from the task that `parent` tells, in their thread."""
         self._parent = parent
@@ -387,6 +388,7 @@ class Core:
                 message.actor_id, message.worker, wire(fds.pop(0))),
             ClientGone: lambda message, _: neighbours.forget(message.client),
             CancelTask: self._on_cancel,
+            CollectGarbage: lambda *_: self.effects.append(self.on_collect),
             Output: self._on_output,
             Welcome: self._on_welcome,
             InlineLimit: self._on_inline_limit,

@@ -252,6 +252,11 @@ class Machine:
         if self.cluster.scheduler is not None:
             self.cluster.scheduler.unused(rank, message)
 
+    def collect_garbage(self) -> None:
+        """In the processes of this node."""
+        for number in self.clients:
+            self.outbox.clients[number].append(m.CollectGarbage())
+
     def _notice(self, rank: int, message: m.Notice) -> None:
         self.outbox.notices.append(message.text)
 
@@ -433,6 +438,7 @@ class Machine:
             m.PeerRows: lambda _, message: self.inventory.peer_rows(message),
             m.ActorAt: lambda _, message: self.actors.actor_at(message),
             m.Notice: self._notice,
+            m.CollectGarbage: lambda *_: self.collect_garbage(),
             m.GiveBack: lambda rank, message: self.dispatcher.give_back_to(
                 rank, message.shape, message.count),
             m.RecallTask: lambda _, message: self.tasks.recalled(message),

@@ -1,7 +1,8 @@
 """What has waited for long, said once in one sentence: for what, and what holds it. Pure.
 
     once a second: queues, actors to be placed, groups, running workers, silent ranks
-        --the same thing waits for 10 s--> can it still begin by itself?
+        --the same thing waits for 2 s---> is it stuck? Then all processes collect their garbage
+        --and for 10 s-------------------> can it still begin by itself?
               yes: look again in 10 s          no: one notice per cause, until the cause is gone
 
 What waits its turn behind tasks that run is not stuck: they end. It is stuck if no node could
@@ -25,12 +26,15 @@ from hpcray.node.outbox import Outbox
 from hpcray.node.placement import Group, choose
 from hpcray.node.records import QUEUED, TaskRecord
 from hpcray.protocol import ids, labels, words
+from hpcray.protocol.messages import CollectGarbage
 
 if TYPE_CHECKING:
     from hpcray.node.dispatch import ShapeQueue, Worker
     from hpcray.node.machine import Machine
 
 PATIENCE_S = 10.0
+# What is stuck for so long may be kept by refs or handles in cycles, which nobody uses any more.
+_COLLECT_S = 2.0
 _LOOK_S = 1.0
 # Looks further apart than this: this node itself was stopped, and nothing can be said of others.
 _PAUSE_S = 5.0
@@ -38,17 +42,21 @@ _PAUSE_S = 5.0
 _LOOKED_AT = 1000
 
 Key = tuple[Any, ...]
+# Kinds of waits, by their key, that refs and handles may be the cause of.
+_KEPT = ("queue", "actors", "group", "store")
 
 
 class Wait:
     """Something that waits: since when the same has been first in line, and whether it was told."""
 
-    __slots__ = ("said", "sign", "since_s")
+    __slots__ = ("collected", "looked", "said", "sign", "since_s")
 
     def __init__(self, sign: Any, since_s: float) -> None:
         self.sign = sign
         self.since_s = since_s
         self.said = False
+        # Whether it was looked at early, and garbage collected for it.
+        self.looked = self.collected = False
 
 
 class Candidate(NamedTuple):
@@ -82,14 +90,27 @@ class Waiting:
             if wait is None or (wait.sign != sign and not wait.said):
                 wait = Wait(sign, now_s)
             waits[key] = wait
-            if not wait.said and now_s - wait.since_s >= PATIENCE_S:
+            if wait.said:
+                continue
+            if now_s - wait.since_s >= PATIENCE_S:
                 wait.since_s = now_s
+                wait.collected = True
+                due.append((wait, look))
+            elif not wait.looked and key[0] in _KEPT and now_s - wait.since_s >= _COLLECT_S:
+                wait.looked = True
                 due.append((wait, look))
         self._waits = waits
         for wait, look in due:
             look(wait)
 
     def _say(self, wait: Wait, text: str) -> None:
+        if not wait.collected:
+            wait.collected = True
+            for rank in range(self._machine.size):
+                if rank != self._rank:
+                    self._outbox.peers[rank].append(CollectGarbage())
+            self._machine.collect_garbage()
+            return
         if not wait.said and any(other is wait for other in self._waits.values()):
             wait.said = True
             self._outbox.notices.append(f"Warning: {text}")

@@ -479,6 +479,11 @@ class CancelTask(_Message, tag=14):
     task_id: bytes
 
 
+class CollectGarbage(_Message, tag=90):
+    """To all processes of a node, and to all nodes: something is stuck that only refs and handles
+    which nobody uses any more may keep from running; Python finds those in cycles when it likes."""
+
+
 class InlineLimit(_Message, tag=16):
     """Values larger than this go to shared memory from now on: inline ones fill the node."""
 
@@ -541,7 +546,8 @@ class Rows(_Message, tag=80):
 ToClient = (
     Welcome | Value | ValueAt | Ready | Released | SegmentGrant | SegmentDenied | SegmentOpened
     | SegmentClosed | SegmentReclaim | TemplateIs | Reply | Output | CancelTask | InlineLimit
-    | JobEnded | Yielded | StreamEnded | StreamRoom | Rows | ChannelOf | ClientGone | ActorChannel
+    | CollectGarbage | JobEnded | Yielded | StreamEnded | StreamRoom | Rows | ChannelOf | ClientGone
+    | ActorChannel
 )
 
 # --- node -> worker, the task channel -----------------------------------------------------------
@@ -957,7 +963,7 @@ ToPeer = (
     | ActorWhere | ActorIs | ActorStop | ActorDown | PeerRequest | PeerReply
     | PeerOutput | Notice | RecallTask | GiveBack | PullMapped | PullEnded | TaskYield | TaskRoom
     | PrepareBundles | BundlesPrepared | CommitBundles | ReleaseBundles | GroupRemoved
-    | PeerRows | ActorAt | Preload
+    | PeerRows | ActorAt | Preload | CollectGarbage
 )
 
 encode = msgspec.msgpack.Encoder().encode

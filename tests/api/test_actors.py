@@ -408,6 +408,42 @@ def test_actor_ends_when_its_last_handle_goes(ray, Counter, eventually):
     eventually(lambda: not os.path.exists(f"/proc/{pid}"))
 
 
+@pytest.mark.timeout(120)
+def test_actors_whose_handles_are_in_cycles_make_room(cluster):
+    """What waits for their CPU has Python's collector find them: here it does not run by itself."""
+    import gc
+
+    ray = cluster(num_cpus=1)
+
+    @ray.remote(num_cpus=1)
+    class Holder:
+        def m(self):
+            return "ok"
+
+    @ray.remote(num_cpus=0)
+    class Keeper:
+        def keep(self, boxes):
+            import gc
+
+            gc.disable()
+            boxes.append(boxes)
+
+    gc.disable()
+    try:
+        for _ in range(2):
+            cycle = [Holder.remote()]
+            cycle.append(cycle)
+            assert ray.get(cycle[0].m.remote(), timeout=40) == "ok"
+            del cycle
+        keeper = Keeper.remote()
+        holder = Holder.remote()
+        ray.get(keeper.keep.remote([holder]))  # in the cycle of an idle actor
+        del holder
+        assert ray.get(ray.remote(lambda: 5).remote(), timeout=40) == 5
+    finally:
+        gc.enable()
+
+
 def test_queued_calls_run_before_a_dropped_actor_ends(ray, Counter, gate):
     enter = gate.enter
 

@@ -209,6 +209,39 @@ KEEPS = ("An actor keeps its resources until it ends: start with more of them, o
          "(num_cpus=0).")
 
 
+def test_garbage_is_collected_before_anything_is_said() -> None:
+    """Handles in cycles may keep the actors: every process of every rank looks for them, once."""
+    nodes = Nodes(2)
+
+    def asked() -> list[int]:
+        counts = [sum(type(x) is m.CollectGarbage for batch in machine.outbox.clients.values()
+                      for x in batch) for machine in nodes.machines]
+        for machine in nodes.machines:
+            machine.outbox.clients.clear()
+        return counts
+
+    for _ in range(4):
+        nodes.done(ids.creation_object_id(nodes.actor()))
+    nodes.submit("f")
+    processes = [len(machine.clients) for machine in nodes.machines]
+    asked()
+    assert nodes.wait(1) == []
+    assert asked() == [0, 0]
+    assert nodes.wait(4) == []
+    assert asked() == processes
+    assert len(nodes.wait(10)) == 1
+    assert asked() == [0, 0]
+
+
+def test_no_garbage_is_collected_for_what_waits_its_turn() -> None:
+    nodes = Nodes()
+    for _ in range(3):
+        nodes.submit("f")
+    nodes.wait(9)
+    assert not any(type(x) is m.CollectGarbage for batch in
+                   nodes.machines[0].outbox.clients.values() for x in batch)
+
+
 def test_tasks_behind_actors_are_told_once() -> None:
     nodes = Nodes()
     for _ in range(2):
