@@ -117,7 +117,7 @@ def method(*functions: Any, **options: Any) -> Any:
     concurrency_group, max_task_retries, retry_exceptions, enable_task_events,
     _generator_backpressure_num_objects.
 
-    Bare, `@method` changes nothing but what type checkers know of it (see `ActorProxy`).
+    Bare or empty, `@method` changes nothing but what type checkers know of it (see `ActorProxy`).
 
     Raises:
       TypeError: neither a function alone nor options alone, or it is on something else.
@@ -698,12 +698,12 @@ def get_actor(name: str, namespace: str | None = None) -> ActorHandle[Any]:
     """The handle of a named actor.
 
     Raises:
-      ValueError: there is none of that name.
+      ValueError: there is none of that name, or no name.
     """
-    if not isinstance(name, str):
-        raise TypeError(f"an actor's name is a string, not {name!r}")
     if not name:
         raise ValueError("get_actor needs a non-empty name")
+    if not isinstance(name, str):
+        raise TypeError(f"an actor's name is a string, not {name!r}")
     if namespace is not None:
         check_namespace(namespace)
     client = references.current_client()

@@ -213,7 +213,16 @@ def test_method_decorator(ray):
         def none(self):
             return 1
 
+        @ray.method()
+        def empty(self):
+            return "empty"
+
+        @ray.method
+        def bare(self):
+            return "bare"
+
     a = A.remote()
+    assert ray.get([a.empty.remote(), a.bare.remote()]) == ["empty", "bare"]
     first, second = a.two.remote()
     assert ray.get([second, first]) == [2, 1]
     assert a.none.remote() is None

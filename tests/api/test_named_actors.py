@@ -61,6 +61,8 @@ def test_unknown_name(ray):
 def test_empty_name(ray, A):
     with pytest.raises(ValueError):
         ray.get_actor("")
+    with pytest.raises(ValueError):
+        ray.get_actor(None)
     with pytest.raises(ValueError, match="empty"):
         A.options(name="").remote()
 
