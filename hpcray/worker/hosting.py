@@ -363,11 +363,13 @@ class AsyncActor(ConcurrentActor):
         channel: socket.socket = worker.client.link.socket
         main.loop.add_reader(worker._tasks, self._readable, queue)
         main.loop.add_reader(channel, self._client_readable, channel)
+        main.loop.add_reader(worker.signalled, worker.take_signals)
         worker.client.flush()
         main.loop.call_soon(main.start, queue)  # calls do not begin inside another task
         await main.stopped()
         main.loop.remove_reader(worker._tasks)
         main.loop.remove_reader(channel)
+        main.loop.remove_reader(worker.signalled)
         return self.finish()
 
     def _client_readable(self, channel: socket.socket) -> None:

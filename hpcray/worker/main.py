@@ -168,11 +168,16 @@ class Worker:
         self._struck = b""  # the task that a cancel has interrupted, until it is over
         self._unraisable = sys.unraisablehook
         sys.unraisablehook = self._on_unraisable
+        self.signalled = -1  # readable after a signal; see `on_terminate`
         self.actor: Any = None  # worker.hosting.HostedActor, once created
 
     def on_terminate(self, end: Callable[[], None]) -> None:
         """What a SIGTERM does from now on, unless it is the end of the job."""
         global _terminate
+        # A signal that comes just before the main thread polls does not end the poll; this does.
+        self.signalled, woken = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
+        self._poller.register(self.signalled, select.POLLIN)
         ending = self._settings.get("ending", b"\0")
 
         def terminate() -> None:
@@ -182,6 +187,11 @@ class Worker:
                 end()
 
         _terminate = terminate
+
+    def take_signals(self) -> None:
+        """Their handlers run by themselves, now that the main thread is awake."""
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.signalled, 4096)
 
     # --- the loop ---------------------------------------------------------------------------------
 
@@ -225,6 +235,9 @@ class Worker:
                 ready = self._poller.poll()
                 if ready[0][0] == self._tasks_fd or len(ready) > 1:
                     break
+                if ready[0][0] == self.signalled:
+                    self.take_signals()
+                    continue
                 if not client.link.read_idle() and client.lost is not None:
                     raise ChannelClosed(client.lost)
                 client.flush()
