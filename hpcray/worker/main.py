@@ -154,7 +154,6 @@ class Worker:
         self.rank = settings.get("rank", 0)
         self._retry_only: dict[bytes, tuple[type, ...]] = {}
         self._entered = False  # the environment of its first task, for good
-        self._around = surroundings.Surroundings()
         self._streams = output.streams
         client.link.before_wait = self._before_wait
         client.link.after_wait = Unblocked
@@ -165,6 +164,7 @@ class Worker:
         client.link.on_interrupt = self._read_cancels
         client.on_cancel(self._on_cancel)
         signal.signal(INTERRUPT_SIGNAL, self._on_interrupt)
+        self._around = surroundings.Surroundings()  # all handlers of ours are set
         self._struck = b""  # the task that a cancel has interrupted, until it is over
         self._unraisable = sys.unraisablehook
         sys.unraisablehook = self._on_unraisable
