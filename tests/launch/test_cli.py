@@ -28,7 +28,6 @@ def become_node():
     os._exit(0)
 start.start_early, start.become_node = start_early, become_node
 sys.modules["hpcray.launch.start"] = start
-from hpcray.launch import doctor
 from hpcray.observe.cli import main
 if __name__ == "__main__":
     sys.exit(main())
