@@ -8,6 +8,8 @@ All are picklable data: their attributes cross process boundaries.
 
 from __future__ import annotations
 
+import contextlib
+from types import GetSetDescriptorType, MemberDescriptorType
 from typing import Any
 
 from hpcray.protocol import words
@@ -86,15 +88,12 @@ class TaskError(RayError):
         if issubclass(TaskError, cause_class):
             return self  # TaskError itself, RayError or Exception: nothing to add
         try:
-            dual = _dual_class(cause_class)
-            # The cause's own __new__ (OSError and its like refuse another's), with its arguments:
-            # groups take what they hold from there.
-            error: Any = cause_class.__new__(dual, *cause.args)
+            error: Any = _new_exception(cause_class, _dual_class(cause_class), cause.args)
             # What the cause has is the cause's: `except Mine as e: e.rank` means Mine's rank.
             error.__dict__.update((name, value) for name, value in self.__dict__.items()
                                   if not hasattr(cause, name))
             error.__dict__.update(getattr(cause, "__dict__", {}), cause=cause, _plain=self)
-            error.args = cause.args
+            _set_members(error, _members(cause))
         except Exception:
             return self
         dual_error: TaskError = error
@@ -150,23 +149,68 @@ def _dual_class(cause_class: type[BaseException]) -> type[TaskError]:
     return dual
 
 
+def _new_exception(
+    kind: type[BaseException], as_: type[BaseException], args: tuple[Any, ...]
+) -> BaseException:
+    """One of class `as_`, which is `kind` or below it, without its constructor."""
+    try:
+        # The own __new__ of `kind`, which OSError and its like insist on, with its arguments:
+        # groups take what they hold from there.
+        error = kind.__new__(as_, *args)
+    except TypeError:
+        error = BaseException.__new__(as_, *args)  # MemoryError's makes no subclasses of two
+    with contextlib.suppress(AttributeError):  # its class makes its own of what it has
+        error.args = args
+    return error
+
+
+def _member_names(kind: type[BaseException]) -> tuple[tuple[str, bool], ...]:
+    """Attributes that an exception's `__dict__` does not show, and whether a `__slots__` has them:
+    the others are those of built-in exceptions, such as `errno`."""
+    return tuple(
+        (name, "__slots__" in vars(base))
+        for base in kind.__mro__ if base not in (BaseException, object)
+        for name, value in vars(base).items()
+        if isinstance(value, (MemberDescriptorType, GetSetDescriptorType)) and name[:2] != "__")
+
+
+def _members(error: BaseException) -> dict[str, Any]:
+    names = _member_names(type(error))
+    return {name: getattr(error, name) for name, _ in names if hasattr(error, name)}
+
+
+def _set_members(error: BaseException, members: dict[str, Any]) -> None:
+    for name, value in members.items():
+        with contextlib.suppress(AttributeError, TypeError):  # one that is for reading only
+            setattr(error, name, value)
+
+
+_SIMPLE = (str, int, float, bytes)
+
+
 def _reduce(error: BaseException) -> Any:
     """How pickle takes an exception apart. It rebuilds one by calling its class with its `args`,
     which a constructor with parameters of its own refuses; in Ray only the text of such a one
-    arrives."""
+    arrives. What stands in slots it forgets."""
     reduced = error.__reduce_ex__(5)
     if isinstance(reduced, tuple) and reduced[0] is type(error):
-        return (_build_exception, tuple(reduced[:2]), *reduced[2:])
+        # Of built-in ones not all: an AttributeError's `obj` may be anything.
+        members = {name: getattr(error, name) for name, is_slot in _member_names(type(error))
+                   if hasattr(error, name)
+                   and (is_slot or isinstance(getattr(error, name), _SIMPLE))}
+        return (_build_exception, (*reduced[:2], members), *reduced[2:])
     return reduced
 
 
-def _build_exception(kind: type[BaseException], args: tuple[Any, ...]) -> BaseException:
+def _build_exception(
+    kind: type[BaseException], args: tuple[Any, ...], members: dict[str, Any]
+) -> BaseException:
     try:
-        return kind(*args)
-    except TypeError:
-        error = kind.__new__(kind, *args)
-        error.args = args
-        return error
+        error = kind(*args)
+    except Exception:
+        error = _new_exception(kind, kind, args)
+    _set_members(error, members)
+    return error
 
 
 class _Travelling:
@@ -346,11 +390,16 @@ class ObjectLostError(RayError):
 
     Attributes:
       object_ref_hex: the object's id.
+      detail: how it was lost.
+      owner_address, call_site: None and "": objects have homes, and no addresses.
     """
 
-    def __init__(self, object_ref_hex: str = "", detail: str = "") -> None:
-        super().__init__(object_ref_hex, detail)
+    def __init__(self, object_ref_hex: str = "", owner_address: Any = None, call_site: str = "",
+                 detail: str = "") -> None:
+        super().__init__(object_ref_hex, owner_address, call_site, detail)
         self.object_ref_hex = object_ref_hex
+        self.owner_address = owner_address
+        self.call_site = call_site
         self.detail = detail
 
     def __str__(self) -> str:

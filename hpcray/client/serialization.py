@@ -216,19 +216,21 @@ def load_classes(data: bytes) -> tuple[type, ...]:
 def dump_error(error: exceptions.TaskError, *, with_cause: bool = True) -> bytes:
     """An ERROR value. The cause is pickled on its own, so that one that cannot be read (or
     written) loses only itself and never the text."""
-    cause: bytes = b""
+    cause, unpickled = b"", ""
     if error.cause is not None and with_cause:
         outer = getattr(_collecting, "ids", None)
         _collecting.ids = None
         try:
             cause = dumps(error.cause, 5)
-        except Exception:
-            cause = b""
+        except Exception as reason:
+            unpickled = (f"\n(the {type(error.cause).__name__} itself could not be pickled, and "
+                         f"this is its text: {reason!r})")
         finally:
             _collecting.ids = outer
     text = error.traceback_str
     if len(text) > 32_768:
         text = text[:16_384] + "\n  ... (shortened) ...\n" + text[-16_384:]
+    text += unpickled
     fields = (error.function_name, text, cause, error.pid, error.ip, error.rank, error.actor_id,
               error.actor_repr)
     return bytes((values.ERROR,)) + pickle.dumps(fields, 5)
@@ -265,7 +267,9 @@ def failure_to_exception(failure: values.Failure) -> BaseException:
                      actor_init_failed=failure.in_constructor)
     elif kind is exceptions.ObjectStoreFullError:
         error = kind(detail=failure.message)
-    elif issubclass(kind, (exceptions.TaskCancelledError, exceptions.ObjectLostError)):
+    elif issubclass(kind, exceptions.ObjectLostError):
+        error = kind(failure.subject, detail=failure.message)
+    elif kind is exceptions.TaskCancelledError:
         error = kind(failure.subject, failure.message)
     else:
         error = kind(failure.message)
