@@ -9,17 +9,20 @@ Refs found inside a value are collected while it is pickled (`contained`).
 
 from __future__ import annotations
 
+import enum
 import io
 import pickle
 import sys
+import weakref
 from collections.abc import Callable, Iterable
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import cloudpickle
+from cloudpickle import cloudpickle as _by_value
 
 from hpcray import exceptions
-from hpcray.client import references
+from hpcray.client import arrays, references
 from hpcray.protocol import values
 
 _ATOMS = frozenset({int, float, bool, str, bytes, type(None), complex})
@@ -99,20 +102,49 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is unt
                 return reduce(obj)
         if isinstance(obj, BaseException):
             return exceptions._reduce(obj)
-        reduced = super().reducer_override(obj)
-        if isinstance(obj, type) and "__slots__" in vars(obj):
-            _keep_slots(obj, reduced)
+        if isinstance(obj, type):
+            reduced = super().reducer_override(obj)
+            return _reduce_class(obj, reduced) if type(reduced) is tuple else reduced
+        kind = type(obj)
+        if kind is not FunctionType:
+            reduced = arrays.reduce(obj, kind)
+            if reduced is not None:
+                return reduced
+        return super().reducer_override(obj)
+
+
+def _reduce_class(kind: type, reduced: tuple[Any, ...]) -> Any:
+    """Of a class that travels by value."""
+    make, arguments, *rest = reduced
+    if make not in (_by_value._make_skeleton_class, _by_value._make_skeleton_enum):
         return reduced
+    if "__slots__" in vars(kind) and not issubclass(kind, (tuple, enum.Enum)):
+        # cloudpickle rebuilds it without them, and names them when it is too late: instances made
+        # there would have a `__dict__`, and could not be read where the class comes from. Tuples
+        # have none to fill, and a NamedTuple makes its own.
+        arguments[3]["__slots__"] = vars(kind)["__slots__"]
+    return _class_by_value, (make, arguments), *rest[:-1], _set_class
 
 
-def _keep_slots(kind: type, reduced: Any) -> None:
-    """cloudpickle rebuilds a class without its slots, and names them when it is too late: instances
-    made there have a `__dict__`, and cannot be read where the class comes from."""
-    if issubclass(kind, tuple):
-        return  # they have none to fill, and a NamedTuple makes its own
-    if isinstance(reduced, tuple) and reduced[0].__name__ == "_make_skeleton_class":
-        namespace = reduced[1][3]
-        namespace["__slots__"] = vars(kind)["__slots__"]
+# Classes that came by value. Those that only cloudpickle's tracker knows were defined here.
+_received: weakref.WeakSet[type] = weakref.WeakSet()
+
+
+def _class_by_value(make: Callable[..., type], arguments: tuple[Any, ...]) -> type:
+    """The class, made if it is not known here. cloudpickle makes it and asks afterwards, so that
+    its metaclass runs for nothing: one that keeps a register would have it twice."""
+    kind: type | None = _by_value._DYNAMIC_CLASS_TRACKER_BY_ID.get(arguments[-2])
+    if kind is None:
+        kind = make(*arguments)
+        _received.add(kind)
+    return kind
+
+
+def _set_class(kind: type, state: Any) -> None:
+    """The attributes of a class that came by value: the latest ones. One that was defined here is
+    as it is; what a worker has made of its own copy does not come back with an instance."""
+    if kind in _received:
+        _by_value._class_setstate(kind, state)
 
 
 def dumps(
@@ -190,9 +222,21 @@ def deserialize(data: Any) -> Any:
     if tag == values.PLAIN:
         return pickle.loads(memoryview(data)[1:])
     if tag == values.BUFFERS:
-        pickled, buffers = values.unpack(memoryview(data))
+        pickled, buffers = values.unpack(_aligned(data) if type(data) is bytes
+                                         else memoryview(data))
         return pickle.loads(pickled, buffers=buffers)
     return load_error(data)
+
+
+def _aligned(data: bytes) -> memoryview:
+    """A copy that starts on a boundary as in shared memory, of a value that came in a message."""
+    import ctypes  # only here: whoever has no such values need not pay for it
+
+    room = bytearray(len(data) + values.ALIGN)
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(room)) % values.ALIGN
+    view = memoryview(room)[start : start + len(data)]
+    view[:] = data
+    return view.toreadonly()
 
 
 def is_error(data: Any) -> bool:

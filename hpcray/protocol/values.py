@@ -30,14 +30,14 @@ FAILURE = 3
 INLINE_MAX_BYTES = 100 * 1024
 
 _HEAD = struct.Struct("<B3xIQ")
-_ALIGN = 64
+ALIGN = 64
 PAGE_BYTES = 4096
 PAGED_BYTES = 1 << 20
 
 
 def _start(position: int, nbytes: int) -> int:
     """Where the next buffer starts."""
-    align = PAGE_BYTES if nbytes >= PAGED_BYTES else _ALIGN
+    align = PAGE_BYTES if nbytes >= PAGED_BYTES else ALIGN
     return -(-position // align) * align
 
 

@@ -57,6 +57,7 @@ EXTERNAL = {
     "redis": ("control.",),
     "dask": ("util.dask",),
     "cupy": ("gpu.",),
+    "pyarrow": ("client.arrays",),
     "numpy": ("objects.segments", "gpu.", "collective."),
     "cloudpickle": ("client.serialization",),
 }
