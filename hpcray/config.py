@@ -453,7 +453,10 @@ class _Environment:
         return value
 
     def integer(self, name: str) -> int | None:
-        value = self.number(name)
+        try:
+            value = self.number(name)
+        except ValueError as error:
+            raise ValueError(f"{error} of bytes; 8 GB are 8e9") from None
         if value is None:
             return None
         if value < 1 or not value.is_integer():

