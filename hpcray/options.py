@@ -275,6 +275,9 @@ TABLE: dict[str, Option] = {
     "enable_tensor_transport": Option("a", None, _any, "tensor_transport is not supported"),
     "_generator_backpressure_num_objects": Option("tm", None, _window),
     "_num_objects_per_yield": Option("tm", 1, _any, "each yield makes one object"),
+    "_actor_generator_backpressure_num_objects": Option(
+        "a", -1, _any, "every stream has a limit of its own, _generator_backpressure_num_objects "
+        "of the method"),
     "_labels": Option("ta", None, _any, "nodes have labels (HPCRAY_LABELS), tasks select them"),
 }
 

@@ -44,6 +44,13 @@ def test_tensor_transport_of_tasks_and_actors(ray, task, Actor):
             ray.remote(tensor_transport="nccl")(thing.__wrapped__)
 
 
+def test_a_limit_for_all_streams_of_an_actor(ray, Actor):
+    with pytest.raises(NotImplementedError, match="of the method"):
+        Actor.options(_actor_generator_backpressure_num_objects=2)
+    actor = Actor.options(_actor_generator_backpressure_num_objects=-1).remote()
+    assert ray.get(actor.m.remote(), timeout=20) == 1
+
+
 def test_tensor_transport_of_put(ray):
     with pytest.raises(NotImplementedError, match="_tensor_transport"):
         ray.put(1, _tensor_transport="nccl")
