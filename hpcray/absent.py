@@ -57,6 +57,7 @@ ABSENT: dict[str, str] = {
     "timeline": _RECORDS,
     "state": "ask hpcray.util.state, hpcray.nodes() and hpcray.cluster_resources()",
     "worker": "the verbs are hpcray's own: hpcray.get, hpcray.put, hpcray.init, ...",
+    "internal.free": "an object is freed with its last ref: del ref",
     "experimental.channel": _GRAPHS,
     "experimental.compiled_dag_ref": _GRAPHS,
     "experimental.rdt": _TENSORS,

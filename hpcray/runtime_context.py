@@ -192,8 +192,9 @@ class RuntimeContext:
 
     # Ray's older spellings: ids with `hex()` and `binary()`.
     @property
-    def current_placement_group_id(self) -> PlacementGroupID | None:
-        return _id(PlacementGroupID, self.get_placement_group_id())
+    def current_placement_group_id(self) -> PlacementGroupID:
+        """`PlacementGroupID.nil()` outside groups."""
+        return _id(PlacementGroupID, self.get_placement_group_id()) or PlacementGroupID.nil()
 
     @property
     def job_id(self) -> JobID:

@@ -110,6 +110,14 @@ def test_an_import_of_what_is_not_there_says_so(module):
     assert not hasattr(importlib.import_module(parent), name)
 
 
+@pytest.mark.hpcray_only("no Ray of today has it")
+def test_free_says_what_frees():
+    from hpcray import internal
+
+    with pytest.raises(AttributeError, match="del ref"):
+        internal.free  # noqa: B018
+
+
 @pytest.mark.hpcray_only("the words are ours")
 def test_what_neither_has_is_refused_as_by_any_module():
     with pytest.raises(ModuleNotFoundError, match="No module named 'hpcray.spoon'"):
@@ -244,6 +252,27 @@ def test_a_future_knows_its_ref(ray):
     # As an executor passes it on; the object lives as long as the future.
     assert ray.get(ray.remote(lambda x: x + 1).remote(future.object_ref)) == 4
     assert future.result(timeout=20) == 3
+
+
+def test_an_executor_over_refs(ray):
+    """What executors of other projects do: futures of refs, passed on as arguments."""
+
+    def add(a: int, b: int = 0) -> int:
+        return a + b
+
+    def submit(function: Any, *args: Any, **kwargs: Any) -> Any:
+        def ref(arg: Any) -> Any:
+            return arg.object_ref if isinstance(arg, Future) else arg
+
+        remote = ray.remote(lambda *args, **kwargs: function(*args, **kwargs))
+        return remote.remote(
+            *map(ref, args), **{key: ref(arg) for key, arg in kwargs.items()}).future()
+
+    first = submit(add, 1, b=2)
+    second = submit(add, first, b=first)
+    del first
+    assert second.result(timeout=20) == 6
+    assert submit(sum, [1, 2]).result(timeout=20) == 3
 
 
 def test_on_completed_calls_back(ray):

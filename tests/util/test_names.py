@@ -16,7 +16,7 @@ def test_facts_of_the_context_that_are_rarely_asked_for(ray: ModuleType):
     assert context.get_resource_ids() == context.get_accelerator_ids()
     assert os.path.isdir(context.get_temp_dir())
     assert context.get_placement_group_id() is None
-    assert context.current_placement_group_id is None
+    assert context.current_placement_group_id.is_nil()
     assert context.should_capture_child_tasks_in_placement_group is False
     with pytest.raises(NotImplementedError, match="MPI"):
         context.gcs_address  # noqa: B018
