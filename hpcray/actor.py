@@ -79,8 +79,8 @@ class ActorExitRequest(BaseException):
 def exit_actor() -> NoReturn:
     """End the current actor: this call and those not started fail with `ActorDiedError`.
 
-    It ends whoever catches what this raises, and from whichever thread or coroutine: then as soon
-    as the call that runs is over (in an async actor, at once).
+    It ends whoever catches what this raises, and from whichever thread or coroutine, as soon as no
+    call runs any more: those of a threaded or async actor that run beside this one may finish.
 
     Raises:
       TypeError: not inside an actor.
