@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import faulthandler
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -215,10 +217,15 @@ if __name__ == "__main__":
               flush=True)
         _drop_shared_files()
         _abandon(70)
-    except BaseException:
+    except BaseException as error:
         # A half-dead rank would hang the others: say what happened and leave at once.
-        print(f"hpcray: the node (pid {os.getpid()}) failed:", file=sys.stderr)
-        traceback.print_exc()
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            print(f"hpcray: a node (pid {os.getpid()}) cannot go on: {error.strerror}. It may have "
+                  f"{limit:,} file descriptors; raise that limit (ulimit -n)", file=sys.stderr)
+        else:
+            print(f"hpcray: the node (pid {os.getpid()}) failed:", file=sys.stderr)
+            traceback.print_exc()
         sys.stderr.flush()
         _drop_shared_files()
         _abandon(70)

@@ -51,3 +51,13 @@ def test_a_variable_that_cannot_be_is_one_sentence_of_each_rank(start: Start, na
     output = job.finish(status=None)
     assert f"cannot go on: {name}" in output
     assert "Traceback" not in output
+
+
+def test_too_few_file_descriptors_are_named(start: Start):
+    job = start("""
+        import hpcray as ray
+        ray.init()
+        """, wrapper=("bash", "-c", 'ulimit -n 10; exec "$@"', "bash"))
+    output = job.finish(status=None)
+    assert "Too many open files. It may have 10 file descriptors; raise that limit" in output
+    assert "the node could not start" in output
