@@ -23,11 +23,17 @@ class Imports:
         self._count = 0
 
     def news(self) -> tuple[str, ...]:
-        """Modules imported since the last call, in the order in which their imports began."""
+        """Modules imported since the last call, in an order for importing them again.
+
+        `sys.modules` has them in the order in which they were complete: what a module imports
+        comes before it. To import that first would be another order than here, where the module
+        had begun. So of each package (in the order of their first modules) the last comes first,
+        behind the packages it is in.
+        """
         if len(sys.modules) == self._count:
             return ()
         self._count = len(sys.modules)
-        found = []
+        packages: dict[str, list[str]] = {}
         for name, module in list(sys.modules.items()):
             if name in self._seen:
                 continue
@@ -40,5 +46,11 @@ class Imports:
             if spec is None or spec.name != name or name.partition(".")[0] in _NEVER:
                 continue
             if any(folder in (spec.origin or "") for folder in _INSTALLED):
-                found.append(name)
+                packages.setdefault(name.partition(".")[0], []).append(name)
+        found: dict[str, None] = {}
+        for names in packages.values():
+            known = set(names)
+            for name in reversed(names):
+                above = (name[:at] for at, letter in enumerate(name) if letter == ".")
+                found.update(dict.fromkeys([*(n for n in above if n in known), name]))
         return tuple(found)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import mmap
 import os
 import signal
 import socket
@@ -26,6 +27,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -39,11 +41,13 @@ from hpcray.worker import zygote
 from hpcray.worker.zygote import Problem
 
 # A trial for each module that spoils its process. Those that depend on it are found out cheaply
-# (`_Unfit`), but somewhere is an end.
+# (`_Watch`), but somewhere is an end: workers wait.
 _TRIALS = 20
+_TRIALS_S = 30.0
 # A module that computes without end is given up after so many times the limit of no progress.
 _ENDLESS = 10
 _TEXT_CHARS = 300
+_NAME_BYTES = 512
 # An import may replace none of these: the zygote's or the worker's life hangs on them.
 _SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, zygote.INTERRUPT_SIGNAL)
 # Whatever has one of them open has a driver's state, which a fork does not get.
@@ -56,7 +60,8 @@ class Verdict(msgspec.Struct, frozen=True, array_like=True):
 
     index: int
     problem: str = ""
-    spoilt: bool = False  # the trial, which ends
+    # It is the end of the trial: this module, which `index` imports or is, has spoilt its process.
+    culprit: str = ""
 
 
 class Preloading:
@@ -78,9 +83,11 @@ class Preloading:
         self._spoilers: set[str] = set()  # of those: what may not be imported on trial again
         self._next = 0  # what the zygote imports next
         self._trials = 0
+        self._first_trial_s = time.monotonic()
         self.pid = 0
         self._socket: socket.socket | None = None
         self._stderr = -1
+        self._begun = mmap.mmap(-1, _NAME_BYTES)  # what the trial has begun to import last
         self._trying = 0
         self._over = False  # the trial has said all
         self._go_on()
@@ -106,15 +113,15 @@ class Preloading:
             verdict = msgspec.msgpack.decode(datagram, type=Verdict)
             self._trying = verdict.index
             if verdict.problem:
-                self._drop(verdict.problem, spoils=verdict.spoilt)
-            self._over = verdict.spoilt or verdict.index == len(self._modules)
+                self._drop(verdict.problem, culprit=verdict.culprit)
+            self._over = bool(verdict.culprit) or verdict.index == len(self._modules)
             self._import_to(verdict.index)
             return
         said = self._last_words()
         status = self._end_trial()
         if not self._over:
             how = f"crashes by signal {-status}" if status < 0 else f"exits with status {status}"
-            self._drop(how + (f" ({said})" if said else ""), crashed=True)
+            self._drop(how + (f" ({said})" if said else ""), crashed=True, culprit=self._last())
         self._go_on()
 
     def abandon(self) -> None:
@@ -132,16 +139,18 @@ class Preloading:
             self._import_to(index)
             self.done = True
             return
-        if self._trials == _TRIALS:
+        late = time.monotonic() - self._first_trial_s > _TRIALS_S
+        if self._trials == _TRIALS or (late and self._trials > 1):
             self.problems.append(Problem(
                 self._modules[index], f"is left out, and {len(self._modules) - index - 1} more: "
-                f"{_TRIALS} others had to be"))
+                f"{self._trials} others had to be"))
             self.done = True
             return
         self._trials += 1
         self._patience = Patience(self._patience_s)
         self._began_s = time.monotonic()
         self._over = False
+        self._begun[0] = 0
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._stderr = os.memfd_create("stderr", os.MFD_CLOEXEC)
         try:
@@ -166,18 +175,26 @@ class Preloading:
         else:
             return
         if not self._over:
-            self._drop(why, crashed=True)
+            self._drop(why, crashed=True, culprit=self._last())
         self._end_trial()
         self._go_on()
 
-    def _drop(self, why: str, *, crashed: bool = False, spoils: bool = False) -> None:
-        """What is being tried is unfit."""
+    def _drop(self, why: str, *, crashed: bool = False, culprit: str = "") -> None:
+        """What is being tried is unfit, and so is what it has imported to its harm."""
         name = self._modules[self._trying]
         self._unfit.add(name)
-        if crashed or spoils:
-            self._spoilers.add(name)
-        self.problems.append(Problem(name, why[:_TEXT_CHARS], crashed))
         self._trying += 1
+        if culprit not in ("", name):
+            self._unfit.add(culprit)
+            if culprit not in self._spoilers:
+                self.problems.append(Problem(culprit, why[:_TEXT_CHARS], crashed))
+            why, crashed = f"needs {culprit}", False
+        if culprit:
+            self._spoilers |= {name, culprit}
+        self.problems.append(Problem(name, why[:_TEXT_CHARS], crashed))
+
+    def _last(self) -> str:
+        return self._begun[:].partition(b"\0")[0].decode() or self._modules[self._trying]
 
     def _import_to(self, end: int) -> None:
         names = [name for name in self._modules[self._next:end]
@@ -222,20 +239,24 @@ class Preloading:
         try:
             self._in_child()
             with surroundings(self._settings, self._stderr):
-                blocked = _Unfit(self._spoilers)
-                sys.meta_path.insert(0, blocked)
-                before = _handlers()
+                watch = _Watch(self._spoilers, self._begun)
+                sys.meta_path.insert(0, watch)
                 for number in range(index, len(self._modules)):
                     name = self._modules[number]
                     if name in sys.modules or _below(name, self._unfit):
                         continue
                     tell(Verdict(number))
+                    watch.begin(name)
                     problem = _import(name)
-                    spoilt = _what_it_did(before) or blocked.asked_for()
-                    if spoilt or problem:
+                    harm = watch.end()
+                    if harm:
+                        tell(Verdict(number, harm, watch.culprit))
+                    elif watch.asked:
+                        tell(Verdict(number, f"needs {watch.asked}", watch.asked))
+                    elif problem:
                         self._unfit.add(name)
-                        tell(Verdict(number, (spoilt or problem)[:_TEXT_CHARS], bool(spoilt)))
-                    if spoilt:
+                        tell(Verdict(number, problem[:_TEXT_CHARS]))
+                    if harm or watch.asked:
                         os._exit(0)
                 tell(Verdict(len(self._modules)))
             os._exit(0)
@@ -264,25 +285,74 @@ def _below(name: str, packages: set[str]) -> bool:
     return False
 
 
-class _Unfit(MetaPathFinder):
-    """In a trial: who asks for an unfit module is not fit either, and it is not imported again to
-    find that out."""
+class _Watch(MetaPathFinder):
+    """In a trial, in front of the finders: sees every import, and which module does the harm.
 
-    def __init__(self, unfit: set[str]) -> None:
-        self._unfit = unfit
-        self._asked = ""
+    Who asks for a spoiler is not fit either, even if it goes on without: in a worker it would find
+    it. And a spoiler is not imported again to see that.
+    """
+
+    def __init__(self, spoilers: set[str], begun: mmap.mmap) -> None:
+        self._spoilers = spoilers
+        self._shared = begun
+        self._stack = [""]
+        self.asked = ""  # a spoiler
+        self._handlers = _handlers()
+        self.harm = ""  # what has been done to this process
+        self.culprit = ""  # by which module
+
+    def begin(self, name: str) -> None:
+        """Nothing else is being imported."""
+        self._stack = [name]
+        self._share(name)
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname in self._unfit:
-            self._asked = fullname
+        self._look()  # it was done by who imports this
+        if fullname in self._spoilers:
+            self.asked = fullname
             raise ImportError(f"{fullname} is not imported here")
-        return None
+        spec = None
+        for finder in sys.meta_path:
+            if finder is not self and hasattr(finder, "find_spec"):
+                spec = finder.find_spec(fullname, path, target)
+                if spec is not None:
+                    break
+        loader: Any = None if spec is None else spec.loader
+        # On the loader itself, so that the module sees the one that it has in a worker. Those of
+        # frozen and builtin modules are shared classes.
+        if hasattr(loader, "exec_module") and not isinstance(loader, type):
+            with contextlib.suppress(AttributeError):  # it takes none
+                loader.exec_module = partial(self._execute, loader.exec_module, fullname)
+                self._share(fullname)
+        return spec
 
-    def asked_for(self) -> str:
-        """Even if the import went on without: in a worker it would find it."""
-        return f"needs {self._asked}" if self._asked else ""
+    def _execute(
+        self, execute: Callable[[ModuleType], None], name: str, module: ModuleType
+    ) -> None:
+        self._stack.append(name)
+        self._share(name)
+        try:
+            execute(module)
+        finally:
+            self._look()
+            self._stack.pop()
+            self._share(self._stack[-1])
+
+    def _look(self) -> None:
+        if not self.harm:
+            self.harm = _what_it_did(self._handlers)
+            self.culprit = self._stack[-1]
+
+    def end(self) -> str:
+        """What the module that was begun has done, or one that it imports; empty if nothing."""
+        self._look()
+        return self.harm
+
+    def _share(self, name: str) -> None:
+        data = name.encode(errors="replace")[: _NAME_BYTES - 1]
+        self._shared[: len(data) + 1] = data + b"\0"
 
 
 def _handlers() -> tuple[object, ...]:

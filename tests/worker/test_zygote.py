@@ -320,6 +320,22 @@ def test_an_unfit_module_is_named_and_harms_nobody(
     assert imported(raw, modules.names) == [name for name in modules.names if name not in expected]
 
 
+@pytest.mark.parametrize("problem", UNFIT)
+def test_it_is_the_module_that_does_it_who_is_named(
+    raw: RawZygote, modules: Modules, problem: str
+) -> None:
+    """And not the first of those that import it."""
+    modules.add("harmless_too")
+    modules.add("outer", "import harmless_too\nimport inner\nimport json")
+    modules.add("inner", UNFIT[problem] + "\nimport csv")
+    modules.add("other", "from inner import csv")
+    modules.names.remove("inner")
+    preload(raw, modules.settings(), 2.0)
+    texts = {name: found.text for name, found in preloaded(raw).items()}
+    assert texts == {"inner": problem, "outer": "needs inner", "other": "needs inner"}
+    assert imported(raw, [*modules.names, "inner"]) == ["harmless_too"]
+
+
 def test_what_computes_without_end_has_an_end(raw: RawZygote, modules: Modules) -> None:
     modules.add("endless", "while True:\n    pass")
     modules.add("fit")
