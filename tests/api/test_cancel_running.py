@@ -214,3 +214,88 @@ def test_a_task_cancelled_by_force_is_not_retried(ray, until_told, counter, even
     done = [ray.remote(lambda: 1).remote() for _ in range(4)]
     assert ray.get(done, timeout=20) == [1] * 4
     assert counter.value == 1
+
+
+@pytest.mark.parametrize("how", [
+    pytest.param("sleeps", marks=pytest.mark.ray_differs("there a sleep is slept to its end")),
+    "gets", "waits",
+])
+def test_what_a_task_waits_in_is_interrupted(ray, note, until_told, child, how, eventually):
+    child_ = child
+
+    note_ = note.__call__
+
+    @ray.remote(num_cpus=0)
+    def parent():
+        import time
+
+        note_("parent began")
+        if how == "sleeps":
+            time.sleep(60)
+        ref = ray.remote(num_cpus=0)(child_).remote()
+        if how == "gets":
+            ray.get(ref)
+        ray.wait([ref])
+
+    ref = parent.remote()
+    eventually(note.words)
+    ray.cancel(ref)
+    assert_cancelled(ray, ref)
+    until_told.tell()
+
+
+def test_a_task_that_no_node_can_run(ray):
+    ref = ray.remote(num_cpus=1000)(lambda: None).remote()
+    ray.cancel(ref)
+    assert_cancelled(ray, ref)
+
+
+def test_finally_runs(ray, note, until_told, eventually):
+    run, note_ = until_told.__call__, note.__call__
+
+    @ray.remote
+    def f():
+        try:
+            note_("began")
+            run()
+        finally:
+            note_("left")
+
+    ref = f.remote()
+    eventually(note.words)
+    ray.cancel(ref)
+    assert_cancelled(ray, ref)
+    assert note.words() == ["began", "left"]
+
+
+def test_whoever_has_the_ref_may_cancel(ray, note, child, until_told, eventually):
+    ref = ray.remote(child).remote()
+    eventually(note.words)
+
+    @ray.remote
+    def borrower(refs):
+        ray.cancel(refs[0])
+
+    ray.get(borrower.remote([ref]))
+    assert_cancelled(ray, ref)
+    until_told.tell()
+
+
+def test_every_return_is_cancelled_and_so_is_what_needs_one(
+    ray, note, child, until_told, eventually
+):
+    one, two = ray.remote(num_returns=2)(child).remote()
+    later = ray.remote(lambda value: value).remote(one)
+    last = ray.remote(lambda value: value).remote(later)
+    eventually(note.words)
+    ray.cancel(two)
+    for ref in (one, two, later, last):
+        assert_cancelled(ray, ref)
+    assert len(ray.wait([one, last], num_returns=2, timeout=10)[0]) == 2, "they are ready"
+    until_told.tell()
+
+
+@pytest.mark.parametrize("wrong", [1, None, "x", []])
+def test_only_refs_are_cancelled(ray, wrong):
+    with pytest.raises(TypeError):
+        ray.cancel(wrong)

@@ -587,3 +587,92 @@ def test_nothing_is_left_of_streams(ray, eventually):
 def test_many_items(ray):
     stream = numbers(ray).remote(2000)
     assert [ray.get(ref) for ref in stream] == list(range(2000))
+
+
+def test_its_refs_are_arguments(ray):
+    add = ray.remote(lambda *values: sum(values))
+    assert ray.get(add.remote(*numbers(ray).remote(4))) == 6
+    pairs = zip(numbers(ray).remote(2), numbers(ray).remote(2), strict=True)
+    assert [ray.get([a, b]) for a, b in pairs] == [[0, 0], [1, 1]]
+
+
+def test_a_stream_that_passes_another_on(ray):
+    inner = numbers(ray)
+
+    @ray.remote(num_cpus=0)
+    def values(n):
+        for ref in inner.remote(n):
+            yield ray.get(ref) * 10
+
+    @ray.remote(num_cpus=0)
+    def refs(n):
+        yield from inner.remote(n)
+
+    assert [ray.get(ref) for ref in values.remote(3)] == [0, 10, 20]
+    assert [ray.get(ray.get(ref)) for ref in refs.remote(2)] == [0, 1]
+
+
+def test_wait_in_a_loop_gives_the_stream_itself(ray):
+    stream = numbers(ray).remote(3)
+    todo, got = [stream], []
+    while todo:
+        ready, todo = ray.wait(todo, timeout=20)
+        assert ready == [stream] and ready[0] is stream
+        try:
+            got.append(ray.get(next(stream)))
+            todo.append(stream)
+        except StopIteration:
+            pass
+    assert got == [0, 1, 2]
+
+
+def test_an_exception_may_be_an_item(ray):
+    def give():
+        yield None
+        yield 1
+
+    assert ray.get(list(ray.remote(give).remote())) == [None, 1]
+
+    def leave():
+        yield 1
+        raise StopIteration
+
+    items = list(ray.remote(leave).remote())
+    assert ray.get(items[0]) == 1
+    with pytest.raises(RuntimeError):
+        ray.get(items[1])
+
+
+def test_streams_of_an_async_actor(ray):
+    @ray.remote
+    class Async:
+        async def count(self, n):
+            for i in range(n):
+                await asyncio.sleep(0)
+                yield i
+
+        async def endless(self):
+            i = 0
+            while True:
+                await asyncio.sleep(0.01)
+                yield (i := i + 1)
+
+        async def ask(self):
+            return 1
+
+    actor = Async.remote()
+    one, two = actor.count.remote(3), actor.count.remote(3)
+    assert ray.get(list(one)) == ray.get(list(two)) == [0, 1, 2]
+    stream = actor.endless.remote()
+    next(stream)
+    ray.cancel(stream)
+    with pytest.raises(ray.exceptions.TaskCancelledError):
+        for ref in stream:
+            ray.get(ref)
+    assert ray.get(actor.ask.remote()) == 1
+    stream = actor.endless.remote()
+    next(stream)
+    ray.kill(actor)
+    with pytest.raises(ray.exceptions.ActorDiedError):
+        for ref in stream:
+            ray.get(ref)

@@ -331,3 +331,25 @@ def test_a_table_of_many_groups(ray4, util):
     assert all(len(table[group.id.hex()]["bundles"]) == 20 for group in groups)
     for group in groups:
         util.remove_placement_group(group)
+
+
+def test_states(ray4, util, make):
+    first = make([{"CPU": 4}], name="states")
+    table = util.placement_group_table(first)
+    assert table["state"] == "CREATED" and table["name"] == "states"
+    assert table["bundles"] == {0: {"CPU": 4.0}} and set(table["bundles_to_node_id"]) == {0}
+    second = make([{"CPU": 1}], wait=False)
+    assert not second.wait(0.1)
+    assert util.placement_group_table(second)["state"] == "PENDING"
+    util.remove_placement_group(first)
+    assert second.wait(20)
+    assert util.placement_group_table(first)["state"] == "REMOVED"
+    assert util.placement_group_table()[first.id.hex()]["state"] == "REMOVED"
+    util.remove_placement_group(first)
+
+
+def test_a_zero_beside_something_is_a_bundle(make):
+    assert make([{"CPU": 1, "GPU": 0}, {"CPU": 0, "memory": 100}]).bundle_count == 2
+    for wrong in ([{}], [{"CPU": 0}], [], None, "x", [1], [{"CPU": 1}, {}], {"CPU": 1}):
+        with pytest.raises((ValueError, TypeError)):
+            make(wrong, wait=False)

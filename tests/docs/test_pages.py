@@ -54,6 +54,15 @@ def test_paths_exist(page: Path) -> None:
             assert found, f"{name_of(page)} names {path}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_tests_that_are_named_exist(page: Path) -> None:
+    """`api/test_get.py::test_single`, below tests/."""
+    for path, test in re.findall(r"`([\w/]+\.py)::(test_\w+)`", prose(page)):
+        text = (ROOT / "tests" / path).read_text()
+        assert re.search(rf"^(?:async )?def {test}\(", text, flags=re.M), (
+            f"{name_of(page)} names {path}::{test}")
+
+
 def defined_invariants() -> set[str]:
     found: set[str] = set()
     for path in (ROOT / "hpcray").rglob("*.py"):
