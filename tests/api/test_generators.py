@@ -606,7 +606,8 @@ def test_a_stream_that_passes_another_on(ray):
 
     @ray.remote(num_cpus=0)
     def refs(n):
-        yield from inner.remote(n)
+        for ref in inner.remote(n):
+            yield ref
 
     assert [ray.get(ref) for ref in values.remote(3)] == [0, 10, 20]
     assert [ray.get(ray.get(ref)) for ref in refs.remote(2)] == [0, 1]
