@@ -71,6 +71,11 @@ TESTS: dict[str, str | None] = {
     "hpcray.util.disable_log_once_globally": "api/test_public_names.py",
     "hpcray.util.enable_periodic_logging": "api/test_public_names.py",
     "hpcray.util.log_once": "api/test_public_names.py",
+    "hpcray.util.iter": "util/test_iter.py",
+    "hpcray.util.iter.ParallelIteratorWorker.par_iter_next": "util/test_iter.py#from_actors",
+    "hpcray.util.iter.ParallelIteratorWorker.par_iter_next_batch": "util/test_iter.py#from_actors",
+    "hpcray.util.iter.ParallelIteratorWorker.par_iter_slice_batch":
+        "util/test_iter.py#repartition",
     "hpcray.util.metrics": "api/test_public_names.py",
     "hpcray.ActorClass": "api/test_actors.py#remote",
     "hpcray.ActorClass.bind": "face/test_remote_function.py",

@@ -28,7 +28,7 @@ _RECORDS = "times and events of tasks are not recorded; hpcray.util.state has th
 _DEBUG = "run the function here: f.__wrapped__(...), where pdb works"
 _TPU = "there are no TPUs"
 _COLLECTIVES = "the functions are in hpcray.util.collective itself"
-_DEPRECATED = "it is deprecated in Ray; use tasks, hpcray.util.map_unordered or ActorPool"
+_DEPRECATED = "it is deprecated in Ray, and holds what hpcray.util.iter does not count"
 _REMOVED = "Ray has removed it, too"
 
 ABSENT: dict[str, str] = {
@@ -83,7 +83,6 @@ ABSENT: dict[str, str] = {
     "util.collective.backend_registry": _COLLECTIVES,
     "util.collective.collective": _COLLECTIVES,
     "util.collective.collective_group": _COLLECTIVES,
-    "util.iter": _DEPRECATED,
     "util.iter_metrics": _DEPRECATED,
     "util.actor_group": "it is deprecated in Ray: [Actor.remote() for _ in range(n)]",
     "util.check_open_ports": _CLUSTER,

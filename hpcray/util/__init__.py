@@ -42,7 +42,7 @@ _NAMES = {
 
 __getattr__ = attributes(__name__, _NAMES, (
     "accelerators", "actor_pool", "annotations", "check_serialize", "collective", "dask", "debug",
-    "helpers", "joblib", "metrics", "multiprocessing", "queue", "scheduling_strategies",
+    "helpers", "iter", "joblib", "metrics", "multiprocessing", "queue", "scheduling_strategies",
     "serialization", "state"))
 
 

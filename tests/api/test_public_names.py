@@ -63,6 +63,8 @@ NAMES: dict[str, str] = {
         send_multigpu""",
     "util.debug": "disable_log_once_globally enable_periodic_logging log_once reset_log_once",
     "util.helpers": "as_completed map_unordered",
+    "util.iter": """LocalIterator ParallelIterator ParallelIteratorWorker from_actors from_items
+        from_iterators from_range""",
     "util.metrics": "Counter Gauge Histogram",
     "util.multiprocessing": "JoinableQueue Pool TimeoutError",
     "util.placement_group": """PlacementGroup get_current_placement_group get_placement_group
@@ -82,7 +84,7 @@ NAMES: dict[str, str] = {
 ABSENT = """tune data train serve rllib air llm widgets dashboard job_submission autoscaler dag
     cluster_utils client_builder cross_language experimental.channel experimental.dynamic_resources
     experimental.compiled_dag_ref util.actor_group util.client util.rpdb util.debugpy util.spark
-    util.tracing util.iter util.iter_metrics util.serialization_addons
+    util.tracing util.iter_metrics util.serialization_addons
     util.client_connect util.tpu""".split()
 
 
