@@ -25,7 +25,7 @@ def reduce(obj: Any, kind: type) -> Any:
     if ndarray is not None and kind is not ndarray and issubclass(kind, ndarray):
         return _reduce_subclass(obj, kind, numpy)
     pyarrow = sys.modules.get("pyarrow")
-    if pyarrow is not None and kind.__module__.startswith("pyarrow."):
+    if pyarrow is not None and str(kind.__module__).startswith("pyarrow."):
         return _reduce_arrow(obj, pyarrow)
     return None
 

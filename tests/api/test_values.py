@@ -150,6 +150,13 @@ def test_subclasses_of_arrays_are_read_only_and_not_copied(ray, make, count):
         first[0] = made[1]
 
 
+def test_a_mapped_file_arrives_as_an_array(ray, tmp_path):
+    made = np.memmap(tmp_path / "data", dtype="f8", mode="w+", shape=(1000,))
+    made[:] = 3
+    back = ray.get(ray.put(made))
+    assert isinstance(back, np.ndarray) and back.sum() == 3000
+
+
 def test_masked_arrays_keep_what_they_are(ray):
     made = np.ma.array([1, 2, 3], mask=[0, 1, 0], fill_value=9)
     back = ray.get(ray.put(made))

@@ -21,7 +21,7 @@ def test_items_and_their_order(it: ModuleType) -> None:
     assert list(it.from_items([1, 2, 3, 4, 5]).gather_sync()) == [1, 2, 3, 4, 5]
     assert list(it.from_range(5).gather_sync()) == [0, 2, 1, 3, 4]
     assert sorted(it.from_range(5).gather_async()) == [0, 1, 2, 3, 4]
-    made = it.from_iterators([range(2), lambda: iter("ab")])
+    made = it.from_iterators([range(2), lambda: ["a", "b"]])
     assert list(made.gather_sync()) == [0, "a", 1, "b"]
     assert list(made.batch_across_shards()) == [[0, "a"], [1, "b"]]  # it begins anew
     assert made.num_shards() == 2
@@ -49,7 +49,7 @@ def test_transforms_in_the_shards(it: ModuleType) -> None:
 
 def test_items_of_a_shard_as_tasks(it: ModuleType) -> None:
     made = it.from_range(4, num_shards=1).for_each(lambda x: -x, max_concurrency=2)
-    assert made.take(9) == [0, -1, -2, -3]
+    assert sorted(made.take(9)) == [-3, -2, -1, 0]  # Ray's come as they are ready
 
 
 def test_shards_and_unions(it: ModuleType) -> None:
@@ -58,10 +58,11 @@ def test_shards_and_unions(it: ModuleType) -> None:
     both = one.union(two)
     assert list(both.gather_sync()) == [1, 11, 2, 21]
     assert [list(shard) for shard in both.shards()] == [[1, 2], [11, 21]]
-    assert list(both.select_shards([1]).gather_sync()) == [11, 21]
-    assert list(both.get_shard(0)) == [1, 2]
+    apart = it.from_items([1, 2, 3])
+    assert list(apart.select_shards([1]).gather_sync()) == [2]
+    assert list(apart.get_shard(0)) == [1, 3]
     with pytest.raises(ValueError):
-        both.select_shards([0, 0])
+        apart.select_shards([0, 0])
 
 
 def test_repartition(it: ModuleType) -> None:
@@ -99,7 +100,7 @@ def test_local_iterators(it: ModuleType, capsys: Any) -> None:
     assert made.gather_sync().combine(lambda x: [x, x]).take(3) == [0, 0, 1]
     assert sorted(made.gather_sync().shuffle(2, seed=3)) == list(range(6))
     first, second = made.gather_sync().duplicate(2)
-    assert list(first) == list(second) == list(range(6))
+    assert list(zip(first, second, strict=True)) == [(i, i) for i in range(6)]
     made.show(2)
     assert capsys.readouterr().out == "0\n1\n"
 
