@@ -56,7 +56,7 @@ WORKER_MODE = 1
 logger = logging.getLogger("hpcray")
 
 __getattr__ = attributes(__name__, submodules=(
-    "cloudpickle", "collective", "config", "experimental", "futures", "gpu", "internal",
+    "as_ray", "cloudpickle", "collective", "config", "experimental", "futures", "gpu", "internal",
     "job_config", "runtime_context", "runtime_env", "testing", "types", "util"))
 
 

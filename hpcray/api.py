@@ -114,6 +114,10 @@ class InitContext(Mapping[str, Any]):
         return f"InitContext({self.address_info})"
 
 
+# Called at the end of every `init`, automatic ones too: hpcray.as_ray puts hooks of libraries here.
+after_init: list[Callable[[], Any]] = []
+
+
 def init(
     address: str | None = None,
     *,
@@ -224,7 +228,10 @@ def init(
             # Its children inherit it: every task and actor of the job.
             context.current().packages = packages_of(client, config.runtime_env)
         _end_with_interpreter()
-        return InitContext(client, config.namespace)
+        answer = InitContext(client, config.namespace)
+    for hook in after_init:
+        hook()
+    return answer
 
 
 def _is_as_ray() -> bool:

@@ -1,0 +1,121 @@
+"""What every module of `ray` is under hpcray, as data; and which versions of Ray are tested.
+
+The longest entry that is a prefix of a module's name counts. A module that no entry names is
+hpcray's own of the same name, if there is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+ROOT, SERVED, OURS, STUB, REFUSED, SAME = "root", "served", "ours", "stub", "refused", "same"
+
+# Series of Ray whose Tune and RLlib run here; others are refused unless asked for.
+TESTED = ("2.60",)
+RECOMMENDED = "2.60.0"
+
+# Set where they are not, before Ray's files are read.
+STARTUP_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0"}
+
+_PRIVATE = "hpcray.as_ray.private"
+
+# Pure Python files of the installed ray, with everything below them.
+_SERVED = (
+    "ray.tune", "ray.air", "ray.train", "ray.rllib", "ray.widgets", "ray._common",
+    "ray._private.accelerators", "ray._private.dict", "ray._private.inspect_util",
+    "ray._private.label_utils", "ray._private.log", "ray._private.ray_constants",
+    "ray._private.thirdparty", "ray.util.iter", "ray.util.iter_metrics", "ray.util.timer",
+    "ray.util.tpu",
+)
+
+# Ray's name -> ours, where ours is not the same.
+_OURS = {
+    "ray._private": _PRIVATE,
+    "ray._private.worker": f"{_PRIVATE}.worker",
+    "ray._private.state": f"{_PRIVATE}.state",
+    "ray._private.utils": f"{_PRIVATE}.utils",
+    "ray._private.client_mode_hook": f"{_PRIVATE}.client_mode_hook",
+    "ray._private.ray_logging": f"{_PRIVATE}.ray_logging",
+    "ray._private.auto_init_hook": f"{_PRIVATE}.client_mode_hook",
+    "ray._raylet": f"{_PRIVATE}.raylet",
+    "ray.util.client": f"{_PRIVATE}.client",
+    "ray._common.usage.usage_lib": f"{_PRIVATE}.usage",
+}
+
+# Names that Ray's libraries want of modules of ours, which have them under the switch only; STUB: it
+# can be imported, and is refused when used.
+EXTRA_NAMES = {
+    "ray.cloudpickle": {"dumps_debug": f"{_PRIVATE}.names:dumps_debug"},
+    "ray.util": {
+        "client": f"{_PRIVATE}.client",
+        "DeveloperAPI": "hpcray.util.annotations:DeveloperAPI",
+        "PublicAPI": "hpcray.util.annotations:PublicAPI",
+    },
+    "ray.util.annotations": {"_mark_annotated": f"{_PRIVATE}.names:mark_annotated"},
+    "ray.util.debug": {"Suspect": STUB, "_test_some_code_for_memory_leaks": STUB},
+    "ray.util.placement_group": {
+        "_valid_resource_shape": f"{_PRIVATE}.names:valid_resource_shape"},
+    "ray.util.scheduling_strategies": {
+        "SchedulingStrategyT": f"{_PRIVATE}.names:SchedulingStrategyT"},
+}
+
+# Importable, and refused when used.
+_STUBS: dict[str, Sequence[str]] = {
+    "ray.core": ("*",),
+    "ray.core.generated": ("*",),
+    "ray.dashboard": ("*",),
+    "ray.autoscaler": ("*",),
+    "ray._private.event": ("*",),
+    "ray._private.test_utils": ("*",),
+    "ray.data": ("*",),
+}
+
+_REFUSED = {
+    "ray.serve": "it needs Ray's own servers; serve models with a web framework in front of actors",
+    "ray.workflow": "write the steps as tasks",
+    "ray.dag": "call the tasks and actors directly",
+    "ray.job_submission": "submit jobs with sbatch",
+}
+
+# Attributes of `ray` itself that hpcray has not: "module:attribute".
+ROOT_NAMES = {
+    "SCRIPT_MODE": f"{_PRIVATE}.worker:SCRIPT_MODE",
+    "WORKER_MODE": f"{_PRIVATE}.worker:WORKER_MODE",
+}
+
+# Modules that `ray.X` finds although nothing has imported them.
+ROOT_MODULES = frozenset({"_private", "_raylet", "data", "autoscaler"})
+
+_EXTRAS = {"rllib": "rllib", "tune": "tune", "train": "train"}
+
+
+def _entries() -> dict[str, tuple[str, Any]]:
+    found: dict[str, tuple[str, Any]] = {}
+    found.update({name: (SERVED, None) for name in _SERVED})
+    found.update({name: (STUB, names) for name, names in _STUBS.items()})
+    found.update({name: (REFUSED, why) for name, why in _REFUSED.items()})
+    found.update({name: (OURS, ours) for name, ours in _OURS.items()})
+    return found
+
+
+_ENTRIES = _entries()
+
+
+def kind_of(fullname: str) -> tuple[str, Any]:
+    """(kind, what goes with it) of a module below `ray`."""
+    if fullname == "ray":
+        return ROOT, None
+    prefix = fullname
+    while prefix != "ray":
+        entry = _ENTRIES.get(prefix)
+        # What is ours is that module only, not what is below it.
+        if entry is not None and (prefix == fullname or entry[0] != OURS):
+            return entry
+        prefix = prefix.rpartition(".")[0]
+    return SAME, None
+
+
+def extra_of(fullname: str) -> str:
+    """The extra of the ray package that a library needs."""
+    return _EXTRAS.get(fullname.split(".")[1], "tune")
