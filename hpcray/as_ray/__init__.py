@@ -1,12 +1,12 @@
 """`import ray` gives hpcray: for programs that say `import ray`, and for Ray's own libraries.
 
-    hpcray run --as-ray script.py          or, as a script's first line:   import hpcray; hpcray.as_ray()
+    hpcray run --as-ray script.py     or, as a script's first line:  import hpcray; hpcray.as_ray()
 
 From then on `ray` and its submodules are, in the driver and in every worker,
 
     ours       what hpcray has, under Ray's name: `ray.ObjectRef is hpcray.ObjectRef`
-    served     Ray's libraries (Tune, RLlib, ...): the pure Python files of the ray that the user has
-               installed. Nothing of Ray is shipped here, and its compiled core is never loaded
+    served     Ray's libraries (Tune, RLlib, ...): the pure Python files of the ray that the user
+               has installed. Nothing of Ray is shipped here; its compiled core is never loaded
     stubs      names that those libraries mention: importing them works, using them is refused
     refused    what needs Ray's own core: the import says what to do instead
 

@@ -52,8 +52,8 @@ def install(*, any_version: bool = False) -> None:
         series = ".".join(version.split(".")[:2])
         if series not in table.TESTED:
             raise ImportError(
-                f"ray {version} is installed, and tested are {', '.join(table.TESTED)}; install one "
-                f"of these, or try it with {_ANY_VERSION}=1 in the environment")
+                f"ray {version} is installed, and tested are {', '.join(table.TESTED)}; install "
+                f"one of these, or try it with {_ANY_VERSION}=1 in the environment")
     if any_version:
         os.environ[_ANY_VERSION] = "1"  # for what this process starts
     if table.STARTUP_ENVIRONMENT:
@@ -74,6 +74,10 @@ def _installed_ray() -> tuple[Path | None, str]:
         return None, ""
     folder = Path(str(distribution.locate_file("ray")))
     return (folder, distribution.version) if folder.is_dir() else (None, "")
+
+
+# No error below names its module: then `from ray import tune` passes it on instead of saying that
+# it "cannot import name 'tune'".
 
 
 class RayFinder(importlib.abc.MetaPathFinder):
@@ -102,19 +106,19 @@ class RayFinder(importlib.abc.MetaPathFinder):
                 return importlib.util.spec_from_loader(
                     fullname, _StubLoader(value), is_package=True)
             case table.REFUSED:
-                raise ModuleNotFoundError(f"{fullname} is not part of hpcray: {value}", name=fullname)
+                raise ModuleNotFoundError(
+                    f"{fullname} is not part of hpcray: {value}")
         ours = "hpcray" + fullname[3:]
         if _exists(ours):
             return importlib.util.spec_from_loader(fullname, _SecondName(ours))
         raise ModuleNotFoundError(
-            f"there is no {fullname} in hpcray; docs/ray lists what there is", name=fullname)
+            f"there is no {fullname} in hpcray; docs/ray lists what there is")
 
     def _served(self, fullname: str) -> ModuleSpec | None:
         if self._folder is None:
             raise ModuleNotFoundError(
                 f"{fullname} comes from Ray's own package, which is not installed: "
-                f'pip install "ray[{table.extra_of(fullname)}]=={table.RECOMMENDED}"',
-                name=fullname)
+                f'pip install "ray[{table.extra_of(fullname)}]=={table.RECOMMENDED}"')
         place = self._folder.joinpath(*fullname.split(".")[1:])
         if (place / "__init__.py").is_file():
             return importlib.util.spec_from_file_location(
@@ -127,7 +131,7 @@ class RayFinder(importlib.abc.MetaPathFinder):
             spec.submodule_search_locations = [str(place)]
             return spec
         raise ModuleNotFoundError(
-            f"ray {self.version} has no pure Python module {fullname}", name=fullname)
+            f"ray {self.version} has no pure Python module {fullname}")
 
 
 def _exists(name: str) -> bool:
@@ -212,7 +216,7 @@ class _RootLoader(importlib.abc.Loader):
 
         module.__dict__.update({name: getattr(hpcray, name) for name in hpcray.__all__})
         module.__path__ = []
-        module.__version__ = self._version or table.RECOMMENDED
-        module.__commit__ = f"hpcray {hpcray.__version__}"
+        module.__dict__["__version__"] = self._version or table.RECOMMENDED
+        module.__dict__["__commit__"] = f"hpcray {hpcray.__version__}"
         if self._folder is not None:  # Libraries look for files beside it.
             module.__file__ = str(self._folder / "__init__.py")

@@ -40,11 +40,13 @@ _OURS = {
     "ray._private.auto_init_hook": f"{_PRIVATE}.client_mode_hook",
     "ray._raylet": f"{_PRIVATE}.raylet",
     "ray.util.client": f"{_PRIVATE}.client",
+    "ray.data": f"{_PRIVATE}.data",
+    "ray.data.context": f"{_PRIVATE}.data",
     "ray._common.usage.usage_lib": f"{_PRIVATE}.usage",
 }
 
-# Names that Ray's libraries want of modules of ours, which have them under the switch only; STUB: it
-# can be imported, and is refused when used.
+# Names that Ray's libraries want of modules of ours, which have them under the switch only; STUB:
+# it can be imported, and is refused when used.
 EXTRA_NAMES = {
     "ray.cloudpickle": {"dumps_debug": f"{_PRIVATE}.names:dumps_debug"},
     "ray.util": {
@@ -68,8 +70,19 @@ _STUBS: dict[str, Sequence[str]] = {
     "ray.autoscaler": ("*",),
     "ray._private.event": ("*",),
     "ray._private.test_utils": ("*",),
-    "ray.data": ("*",),
+    "ray.data.block": ("Block", "BlockAccessor", "BlockMetadata"),
+    "ray.data.iterator": ("DataIterator", "_IterableFromIterator"),
+    "ray.data.preprocessor": ("Preprocessor",),
+    "ray.data.preprocessors": ("*",),
+    "ray.data.util": ("*",),
+    "ray.data._internal": ("*",),
 }
+
+# Names of `ray.data` itself that can be imported, and are refused when used.
+DATA_STUBS = frozenset({
+    "Datasource", "ExecutionOptions", "ReadTask", "from_items", "from_numpy", "from_pandas",
+    "range", "read_csv", "read_datasource", "read_json", "read_parquet",
+})
 
 _REFUSED = {
     "ray.serve": "it needs Ray's own servers; serve models with a web framework in front of actors",
@@ -91,8 +104,7 @@ _EXTRAS = {"rllib": "rllib", "tune": "tune", "train": "train"}
 
 
 def _entries() -> dict[str, tuple[str, Any]]:
-    found: dict[str, tuple[str, Any]] = {}
-    found.update({name: (SERVED, None) for name in _SERVED})
+    found: dict[str, tuple[str, Any]] = dict.fromkeys(_SERVED, (SERVED, None))
     found.update({name: (STUB, names) for name, names in _STUBS.items()})
     found.update({name: (REFUSED, why) for name, why in _REFUSED.items()})
     found.update({name: (OURS, ours) for name, ours in _OURS.items()})

@@ -1,6 +1,6 @@
 """The `hpcray` command.
 
-    hpcray run [-n N] [--ft] script.py ARGS...     hpcray doctor     hpcray version
+    hpcray run [-n N] [--as-ray] script.py ARGS...   hpcray doctor     hpcray version
 
 `run` is how every rank of every job starts, so it is the hot path of a launch: this module
 imports `sys` and `os`, each command imports what it needs, and arguments are read by hand (a
@@ -37,8 +37,8 @@ usage: hpcray COMMAND ...
 """
 
 RUN_HELP = """\
-usage: hpcray run [-n N] [--ft] SCRIPT [ARGS...]
-       hpcray run [-n N] [--ft] -m MODULE [ARGS...]
+usage: hpcray run [-n N] [--as-ray] [--ft] SCRIPT [ARGS...]
+       hpcray run [-n N] [--as-ray] [--ft] -m MODULE [ARGS...]
 
 Runs a program on hpcray. The script runs once. Its tasks run on every node of the job.
 
@@ -50,6 +50,8 @@ Runs a program on hpcray. The script runs once. Its tasks run on every node of t
   -n N, -np N  start N nodes under mpirun. HPCRAY_MPIRUN names another mpirun than the one found,
                and HPCRAY_MPIRUN_ARGS adds arguments to it, for example "--hostfile hosts"
   -m MODULE    run a module, as `python -m` does
+  --as-ray     `import ray` gives hpcray: for programs written for Ray, and for Ray's own Tune and
+               RLlib, from the ray that is installed here
   --ft         with -n and Open MPI 5: when a rank dies, the other ranks are told and the job ends
                with an error message. Without it mpirun kills the other ranks
   -h, --help   print this
@@ -100,6 +102,7 @@ class RunArguments:
     module: bool = False
     ranks: int | None = None
     ft: bool = False
+    as_ray: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +142,7 @@ def parse_run(arguments: list[str]) -> RunArguments:
       UsageError: an option we do not have, or no script.
       HelpWantedError: --help.
     """
-    ranks, ft, at = None, False, 0
+    ranks, ft, as_ray, at = None, False, False, 0
     while at < len(arguments) and arguments[at].startswith("-"):
         option = arguments[at]
         at += 1
@@ -147,6 +150,8 @@ def parse_run(arguments: list[str]) -> RunArguments:
             raise HelpWantedError
         if option == "--ft":
             ft = True
+        elif option == "--as-ray":
+            as_ray = True
         elif option == "--":
             break
         elif option in ("-n", "-np"):
@@ -162,13 +167,14 @@ def parse_run(arguments: list[str]) -> RunArguments:
             if at == len(arguments):
                 raise UsageError("-m needs the name of a module")
             module, rest = arguments[at], tuple(arguments[at + 1 :])
-            return _checked(RunArguments(module, rest, True, ranks, ft))
+            return _checked(RunArguments(module, rest, True, ranks, ft, as_ray))
         else:
             raise UsageError(
                 f"there is no option {option}; options of the script stand after the script")
     if at >= len(arguments):
         raise UsageError("it needs a script, or -m and a module")
-    return _checked(RunArguments(arguments[at], tuple(arguments[at + 1 :]), False, ranks, ft))
+    script, rest = arguments[at], tuple(arguments[at + 1 :])
+    return _checked(RunArguments(script, rest, False, ranks, ft, as_ray))
 
 
 def _checked(wanted: RunArguments) -> RunArguments:
@@ -278,6 +284,13 @@ def _start(wanted: RunArguments, arguments: list[str]) -> Program:
     from hpcray.launch import script
     from hpcray.launch.start import start_early
 
+    if wanted.as_ray:
+        from hpcray import as_ray
+
+        try:
+            as_ray.install()
+        except ImportError as error:
+            raise LaunchError(str(error)) from error
     # A script is compiled before anything starts: a typo ends the job at once. A module is looked
     # for afterwards, since looking imports its parent packages, and the node must start before
     # user code has threads and descriptors.
@@ -304,6 +317,8 @@ def _exec_mpirun(wanted: RunArguments, arguments: list[str], ranks: int) -> NoRe
             f"{wanted.target} is a pipe, and mpirun hands no pipe on to its ranks: with -n the "
             "script must be a file")
     tail = ["-m", wanted.target] if wanted.module else ["--", wanted.target]
+    if wanted.as_ray:
+        tail.insert(0, "--as-ray")
     command = [*_this_command(arguments), "run", *tail, *wanted.rest]
     argv, env = plan_mpirun(ranks, command, os.environ, ft=wanted.ft)
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Private names that Ray's libraries want of modules that are hpcray's (see `table.EXTRA_NAMES`)."""
+"""Private names that Ray's libraries want of modules of hpcray (see `table.EXTRA_NAMES`)."""
 
 from __future__ import annotations
 

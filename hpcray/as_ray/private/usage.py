@@ -11,7 +11,7 @@ class _Tags(type):
             raise AttributeError(name)
         return name
 
-    def Value(cls, name: str) -> str:  # noqa: N802 (protobuf's)
+    def Value(cls, name: str) -> str:
         return name
 
 
