@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 _LIBRARY = "hpcray is Ray's Core without the libraries on top of it; run this one with Ray"
+_SERVED = "Ray's own runs on hpcray with `hpcray run --as-ray SCRIPT`, from the ray installed there"
 _LANGUAGES = "tasks and actors are written in Python"
 _CLIENT = "the driver is the process of rank 0: mpirun -n N hpcray run script.py"
 _CLUSTER = "the ranks of the launch are the cluster: mpirun -n N hpcray run script.py"
@@ -32,12 +33,12 @@ _DEPRECATED = "it is deprecated in Ray, and holds what hpcray.util.iter does not
 _REMOVED = "Ray has removed it, too"
 
 ABSENT: dict[str, str] = {
-    "tune": _LIBRARY,
+    "tune": _SERVED,
     "data": _LIBRARY,
-    "train": _LIBRARY,
+    "train": _SERVED,
     "serve": _LIBRARY,
-    "rllib": _LIBRARY,
-    "air": _LIBRARY,
+    "rllib": _SERVED,
+    "air": _SERVED,
     "llm": _LIBRARY,
     "workflow": _REMOVED,
     "widgets": "there are no notebook widgets",

@@ -121,8 +121,9 @@ def kind_of(fullname: str) -> tuple[str, Any]:
     prefix = fullname
     while prefix != "ray":
         entry = _ENTRIES.get(prefix)
-        # What is ours is that module only, not what is below it.
-        if entry is not None and (prefix == fullname or entry[0] != OURS):
+        # What is ours is that module only, not what is below it; so is a list of stubs.
+        if entry is not None and (prefix == fullname or not (
+                entry[0] == OURS or (entry[0] == STUB and "*" not in entry[1]))):
             return entry
         prefix = prefix.rpartition(".")[0]
     return SAME, None

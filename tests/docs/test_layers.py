@@ -21,6 +21,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "hpcray"
 FLOORS = (
     ("testing", "__main__"),
     ("observe",),
+    ("as_ray",),
     ("face",),
     ("client", "worker", "node", "launch"),
     ("objects", "recovery", "collective", "gpu"),
@@ -59,7 +60,7 @@ EXTERNAL = {
     "cupy": ("gpu.",),
     "pyarrow": ("client.arrays",),
     "numpy": ("objects.segments", "gpu.", "collective."),
-    "cloudpickle": ("client.serialization",),
+    "cloudpickle": ("client.serialization", "as_ray.private.worker"),
 }
 # Decide in pure code: these import no clock, socket, thread, process or file.
 PURE = ("protocol.", "objects.allocator", "objects.budget", "transport.peers", "transport.frames",

@@ -37,5 +37,5 @@ def __getattr__(name: str) -> Any:
     if name in table.DATA_STUBS:
         return stubs.stub("ray.data", name)
     raise AttributeError(
-        f"ray.data.{name} is not part of hpcray: Ray Data needs Ray's own core; read files in tasks, "
-        "and pass arrays, pandas or Arrow tables")
+        f"ray.data.{name} is not part of hpcray: Ray Data needs Ray's own core; read files in "
+        "tasks, and pass arrays, pandas or Arrow tables")
