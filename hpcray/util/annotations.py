@@ -48,10 +48,10 @@ def PublicAPI(*args: Any, **kwargs: Any) -> Any:
 
 
 def DeveloperAPI(*args: Any, **kwargs: Any) -> Any:
-    """For those who build on it: it may change with any release."""
+    """For those who build on it: it may change with any release. Keywords are taken, as in Ray,
+    and mean nothing."""
     if not kwargs and len(args) == 1 and callable(args[0]):
         return DeveloperAPI()(args[0])
-    _refuse("DeveloperAPI", kwargs)
 
     def mark(obj: Any) -> Any:
         _append(obj, "**DeveloperAPI:** may change with any release.")
