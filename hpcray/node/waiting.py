@@ -127,9 +127,11 @@ class Waiting:
             if task is not None:
                 yield Candidate(("actors", shape), task.task_id,
                                 partial(self._look_at, shape, tasks))
+        alike: dict[Key, list[Group]] = {}
         for group in machine.groups.to_place():
-            yield Candidate(("group", group.group), None,
-                            partial(self._look_at_group, group))
+            alike.setdefault(("group", tuple(group.bundles), group.strategy), []).append(group)
+        for key, groups in alike.items():
+            yield Candidate(key, groups[0].group, partial(self._look_at_groups, groups))
         if machine.memory.waiting:
             yield Candidate(("store",), machine.memory.answered, self._say_full)
         yield from self._stopped()
@@ -164,6 +166,8 @@ class Waiting:
             able = [rank for rank in found if rank in eligible]
             if not able or any(_covers(found[rank][0], needed) for rank in able):
                 return  # reported as impossible, or a matter of time
+            if is_group_shape(shape) and not any(keepers for _, keepers in found.values()):
+                return  # its placement group is not placed, which is said of the group
             task = self._first(tasks)
             if task is not None:
                 lacking = tuple(pair for pair in needed
@@ -252,7 +256,11 @@ class Waiting:
 
     # --- placement groups -------------------------------------------------------------------------
 
-    def _look_at_group(self, group: Group, wait: Wait) -> None:
+    def _look_at_groups(self, groups: list[Group], wait: Wait) -> None:
+        """The first of some with the same bundles."""
+        group = groups[0]
+        count = f"{len(group.bundles)} bundle{'s' if len(group.bundles) > 1 else ''}"
+        more = f" and {len(groups) - 1} more have" if len(groups) > 1 else " has"
         names = sorted({name for bundle in group.bundles for name, _ in bundle
                         if not labels.is_condition(name)})
 
@@ -261,7 +269,7 @@ class Waiting:
                        for bundle in group.bundles]
             if choose(bundles, group.strategy, {r: dict(f[0]) for r, f in found.items()}) is None:
                 self._say(wait, f"placement group {group.name or group.group.hex()} "
-                          f"({len(bundles)} bundles, {group.strategy}) has waited for "
+                          f"({count}, {group.strategy}){more} waited for "
                           f"{PATIENCE_S:g} s for {_names(bundles)}{self._held(found, list(found))}")
 
         self._ask(self.holdings(names), set(self._machine.cluster.totals()), names, heard)

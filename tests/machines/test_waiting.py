@@ -12,12 +12,15 @@ from hpcray.protocol import messages as m
 
 JOB = ids.job_id(1)
 CPU = (("CPU", m.UNIT),)
+GROUP = b"\1" * 16
 TEMPLATES = (
     m.Template(b"f" * 16, b"f" * 16, m.TASK, "__main__.f", resources=CPU),
     m.Template(b"g" * 16, b"f" * 16, m.TASK, "__main__.g", resources=CPU, rank=1),
     m.Template(b"b" * 16, b"f" * 16, m.TASK, "big", resources=(("CPU", 3 * m.UNIT),)),
     m.Template(b"c" * 16, b"f" * 16, m.ACTOR_CREATION, "__main__.Counter.__init__", resources=CPU),
     m.Template(b"i" * 16, b"f" * 16, m.METHOD, "Counter.inc"),
+    m.Template(b"p" * 16, b"f" * 16, m.TASK, "placed",
+               resources=((f"CPU@{GROUP.hex()}", m.UNIT),), group_id=GROUP),
 )
 
 
@@ -333,6 +336,20 @@ def test_a_placement_group_that_finds_no_room() -> None:
         "bundles": [{"CPU": m.UNIT}, {"CPU": m.UNIT}]}))
     assert nodes.wait(12) == ["Warning: placement group pair (2 bundles, PACK) has waited for 10 s "
                               f"for 1 CPU x2, held by actor Counter. {KEEPS}"]
+
+
+def test_placement_groups_alike_are_said_once_and_for_their_tasks() -> None:
+    nodes = Nodes()
+    nodes.done(ids.creation_object_id(nodes.actor()))
+    nodes.done(ids.creation_object_id(nodes.actor()))
+    for number in range(3):
+        nodes.tell(0, 0, m.Request(number, "create_placement_group", {
+            "group": bytes((GROUP[0] + number,)) * 16, "name": f"group {number}",
+            "strategy": "PACK", "bundles": [{"CPU": m.UNIT}]}))
+    nodes.submit("p")
+    assert nodes.wait(40) == [
+        "Warning: placement group group 0 (1 bundle, PACK) and 2 more have waited for 10 s for "
+        f"1 CPU, held by actor Counter x2. {KEEPS}"]
 
 
 def test_a_stopped_process() -> None:
