@@ -21,14 +21,14 @@ What must not go in here: anything that runs without the switch. Nothing else im
 from __future__ import annotations
 
 import sys
-import types
 
 from hpcray.as_ray.finder import install, is_installed
+from hpcray.as_ray.stubs import Importable
 
 __all__ = ["install", "is_installed"]
 
 
-class _Switch(types.ModuleType):
+class _Switch(Importable):
     """The package itself can be called: `hpcray.as_ray()`."""
 
     def __call__(self, *, any_version: bool = False) -> None:

@@ -180,7 +180,7 @@ class _StubLoader(importlib.abc.Loader):
         pass
 
 
-class _Root(types.ModuleType):
+class _Root(stubs.Importable):
     """`ray`: hpcray's names, and its own modules."""
 
     def __getattr__(self, name: str) -> Any:

@@ -7,6 +7,7 @@ it for anything raises a sentence.
 
 from __future__ import annotations
 
+import importlib
 import types
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -44,7 +45,14 @@ def stub(module: str, name: str) -> type:
     return _Stub(name, (), {"__module__": module, "__qualname__": name})
 
 
-class _StubModule(types.ModuleType):
+class Importable(types.ModuleType):
+    """A module of a class of its own: pickled by its name, as any."""
+
+    def __reduce__(self) -> Any:
+        return importlib.import_module, (self.__name__,)
+
+
+class _StubModule(Importable):
     """Listed names, or any (`ANY`), each a stub."""
 
     _names: Sequence[str] = ()

@@ -5,6 +5,7 @@ What needs Ray's real libraries is in test_libraries.py.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -129,6 +130,7 @@ def test_a_real_ray_that_is_imported_already_is_refused(with_ray: Site) -> None:
     with_ray.good(SWITCH)  # the second time nothing happens
 
 
+@pytest.mark.skipif(bool(importlib.util.find_spec("ray")), reason="ray is installed here")
 def test_libraries_without_an_installed_ray_say_what_to_install(site: Site) -> None:
     said = site.bad("import ray.rllib.algorithms")
     assert 'pip install "ray[rllib]==2.60.0"' in said
