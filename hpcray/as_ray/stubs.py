@@ -29,6 +29,10 @@ class _Stub(type):
     def __getitem__(cls, item: Any) -> Any:  # an annotation
         return cls
 
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        # A field of a model, which nothing will ever be put in.
+        return importlib.import_module("pydantic_core").core_schema.any_schema()
+
     def __repr__(cls) -> str:
         return f"<{cls.__module__}.{cls.__qualname__}: not part of hpcray>"
 

@@ -80,8 +80,9 @@ def tuned(tmp_path: Path) -> Iterator[Tuned]:
     tuned = Tuned(tmp_path)
     yield tuned
     for process in tuned.processes:
-        process.kill()
-        process.communicate()
+        if process.returncode is None:
+            process.kill()
+            process.communicate()
 
 
 def test_function_trainables_are_scheduled(tuned: Tuned) -> None:
