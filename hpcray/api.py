@@ -151,10 +151,11 @@ def init(
 
     Args:
       preload: modules every node imports once, before it forks workers, instead of each worker for
-        itself; default none. "auto": what this process has imported of installed packages, now and
-        whenever it defines another task or actor. Each module is tried in a process of its own
-        first: what starts threads, opens a GPU or crashes is left out (a warning names it; of
-        "auto" only what crashes), and workers that need it import it themselves.
+        itself; default none, or "auto" under `--as-ray`. "auto": what this process has imported of
+        installed packages, now and whenever it defines another task or actor. Each module is tried
+        in a process of its own first: what starts threads, opens a GPU or crashes is left out (a
+        warning names it; of "auto" only what crashes), and workers that need it import it
+        themselves.
       redis_url: an existing control store instead of our own.
       job_config: a `JobConfig`: namespace and runtime_env as one object; what is given here wins.
       logging_config: a `LoggingConfig`: how the root logger of every process writes.

@@ -60,6 +60,7 @@ OTHER_VARIABLES = {
     "HPCRAY_VENV": "the environment that the Slurm templates activate",
     "HPCRAY_USE_MPIRUN": "1: slurm/multi_node.sbatch uses mpirun, not srun",
     "HPCRAY_SRUN_MPI": "what the Slurm templates give to srun --mpi",
+    "HPCRAY_AS_RAY_ANY_VERSION": "1: --as-ray takes a version of ray that was not tested",
     "HPCRAY_RAY_PYTHON": "the Python that has Ray, for benchmarks/compare.py",
 }
 
@@ -156,6 +157,8 @@ def make_config(
         check_namespace(namespace)
     if redis_url is None:
         redis_url = found.text("HPCRAY_REDIS_URL")
+    if preload is None:  # Ray's libraries take seconds to import
+        preload = found.words("HPCRAY_PRELOAD") or ("auto" if as_ray else [])
     return InitConfig(
         num_cpus=_amount("num_cpus", num_cpus, found.number("HPCRAY_NUM_CPUS")),
         num_gpus=_amount("num_gpus", num_gpus, found.number("HPCRAY_NUM_GPUS")),
@@ -168,7 +171,7 @@ def make_config(
                        if log_to_driver is None else bool(log_to_driver)),
         log_rules=_log_rules(found),
         color_prefix=found.text("HPCRAY_COLOR_PREFIX"),
-        preload=_modules(found.words("HPCRAY_PRELOAD") if preload is None else preload),
+        preload=_modules(preload),
         as_ray=as_ray,
         runtime_env=check_runtime_env(runtime_env),
         labels=_labels(labels, found.text("HPCRAY_LABELS")),

@@ -22,10 +22,10 @@ from __future__ import annotations
 
 import sys
 
-from hpcray.as_ray.finder import install, is_installed
+from hpcray.as_ray.finder import install, is_installed, switch_on
 from hpcray.as_ray.stubs import Importable
 
-__all__ = ["install", "is_installed"]
+__all__ = ["install", "is_installed", "switch_on"]
 
 
 class _Switch(Importable):
@@ -43,7 +43,7 @@ class _Switch(Importable):
         Raises:
           ImportError: ray itself is imported already, or is of a version that was not tested.
         """
-        install(any_version=any_version)
+        switch_on(any_version=any_version)
 
 
 sys.modules[__name__].__class__ = _Switch

@@ -35,31 +35,32 @@ def is_installed() -> bool:
     return _finder() is not None
 
 
-def install(*, any_version: bool = False) -> None:
-    """Make `import ray` give hpcray in this process; nothing happens the second time.
+def switch_on(*, any_version: bool = False) -> None:
+    """`install` in a driver, which looks at the version of the installed ray for the whole job.
 
     Raises:
       ImportError: ray itself is imported already, or is of a version that was not tested.
     """
-    if is_installed():
-        return
-    if "ray" in sys.modules:
+    if "ray" in sys.modules and not is_installed():
         raise ImportError(
             "ray is imported already, with its own core; call hpcray.as_ray() as the first line of "
             "the script, before anything imports ray, or use `hpcray run --as-ray`")
-    folder, version = _installed_ray()
+    version = _installed_ray()[1]
     if version and not (any_version or os.environ.get(_ANY_VERSION) == "1"):
         series = ".".join(version.split(".")[:2])
         if series not in table.TESTED:
             raise ImportError(
                 f"ray {version} is installed, and tested are {', '.join(table.TESTED)}; install "
                 f"one of these, or try it with {_ANY_VERSION}=1 in the environment")
-    if any_version:
-        os.environ[_ANY_VERSION] = "1"  # for what this process starts
-    if table.STARTUP_ENVIRONMENT:
+    install()
+
+
+def install() -> None:
+    """Make `import ray` give hpcray in this process; nothing happens the second time."""
+    if not is_installed():
         for name, value in table.STARTUP_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-    sys.meta_path.insert(0, RayFinder(folder, version))
+        sys.meta_path.insert(0, RayFinder(*_installed_ray()))
 
 
 def _finder() -> RayFinder | None:

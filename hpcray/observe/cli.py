@@ -288,7 +288,7 @@ def _start(wanted: RunArguments, arguments: list[str]) -> Program:
         from hpcray import as_ray
 
         try:
-            as_ray.install()
+            as_ray.switch_on()
         except ImportError as error:
             raise LaunchError(str(error)) from error
     # A script is compiled before anything starts: a typo ends the job at once. A module is looked

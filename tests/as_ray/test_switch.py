@@ -53,7 +53,9 @@ class Site:
 
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
-    return Site(tmp_path)
+    folder = tmp_path / "site-packages"  # what is there counts as installed
+    folder.mkdir()
+    return Site(folder)
 
 
 @pytest.fixture
@@ -121,6 +123,23 @@ queue.shutdown()
 """)
     site.good("", switch=False, command=("-m", "hpcray", "run", "--as-ray", "script.py"))
     site.good("exec(open('script.py').read())")
+
+
+def test_what_the_driver_has_imported_is_imported_once(with_ray: Site) -> None:
+    with_ray.write("ray/tune/__init__.py", "import os; pid = os.getpid()")
+    with_ray.good("""
+import os, ray
+from ray import tune
+ray.init(num_cpus=1)
+
+@ray.remote
+def where():
+    from ray import tune
+    return tune.pid, os.getpid(), os.getppid()
+
+imported, worker, zygote = ray.get(where.remote())
+assert imported == zygote != worker
+""")
 
 
 def test_a_real_ray_that_is_imported_already_is_refused(with_ray: Site) -> None:
