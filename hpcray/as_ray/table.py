@@ -63,7 +63,7 @@ EXTRA_NAMES = {
 }
 
 # Importable, and refused when used.
-_STUBS: dict[str, Sequence[str]] = {
+STUBS: dict[str, Sequence[str]] = {
     "ray.core": ("*",),
     "ray.core.generated": ("*",),
     "ray.dashboard": ("*",),
@@ -105,7 +105,7 @@ _EXTRAS = {"rllib": "rllib", "tune": "tune", "train": "train"}
 
 def _entries() -> dict[str, tuple[str, Any]]:
     found: dict[str, tuple[str, Any]] = dict.fromkeys(_SERVED, (SERVED, None))
-    found.update({name: (STUB, names) for name, names in _STUBS.items()})
+    found.update({name: (STUB, names) for name, names in STUBS.items()})
     found.update({name: (REFUSED, why) for name, why in _REFUSED.items()})
     found.update({name: (OURS, ours) for name, ours in _OURS.items()})
     return found

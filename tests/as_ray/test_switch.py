@@ -165,6 +165,8 @@ from ray.core.generated.gcs_pb2 import GcsNodeInfo
 from ray._private.worker import global_worker, SCRIPT_MODE
 from ray.util.placement_group import _valid_resource_shape
 
+assert issubclass(ray.data.iterator.DataIterator, object)  # nobody has imported that module
+
 def fit(data: ray.data.Dataset):
     assert not isinstance(data, ray.data.Dataset)
     assert ray._private.worker.global_worker is global_worker

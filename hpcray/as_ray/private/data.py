@@ -6,6 +6,7 @@ other kind of data as it is.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from hpcray.as_ray import stubs, table
@@ -36,6 +37,8 @@ class DataContext:
 def __getattr__(name: str) -> Any:
     if name in table.DATA_STUBS:
         return stubs.stub("ray.data", name)
+    if f"ray.data.{name}" in table.STUBS:
+        return importlib.import_module(f"ray.data.{name}")
     raise AttributeError(
         f"ray.data.{name} is not part of hpcray: Ray Data needs Ray's own core; read files in "
         "tasks, and pass arrays, pandas or Arrow tables")
