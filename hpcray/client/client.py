@@ -122,7 +122,7 @@ class Client:
         """
         with self.link as link:
             if link.lost is not None:
-                return False
+                return link.ended
             self.core.outbox.append(messages.EndJob(status, park))
             try:
                 link.flush()

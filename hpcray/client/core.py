@@ -107,6 +107,8 @@ class Core:
         self.on_cancel: Callable[[bytes], None] = lambda task: None
         # Something waits for what refs and handles in reference cycles may keep.
         self.on_collect: Callable[[], None] = lambda: None
+        # The job has ended without us. Inside, unlike those above.
+        self.on_ended: Callable[[str], None] = lambda reason: None
         # Values up to this size travel in messages; the node lowers it when they fill its memory.
         self.inline_max_bytes = values.INLINE_MAX_BYTES
         self.welcomed = Waiter(1)
@@ -359,8 +361,10 @@ class Core:
     def _on_inline_limit(self, message: InlineLimit, _: list[Any]) -> None:
         self.inline_max_bytes = message.nbytes
 
-    def _on_ended(self, _message: JobEnded, _: list[Any]) -> None:
+    def _on_ended(self, message: JobEnded, _: list[Any]) -> None:
         self.ended.remaining = 0
+        if message.reason:
+            self.on_ended(message.reason)
 
     def _message_handlers(self) -> Handlers:
         hearing = self._hearing

@@ -90,6 +90,8 @@ class Link:
         self.before_wait: Callable[[Waiter], Any] | None = None
         self.after_wait: Callable[[], Any] | None = None
         self.lost: str | None = None
+        # Why is `lost`, and the node has told it to whoever reads the job's output.
+        self.ended = False
         self.last_read_s = 0.0
         self._last_flush_s = 0.0
         self.inside = False  # some thread is
@@ -111,6 +113,7 @@ class Link:
         self._settling = threading.Lock()  # by the thread that carries out effects
         self._main = threading.main_thread().ident
         self._pid = os.getpid()
+        core.on_ended = self._set_ended
         self.helper = Helper(self, is_driver=is_driver)
         datagrams.enlarge_buffers(sock)
         sock.setblocking(True)
@@ -251,7 +254,8 @@ class Link:
                 "this process was forked from an hpcray process and has no connection of its own; "
                 "call hpcray functions from the parent only")
         raise exceptions.RaySystemError(
-            f"the connection to the node is gone: {self.lost}{self.autopsy()}")
+            f"the job has ended: {self.lost}" if self.ended
+            else f"the connection to the node is gone: {self.lost}{self.autopsy()}")
 
     def linger(self, nbytes: int) -> None:
         """Send now if the channel was quiet or enough has gathered; else soon (helper)."""
@@ -412,6 +416,17 @@ class Link:
         with contextlib.suppress(ValueError, KeyError, IndexError):
             self.core.receive(batch[:1], descriptors)
         self._handle(*self._unhandled)
+
+    def has_told(self, error: BaseException) -> bool:
+        """Whether it only says what the node has told people already."""
+        return (self.ended and isinstance(error, exceptions.RaySystemError)
+                and str(self.lost) in str(error))
+
+    def _set_ended(self, reason: str) -> None:
+        if self.lost is None:
+            self.ended = True
+            self.on_lost = lambda reason: None
+            self.set_lost(reason)
 
     def set_lost(self, reason: str) -> None:
         if self.lost is None:

@@ -69,7 +69,7 @@ LAST_WORDS_BYTES = 8192
 # $1: the private directory. The guard ignores what a shell or a launcher sends to everybody,
 # because its work begins when they are gone.
 _GUARD = """
-trap '' HUP INT QUIT TERM
+trap '' HUP INT QUIT TERM USR1 USR2
 while read -r line; do :; done
 for process in /proc/[0-9]*; do
   [ "$process/cwd" -ef "$1" ] && kill -KILL "${process#/proc/}"
@@ -367,7 +367,9 @@ class Sidecar:
             os.set_blocking(self._log_fd, False)
             os.set_blocking(log_write_fd, False)
             return subprocess.Popen(
-                [self.server, "-"], stdin=config_fd, stdout=log_write_fd, stderr=log_write_fd,
+                # What a batch system sends to every process of a job, as a warning to the driver.
+                ["/bin/sh", "-c", "trap '' USR1 USR2; exec \"$0\" -", self.server],
+                stdin=config_fd, stdout=log_write_fd, stderr=log_write_fd,
                 cwd=self.directory, env=_environment(), start_new_session=True,
                 pass_fds=[self._lock_fd])
         finally:

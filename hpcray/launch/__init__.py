@@ -6,6 +6,7 @@
 `mpirun`     finding an `mpirun` and writing its command line
 `world`      whether MPI sees the ranks that the launcher has started
 `script`     running a user's script as `python script.py` would
+`last_words` where the last sentence of a job is read
 `doctor`     what a person should fix before the first job
 `start`      starting this rank's node
 

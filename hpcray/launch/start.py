@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
+from hpcray.client.uncaught import Uncaught
 from hpcray.config import SETUP_HOOK
 from hpcray.exceptions import LaunchError
 from hpcray.launch.identity import (
@@ -69,6 +70,7 @@ class _Node:
 
 _node: _Node | None = None
 _session_count = 0
+_uncaught = Uncaught()
 # Variables that differed from those of this process's start in any session: nodes that are parked
 # may have them from an earlier one.
 _changed: set[bytes] = set()
@@ -149,6 +151,7 @@ def connect(config: InitConfig, on_output: Callable[[Any], None]) -> Client:
     global _session_count
     from hpcray.client.client import Client
 
+    _uncaught.install()
     node = _node
     if node is not None and node.process.poll() is not None:
         _discard()
@@ -176,6 +179,8 @@ def connect(config: InitConfig, on_output: Callable[[Any], None]) -> Client:
         from hpcray.client.imports import Imports
 
         client.imports = Imports()
+    _uncaught.is_told = client.link.has_told
+    _uncaught.under_launcher = node.launch.mode == "mpi"
     client.on_output(on_output)
     client.link.autopsy = partial(_autopsy, node.process, node.launch.rank)
     try:

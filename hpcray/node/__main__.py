@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, NoReturn
 from hpcray.config import make_config
 from hpcray.exceptions import LaunchError
 from hpcray.launch.identity import read_launch, strip_identity
+from hpcray.launch.last_words import LastWords
 from hpcray.launch.resources import detect_resources, widen_affinity
 from hpcray.launch.world import mismatch
 from hpcray.node.journal import Journal
@@ -54,6 +55,9 @@ def main() -> int:
     parser.add_argument("--driver-fd", type=int, default=-1)
     parser.add_argument("--keeper-pid", type=int, default=0)
     arguments = parser.parse_args()
+    # What `sbatch --signal=USR1@60` sends to every process is a warning for the driver.
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, lambda *_: None)
     if arguments.keeper_pid:
         _die_with(arguments.keeper_pid)
     driver = None
@@ -69,6 +73,7 @@ def main() -> int:
     except (TypeError, ValueError) as error:
         raise LaunchError(str(error)) from None
     launch = read_launch(environ)
+    last_words = LastWords(launch, environ)
     widen_affinity(launch, environ)
     found = detect_resources(
         environ, local_size=launch.local_size, local_rank=launch.local_rank)
@@ -130,7 +135,7 @@ def main() -> int:
     server = NodeServer(
         transport=transport, pool=pool, driver=driver, joined=joined,
         journal=journal,
-        job_key=secrets.token_bytes(16), spin=spin, notices=notices)
+        job_key=secrets.token_bytes(16), last_words=last_words, spin=spin, notices=notices)
     server.drop_shared_files = _drop_shared_files
     try:
         status = server.run()

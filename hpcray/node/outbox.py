@@ -117,3 +117,5 @@ class Outbox:
         self.interrupts: list[int] = []
         # Warnings for the driver's terminal.
         self.notices: list[str] = []
+        # Those that would not get there: for this node's own stderr.
+        self.own_notices: list[str] = []

@@ -26,6 +26,7 @@ import secrets
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import time
 import traceback
@@ -34,6 +35,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from hpcray.launch.last_words import LastWords
 from hpcray.launch.progress import cpu_progress
 from hpcray.launch.resources import share_gpus
 from hpcray.node import outbox as out
@@ -77,6 +79,9 @@ _FAILED_SILENT_S = 2.0
 # long to end them.
 _GRACE_S = 1.0
 _ZYGOTE_SILENT_S = 3.0
+# A batch system that ends a job sends SIGTERM to each of its processes, workers before the driver
+# and us. Their death would be an error of the program: it is one if the job is still there then.
+_TOLD_S = 0.5
 # The journal's thread ends without an event.
 _ENDING_TICK_S = 0.005
 _SPIN_S = 0.0002
@@ -100,7 +105,7 @@ JOINING, RUNNING, ENDING, PARKED, LEFT = range(5)
 class NodeServer:
     def __init__(
         self, *, transport: Transport | None, pool: WorkerPool, driver: socket.socket | None,
-        joined: messages.Joined, journal: Journal, job_key: bytes,
+        joined: messages.Joined, journal: Journal, job_key: bytes, last_words: LastWords,
         spin: bool = False, notices: list[str] | None = None,
     ) -> None:
         self.rank = 0 if transport is None else transport.rank
@@ -120,6 +125,8 @@ class NodeServer:
         self._connections = Connections(self._watcher, pool, self._handle)
         self._output = WorkerOutput(self.rank, self._connections, self._to_node0)
         self._dead: list[tuple[int, values.Failure]] = []
+        # Of a SIGTERM, and when that counts: others of the job may get one as well.
+        self._told_to_die: list[tuple[float, int, values.Failure]] = []
         self._refused: dict[int, str] = {}  # of the dead: those that were never forked, and why
         self._machine: Machine | None = None
         self._segments = Segments()
@@ -148,8 +155,10 @@ class NodeServer:
         self._next_look_s = 0.0
         self._patience: dict[int, Patience] = {}
         self._zygote_patience = Patience(_ZYGOTE_SILENT_S)
+        self._last_words = last_words
         self._stop_reason = ""
-        self._left = ""
+        # Node 0: why the job ends, if the driver did not say that it ends. Told at once.
+        self._why = ""
         self._to_peers: dict[int, list[Any]] = {}  # of this turn
         # What waits for slow peers, as messages: they share their values with the records.
         self._unsent: dict[int, deque[Any]] = {}
@@ -230,6 +239,9 @@ class NodeServer:
 
     def _turn(self, now_s: float) -> None:
         machine = self._machine
+        while self._told_to_die and self._told_to_die[0][0] <= now_s:
+            self._dead.append(self._told_to_die.pop(0)[1:])
+            self._bury()
         if self._notices and self._state == RUNNING:
             for text in self._notices:
                 self._output.notice(text)
@@ -269,6 +281,8 @@ class NodeServer:
         # Without a job there is nothing to tick.
         due_s = now_s + _SLOW_TICK_S if machine is None else self._next_tick_s
         due_s = min(due_s, self._zygote_due_s)
+        if self._told_to_die:
+            due_s = min(due_s, self._told_to_die[0][0])
         if self._output.deadline_s is not None:
             due_s = min(due_s, max(self._output.deadline_s, now_s + 0.001))
         if self._state == ENDING:
@@ -320,6 +334,10 @@ class NodeServer:
             notices, box.notices = box.notices, []
             for text in notices:
                 self._output.notice(text)
+        if box.own_notices:
+            for text in box.own_notices:
+                print(text, file=sys.stderr, flush=True)
+            box.own_notices.clear()
         if box.peers:
             for rank, batch in box.peers.items():
                 if batch:
@@ -506,17 +524,20 @@ class NodeServer:
         self._driver = None
         if self._state != ENDING:
             self.exit_status = self.exit_status or 1  # it did not say that it ends
-            if self._transport is not None and self._state == RUNNING:
+            if self._transport is not None:
                 # Without a launcher its parent sees how it ended. Here nobody says anything at
                 # Ctrl-C, at a time limit or at a SIGTERM: the launcher ends all ranks by signals.
-                self._output.notice(
-                    "hpcray: the driver has ended without shutdown(): it was killed, or the "
-                    "launcher ended the job (Ctrl-C, SIGTERM, a time limit)")
+                self._tell_why(
+                    "the driver has ended without shutdown(): it was killed, or ended by "
+                    f"{self._last_words.who()}")
         self._end_job(park=False)
 
     def _on_zygote(self, _fd: int) -> None:
         for event in self._pool.read_zygote():
-            if isinstance(event, Exited):
+            if isinstance(event, Exited) and event.exit_code == -signal.SIGTERM:
+                self._told_to_die.append((
+                    time.monotonic() + _TOLD_S, event.number, self._exit_failure(event)))
+            elif isinstance(event, Exited):
                 self._dead.append((event.number, self._exit_failure(event)))
             elif isinstance(event, ForkRefused):
                 self._refused[event.number] = event.reason
@@ -751,8 +772,8 @@ class NodeServer:
             self._early.append((rank, rest))  # a peer was told to begin before us
 
     def _peer_lost(self, event: PeerLost) -> None:
-        text = f"rank {event.rank} is gone: {event.reason}"
-        self._output.notice(f"Error: {text}; the job ends (it cannot yet go on without a rank)")
+        self._tell_why(f"rank {event.rank} is gone ({event.reason}), and it cannot yet go on "
+                       "without a rank")
         self._ended.add(event.rank)
         self.exit_status = 1
         self._end_job(park=False)
@@ -760,9 +781,24 @@ class NodeServer:
     def _peer_left(self, message: messages.Ended) -> None:
         """It ended on its own: somebody told it to. If that was the launcher, it is telling all of
         us, and the driver is gone before we could say which of the ranks was the first."""
-        self._left = f"Error: rank {message.rank} was told to end ({message.reason}); the job ends"
+        node = self._joined[message.rank]
+        self._tell_why(self._told_to_end(message.rank, node, message.reason))
         self.exit_status = 1
         self._end_job(park=False)
+
+    def _told_to_end(self, rank: int, node: messages.Joined, reason: str) -> str:
+        who = "the node" if self.size == 1 else f"rank {rank}"
+        return (f"{who} (pid {node.pid} on {node.host}) was told to end ({reason}), by "
+                f"{self._last_words.who()}")
+
+    def _tell_why(self, why: str) -> None:
+        """Node 0: the job ends, and its driver did not say so. The first cause is told, to people
+        and not through the driver, which may be dying as well."""
+        if self._state in (ENDING, LEFT) or self._why:
+            return
+        self._output.flush()
+        self._why = why
+        self._last_words.say(f"the job ends: {why}")
 
     # --- the job's life ---------------------------------------------------------------------------
 
@@ -857,6 +893,8 @@ class NodeServer:
         for node in nodes:
             machine.cluster.joined(node)
         machine.explain.process_state = process_state
+        if self.rank == 1 and self._transport is not None:
+            machine.waiting.heard_of_node0 = partial(self._transport.heard, 0)
         self._machine = machine
         self._segments = Segments()
         if self._transport is not None:
@@ -893,6 +931,8 @@ class NodeServer:
     def _terminate(self, reason: str) -> None:
         self.exit_status = 143
         self._stop_reason = reason
+        if self.rank == 0:
+            self._tell_why(self._told_to_end(0, self._me, reason))
         self._end_job(park=False)
 
     def _end_job(self, *, park: bool) -> None:
@@ -926,6 +966,7 @@ class NodeServer:
             self._pool.start_close(_GRACE_S)
 
     def _forget_job(self, machine: Machine) -> None:
+        self._told_to_die.clear()
         for number in list(self._connections.clients):
             if number == DRIVER:
                 continue
@@ -972,9 +1013,7 @@ class NodeServer:
             return
         if not self._told_end:
             self._told_end = True
-            if self._left and DRIVER in self._connections.clients:
-                self._output.notice(self._left)
-            self._connections.send(DRIVER, [messages.JobEnded()])
+            self._connections.send(DRIVER, [messages.JobEnded(self._why)])
         driver = self._connections.clients.get(DRIVER)
         if not self._ending_park and driver is not None and driver.backlog:
             return  # it is slow to print what it gets; its end would be seen
@@ -1024,7 +1063,7 @@ class NodeServer:
         self._flush_peers()
         if silent:
             self.left_behind = tuple(silent)
-            self._connections.send(DRIVER, [messages.JobEnded()])
+            self._connections.send(DRIVER, [messages.JobEnded(self._why)])
             self._state = LEFT
 
 

@@ -24,7 +24,7 @@ from hpcray.node.explain import name_of
 from hpcray.node.ledger import Shape, is_group_shape
 from hpcray.node.outbox import Outbox
 from hpcray.node.placement import Group, choose
-from hpcray.node.records import QUEUED, TaskRecord
+from hpcray.node.records import DRIVER, QUEUED, TaskRecord
 from hpcray.protocol import ids, labels, words
 from hpcray.protocol.messages import CollectGarbage
 
@@ -74,6 +74,8 @@ class Waiting:
         self._last_s = 0.0
         # What each worker ran at the last look.
         self._ran: dict[int, bytes] = {}
+        # Grows with everything that node 0 says; only rank 1 has it, to speak for all.
+        self.heard_of_node0: Callable[[], int] | None = None
 
     def tick(self, now_s: float) -> None:
         """Look, if it is time."""
@@ -103,7 +105,8 @@ class Waiting:
         for wait, look in due:
             look(wait)
 
-    def _say(self, wait: Wait, text: str) -> None:
+    def _say(self, wait: Wait, text: str, *, alone: bool = False) -> None:
+        """`alone`: not through node 0 and the driver, which are what is waited for."""
         if not wait.collected:
             wait.collected = True
             for rank in range(self._machine.size):
@@ -113,7 +116,8 @@ class Waiting:
             return
         if not wait.said and any(other is wait for other in self._waits.values()):
             wait.said = True
-            self._outbox.notices.append(f"Warning: {text}")
+            box = self._outbox
+            (box.own_notices if alone else box.notices).append(f"Warning: {text}")
 
     def _candidates(self) -> Iterator[Candidate]:
         machine = self._machine
@@ -307,20 +311,32 @@ class Waiting:
                   f"goes on after `kill -CONT {worker.pid}`.")
 
     def _silent(self) -> Iterator[Candidate]:
-        """On the scheduler's rank, which hears of every node once a second."""
+        """On the scheduler's rank, which hears of every node once a second, and acknowledges it."""
+        if self.heard_of_node0 is not None:
+            yield Candidate(("silent", 0), self.heard_of_node0(), partial(self._say_silent, 0))
         scheduler = self._machine.cluster.scheduler
         if scheduler is None:
             return
+        driver = self._machine.clients.get(DRIVER)
+        if driver is not None and self._machine.size > 1:
+            state = self._machine.explain.process_state(driver.pid)
+            if state == "T":
+                yield Candidate(
+                    ("stopped", DRIVER), None, partial(self._say_driver_stopped, driver.pid))
         for rank, view in scheduler.views.items():
             if rank != self._rank:
                 yield Candidate(("silent", rank), view.heard_s,
                                 partial(self._say_silent, rank))
 
+    def _say_driver_stopped(self, pid: int, wait: Wait) -> None:
+        self._say(wait, f"the driver (pid {pid} on rank 0) was stopped by a signal "
+                  f"{PATIENCE_S:g} s ago, and goes on after `kill -CONT {pid}`.", alone=True)
+
     def _say_silent(self, rank: int, wait: Wait) -> None:
         node = self._machine.cluster.nodes[rank]
         self._say(wait, f"nothing has been heard of rank {rank} ({node.host}, pid {node.pid}) for "
                   f"{PATIENCE_S:g} s: its process is stopped or its host is overloaded, and what "
-                  "runs there is waited for.")
+                  "runs there is waited for.", alone=rank == 0)
 
 
 def _who(task: TaskRecord, tasks: Iterable[TaskRecord]) -> str:

@@ -512,7 +512,10 @@ class StreamRoom(_Message, tag=19):
 
 
 class JobEnded(_Message, tag=15):
-    """Everything of the job is gone; nodes are parked (or leave)."""
+    """Everything of the job is gone; nodes are parked (or leave). `reason`, if the driver did not
+    end it: the sentence that people have been told already."""
+
+    reason: str = ""
 
 
 class ChannelOf(_Message, tag=20):

@@ -202,8 +202,9 @@ class SimulatedNode:
             for action in actions:
                 again = True
                 self._act(action)
-        self.notices += box.notices
+        self.notices += box.notices + box.own_notices
         box.notices.clear()
+        box.own_notices.clear()
         for rank, batch in box.peers.items():
             self._to_peers.setdefault(rank, []).extend(batch)
         box.peers.clear()

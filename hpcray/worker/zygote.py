@@ -728,6 +728,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # the job would otherwise take the one process away that can clean up.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    # The driver's affair, in workers as well (unless a task handles them), and not inherited by
+    # what they start, unlike SIG_IGN.
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, _no_action)
     # A node that dies during the imports is noticed this way; later by EOF.
     prctl = _load_prctl()
     prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

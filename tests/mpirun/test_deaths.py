@@ -53,7 +53,8 @@ ray.get(refs)
 
 
 @pytest.mark.parametrize(("role", "rank", "number"), [
-    ("node", 0, signal.SIGKILL), ("node", 1, signal.SIGTERM), ("keeper", 1, signal.SIGKILL),
+    ("node", 0, signal.SIGKILL), ("node", 0, signal.SIGTERM), ("node", 1, signal.SIGTERM),
+    ("keeper", 1, signal.SIGKILL), ("keeper", 1, signal.SIGTERM), ("driver", None, signal.SIGTERM),
     ("driver", None, signal.SIGKILL), ("driver", None, signal.SIGINT),
     ("launcher", None, signal.SIGTERM), ("launcher", None, signal.SIGINT),
     ("launcher", None, signal.SIGKILL),
@@ -63,9 +64,16 @@ def test_a_death_ends_the_job(start: Start, role: str, rank: int | None, number:
     job.expect("pending")
     job.kill(role, rank, number)
     output = job.finish(status=None, timeout_s=5)
-    assert "hpcray.node" not in output and "hpcray/node" not in output, "no traceback of ours"
-    if (role, rank, number) == ("node", 1, signal.SIGTERM):
-        assert "rank 1 was told to end (SIGTERM)" in output
+    assert "hpcray.node" not in output and "hpcray/" not in output, "no traceback of ours"
+    if number == signal.SIGKILL and role != "driver":
+        return  # its keeper speaks, or nobody is left who could
+    said = re.findall("^hpcray: .*$", output, re.M)
+    assert len(said) == 1 and said[0].startswith("hpcray: the job ends: "), output
+    if role in ("node", "keeper"):
+        assert re.search(rf"rank {rank} \(pid \d+ on \S+\) was told to end \(SIGTERM\)", said[0])
+        assert "Traceback" not in output
+    if number == signal.SIGTERM:
+        assert "Traceback" not in output
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
@@ -84,7 +92,18 @@ def test_ctrl_c_at_a_terminal(start: Start):
     job = start(PENDING, ranks=2, pty=True)
     job.expect("pending")
     job.say("\x03")
-    job.finish(status=None, timeout_s=10)
+    output = job.finish(status=None, timeout_s=10)
+    assert len(re.findall(r"hpcray: the job ends: .*Ctrl-C", output)) == 1, output
+    assert "hpcray/" not in output, "no frames of ours"
+
+
+def test_hpcray_run_ends_with_a_sentence_too(start: Start):
+    """It becomes mpirun."""
+    job = start(PENDING, ranks=2, own_mpirun=True)
+    job.expect("pending")
+    job.kill("launcher", number=signal.SIGTERM)
+    output = job.finish(status=None, timeout_s=5)
+    assert output.count("hpcray: the job ends: ") == 1 and "Traceback" not in output
 
 
 @pytest.mark.parametrize("rank", [0, 1])

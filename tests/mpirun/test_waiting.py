@@ -7,9 +7,7 @@ import signal
 
 from ..process.jobs import Start
 
-
-def test_a_stopped_rank(start: Start):
-    job = start("""
+UP = """
 import hpcray as ray
 ray.init(num_cpus=1)
 
@@ -22,7 +20,11 @@ while len(set(ray.get([f.remote() for _ in range(4)]))) < 2:
 print("up", flush=True)
 input()
 print(len(ray.get([f.remote() for _ in range(4)])))
-""", ranks=2, pty=True)
+"""
+
+
+def test_a_stopped_rank(start: Start):
+    job = start(UP, ranks=2, pty=True)
     job.expect("up")
     pid = job.pid("node", 1)
     os.kill(pid, signal.SIGSTOP)
@@ -48,3 +50,25 @@ print(len(ray.nodes()), "nodes")
     job.expect("the start has taken 10 s so far: rank 0 waits until all 2 ranks", timeout_s=30)
     job.expect("2 nodes")
     job.finish()
+
+
+def test_a_stopped_rank_0_is_told_by_another_process(start: Start):
+    """What people are told goes through node 0 and the driver: then somebody else speaks."""
+    of_node = r"nothing has been heard of rank 0 \(\S+, pid {}\) for 10 s"
+    of_driver = r"the driver \(pid {} on rank 0\) was stopped by a signal"
+    jobs = {"node": (start(UP, ranks=3, pty=True), of_node),
+            "driver": (start(UP, ranks=2, pty=True), of_driver)}
+    pids = {}
+    try:
+        for role, (job, _) in jobs.items():
+            job.expect("up")
+            pids[role] = job.kill(role, 0 if role == "node" else None, signal.SIGSTOP)
+        for role, (job, said) in jobs.items():
+            job.expect("Warning: " + said.format(pids[role]), timeout_s=30)
+    finally:
+        for pid in pids.values():
+            os.kill(pid, signal.SIGCONT)
+    for job, _ in jobs.values():
+        job.say("\n")
+        job.finish()
+        assert job.output.count("Warning") == 1, job.output

@@ -196,20 +196,44 @@ print("idle end", flush=True)
     job.finish()
 
 
-def test_a_killed_worker_costs_a_retry(start: Start):
-    job = start(HEAD + """
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
+def test_a_killed_worker_costs_a_retry(start: Start, name: str):
+    job = start(HEAD + f"""
 @ray.remote
 def once(path):
     if not os.path.exists(path):
         open(path, "w").close()
         print("last words", flush=True)
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.{name})
     return "retried"
 ray.init()
 print(ray.get(once.remote(os.path.join(os.environ["TMPDIR"], "once"))), flush=True)
 """)
     output = job.finish()
     assert "last words" in output and "retried" in output
+
+
+def test_a_warning_to_every_process_is_the_driver_s_affair(start: Start):
+    """A batch system sends it (`--signal=USR1@60`) to whatever belongs to the job."""
+    job = start(HEAD + """
+warned = []
+signal.signal(signal.SIGUSR1, lambda *_: warned.append(1))
+ray.init(num_cpus=2)
+ref = block.remote(os.path.join(os.environ["TMPDIR"], "mark"))
+until(os.path.join(os.environ["TMPDIR"], "mark"))
+print("up", flush=True)
+while not warned:
+    ray.wait([ref], timeout=0.1)
+print("saved", ray.get(echo.remote(7)), ray.wait([ref], timeout=0), flush=True)
+""", HPCRAY_NUM_CPUS="2")
+    job.expect("up")
+    members = sorted(job.members(), key=lambda member: member.role == "driver")
+    assert {"node", "zygote", "worker", "guard", "server"} <= {member.role for member in members}
+    for member in members:
+        os.kill(member.pid, signal.SIGUSR1)
+    job.expect(r"saved 7 \(\[\], \[ObjectRef")
+    output = job.finish()
+    assert "killed" not in output and "died" not in output
 
 
 def test_a_killed_zygote_is_replaced(start: Start):

@@ -244,15 +244,19 @@ class SlurmJob(Job):
         self.slurm.ask("scancel", *arguments, self.id, check=True)
 
     def finish(
-        self, timeout_s: float = WAIT_S, status: int | None = 0, state: str = "COMPLETED"
+        self, timeout_s: float = WAIT_S, status: int | None = 0, state: str = "COMPLETED",
+        killed: bool = False,
     ) -> str:
-        """Wait for its end, in that state, and for everything of it to be gone; its output."""
+        """Wait for its end, in that state, and for everything of it to be gone; its output.
+
+        `killed`: all of it at once by SIGKILL, so that nobody is left to remove files.
+        """
         deadline_s = time.monotonic() + timeout_s
         while self._read_some(0.1):
             if time.monotonic() > deadline_s:
                 self.fail(f"did not end within {timeout_s:g} s")
         deadline_s = time.monotonic() + _END_S
-        while left := self.left():
+        while left := self.members() if killed else self.left():
             if time.monotonic() > deadline_s:
                 self.fail(f"left behind, {_END_S:g} s after its end: {left}")
             time.sleep(POLL_S)
