@@ -52,7 +52,7 @@ from hpcray.protocol.messages import (
 )
 from hpcray.transport import datagrams
 from hpcray.transport.datagrams import ChannelClosed
-from hpcray.worker import environment, generators, output, surroundings
+from hpcray.worker import environment, generators, output, surroundings, title
 from hpcray.worker.hosting import FailedDependency, end_user_code, host
 from hpcray.worker.zygote import INTERRUPT_SIGNAL
 
@@ -61,6 +61,8 @@ _WELCOME_S = 60.0
 _FLUSH_S = 0.001
 # An interrupt that a finaliser has swallowed comes again after this.
 _AGAIN_S = 0.002
+# A worker without work is shown as idle after this.
+_SHOWN_IDLE_MS = 1000
 # What a blocked worker waits for is told if it is at most so many objects.
 _TOLD_IDS = 256
 
@@ -82,6 +84,7 @@ def run_worker(number: int, task_fd: int, client_fd: int, settings: dict[str, An
     signal.signal(signal.SIGTERM, _end_in_good_order)
     output.open_streams()
     surroundings.take_notes()
+    title.show("IDLE")
     os.register_at_fork(
         before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
     client = Client(socket.socket(fileno=client_fd), is_driver=False)
@@ -154,6 +157,7 @@ class Worker:
         self.rank = settings.get("rank", 0)
         self._retry_only: dict[bytes, tuple[type, ...]] = {}
         self._entered = False  # the environment of its first task, for good
+        self._shown_idle = False
         self._streams = output.streams
         client.link.before_wait = self._before_wait
         client.link.after_wait = Unblocked
@@ -232,7 +236,7 @@ class Worker:
         if wait:
             client = self.client
             while True:
-                ready = self._poller.poll()
+                ready = self._poller.poll(_SHOWN_IDLE_MS) or self._wait_idle()
                 if ready[0][0] == self._tasks_fd or len(ready) > 1:
                     break
                 if ready[0][0] == self.signalled:
@@ -250,6 +254,12 @@ class Worker:
         self.client.on_runs(batch)
         self._queue.extend(batch)
         return len(data)
+
+    def _wait_idle(self) -> list[tuple[int, int]]:
+        if self.actor is None:
+            self._shown_idle = True
+            title.show("IDLE")
+        return self._poller.poll()
 
     # --- one task ---------------------------------------------------------------------------------
 
@@ -348,7 +358,7 @@ class Worker:
         current = self.context
         current.task_id = run.task_id
         current.attempt = run.attempt
-        if template is not current.template:
+        if template is not current.template or self._shown_idle:
             self._surround(template)
         self.client.begin_task(run.task_id, run.attempt)
 
@@ -356,7 +366,10 @@ class Worker:
         """What its task finds around it: group, environment, resources."""
         current = self.context
         current.template = template
-        output.call(shown_name(template))
+        shown = shown_name(template)
+        output.call(shown)
+        title.show(shown)
+        self._shown_idle = False
         current.resources = template.resources
         current.group_id = template.group_id
         current.captures = template.captures

@@ -716,6 +716,9 @@ def load_target(name: str) -> Target | str:
 def main(arguments: Sequence[str] | None = None) -> None:
     import argparse
 
+    from hpcray.worker import title  # Not at module level: the node imports this module too.
+
+    title.prepare()
     parser = argparse.ArgumentParser(prog="hpcray.worker.zygote", description=__doc__)
     parser.add_argument("--fd", type=int, required=True, help="socket of the node")
     parser.add_argument("--target", default=DEFAULT_TARGET, help="module:function of a worker")

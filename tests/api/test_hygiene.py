@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
-pytestmark = pytest.mark.ray_differs("Ray puts nothing back")
+puts_back = pytest.mark.ray_differs("Ray puts nothing back")
 
 
 def look():
@@ -101,6 +103,7 @@ def replace_streams():
     sys.stderr = None
 
 
+@puts_back
 @pytest.mark.parametrize("change", [
     chdir, fchdir, into_a_directory_that_is_removed, variables, variables_that_fail, umask,
     handlers, close_stdout, close_buffers, replace_streams], ids=lambda f: f.__name__)
@@ -118,6 +121,7 @@ def test_a_change_does_not_reach_the_next_task(cluster, change):
         assert ray.get(after) == before, "the same process, as it was"
 
 
+@puts_back
 def test_printing_goes_on_after_a_task_closed_stdout(run_driver):
     output = run_driver("""
         ray.init(num_cpus=1, **INIT)
@@ -162,6 +166,7 @@ def test_the_calls_of_an_actor_share_what_they_change(ray):
     assert ray.get(actor.look.remote()) == ("/", "1")
 
 
+@puts_back
 def test_an_actor_begins_as_a_task_does(cluster):
     ray = cluster(num_cpus=1)
     ray.get(ray.remote(variables).remote())
@@ -169,6 +174,7 @@ def test_an_actor_begins_as_a_task_does(cluster):
     assert "OF_A_TASK" not in ray.get(actor.look.remote())
 
 
+@puts_back
 def test_functions_that_take_notes_are_themselves(ray):
     """They pickle by name, and the library finds them where it looks."""
     import os
@@ -182,3 +188,36 @@ def test_functions_that_take_notes_are_themselves(ray):
             os.chdir in os.supports_fd), os.chdir, type(os.environ | {})
 
     assert ray.get(same.remote(*functions)) == ([True] * 3, True, os.chdir, dict)
+
+
+# --- what people see of it ------------------------------------------------------------------------
+
+
+def shown(pid="self"):
+    with open(f"/proc/{pid}/cmdline", "rb") as file:
+        return file.read().replace(b"\0", b" ").strip().decode()
+
+
+def test_a_process_has_the_name_of_its_task(ray, eventually):
+    """`ps` and `top` show it; the environment that others read in /proc stays there."""
+    @ray.remote
+    def work():
+        with open("/proc/self/environ", "rb") as file:
+            return shown(), os.getpid(), b"PATH=" in file.read()
+
+    title, pid, has_environment = ray.get(work.remote())
+    assert (title, has_environment) == ("ray::work", True)
+    eventually(lambda: shown(pid) == "ray::IDLE")
+    assert ray.get(work.remote())[0] == "ray::work", "the same function again"
+    assert ray.get(work.options(name="other").remote())[0] == "ray::other"
+
+
+def test_a_process_has_the_name_of_its_actor(ray, eventually):
+    @ray.remote
+    class Actor:
+        def pid(self):
+            return os.getpid()
+
+    actor = Actor.remote()
+    pid = ray.get(actor.pid.remote())
+    eventually(lambda: shown(pid) == "ray::Actor")

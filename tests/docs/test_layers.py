@@ -59,6 +59,7 @@ EXTERNAL = {
     "dask": ("util.dask",),
     "cupy": ("gpu.",),
     "pyarrow": ("client.arrays",),
+    "setproctitle": ("worker.title",),
     "numpy": ("objects.segments", "gpu.", "collective."),
     "cloudpickle": ("client.serialization", "as_ray.private.worker"),
 }

@@ -277,8 +277,10 @@ def _take_terminal() -> None:
 def _describe(pid: int, command: str, environ: str) -> Member:
     name = _read(f"/proc/{pid}/comm").strip()
     rank = -1
-    if name == "hpcray:zygote" or "hpcray.worker.zygote" in command:
-        role = "zygote" if not re.fullmatch(r"hpcray:w\d+", name) else "worker"
+    if command.startswith("ray::") or re.fullmatch(r"hpcray:w\d+", name):
+        role = "worker"
+    elif name == "hpcray:zygote" or "hpcray.worker.zygote" in command:
+        role = "zygote"
     elif "-m hpcray.node" in command or "launch/keeper.py" in command:
         role = "node" if "-m hpcray.node" in command else "keeper"
         match = re.search(r"(?:OMPI_COMM_WORLD_RANK|PMIX?_RANK)=(\d+)", environ)
