@@ -177,6 +177,10 @@ def test_a_program_started_by_a_task_finds_the_modules(ray, folders):
     ({"py_modules": ["/not/there"]}, ValueError, "/not/there"),
     ({"excludes": "*.log"}, TypeError, "list"),
     ({"pip": ["x"]}, NotImplementedError, "install"),
+    ({"uv": ["x"]}, NotImplementedError, "install"),
+    ({"image_uri": "x"}, NotImplementedError, "image_uri"),
+    ({"py_executable": "x"}, NotImplementedError, "py_executable"),
+    ({"nsight": "default"}, NotImplementedError, "nsight"),
     ({"conda": "x"}, NotImplementedError, "conda"),
 ])
 def test_environments_that_cannot_be(ray, env, error, says):
