@@ -29,6 +29,7 @@ _RECORDS = "times and events of tasks are not recorded; hpcray.util.state has th
 _DEBUG = "run the function here: f.__wrapped__(...), where pdb works"
 _TPU = "there are no TPUs"
 _COLLECTIVES = "the functions are in hpcray.util.collective itself"
+_DASK = "Dask's own callbacks and optimisations apply"
 _DEPRECATED = "it is deprecated in Ray, and holds what hpcray.util.iter does not count"
 _REMOVED = "Ray has removed it, too"
 
@@ -91,6 +92,10 @@ ABSENT: dict[str, str] = {
     "util.client_connect": _CLIENT,
     "util.connect": _CLIENT,
     "util.disconnect": _CLIENT,
+    "util.dask.RayDaskCallback": _DASK,
+    "util.dask.ProgressBarCallback": _DASK,
+    "util.dask.dataframe_optimize": _DASK,
+    "util.dask.callbacks": _DASK,
     "util.debugpy": _DEBUG,
     "util.ray_debugpy": _DEBUG,
     "util.rpdb": _DEBUG,

@@ -19,6 +19,7 @@ from dask.core import flatten, toposort
 from dask.utils import key_split
 
 from hpcray import api
+from hpcray.absent import attributes
 from hpcray.client.references import ObjectRef
 
 _REMOTE_ARGS = "ray_remote_args"
@@ -139,5 +140,7 @@ def _options(dsk: Any, common: dict[str, Any]) -> dict[Hashable, dict[str, Any]]
     own = annotations.get(_REMOTE_ARGS) or {}
     return {None: common, **{key: {**common, **given} for key, given in own.items()}}
 
+
+__getattr__ = attributes(__name__)
 
 __all__ = ["disable_dask_on_ray", "enable_dask_on_ray", "ray_dask_get", "ray_dask_get_sync"]

@@ -120,3 +120,11 @@ def test_chunks_nobody_needs_any_more_are_freed(ray: ModuleType):
         chain = grow(chain)
     assert chain.sum().compute(scheduler=ray_dask_get) == 31 * 500_000
     assert summarize_objects()["cluster"]["total_size_mb"] < 8
+
+
+@pytest.mark.hpcray_only("Ray has them")
+def test_callbacks_of_ray_say_that_they_are_not_there() -> None:
+    from hpcray.util import dask
+
+    with pytest.raises(AttributeError, match="RayDaskCallback is not part of hpcray: Dask's own"):
+        dask.RayDaskCallback  # noqa: B018

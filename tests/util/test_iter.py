@@ -61,7 +61,7 @@ def test_shards_and_unions(it: ModuleType) -> None:
     apart = it.from_items([1, 2, 3])
     assert list(apart.select_shards([1]).gather_sync()) == [2]
     assert list(apart.get_shard(0)) == [1, 3]
-    with pytest.raises(ValueError):
+    with pytest.raises((ValueError, AssertionError)):
         apart.select_shards([0, 0])
 
 
