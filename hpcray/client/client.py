@@ -38,6 +38,7 @@ from hpcray.protocol import ids, messages, values
 from hpcray.protocol.messages import (
     CreateActor,
     DefineFunction,
+    Done,
     Located,
     Output,
     PinForJob,
@@ -67,6 +68,9 @@ class Client:
         self.core = Core(refs=self.refs, store=Store, wire=_wire)
         self.link = Link(sock, self.core, is_driver=is_driver)
         self.is_driver = is_driver
+        # Of each task; not methods: a call less.
+        self.begin_task = self.core.begin_task
+        self.on_runs: Callable[[list[Run | Stop]], None] = self.core.notes.append
         self._futures = Futures(self.core.objects, self._value_of, self._wake_helper)
         self.link.helper.complete = self._tick
         self.core.on_collect = self._collect_garbage
@@ -182,10 +186,6 @@ class Client:
     @property
     def task_prefix(self) -> bytes:
         return self.core.task_prefix
-
-    def begin_task(self, task: bytes, attempt: int, salt: bytes = b"") -> None:
-        """Child ids from now on descend from this task."""
-        self.core.begin_task(task, attempt, salt)
 
     def children_of(self, parent: Callable[[], tuple[bytes, int]]) -> None:
         """Child ids from now on descend from the (task, attempt) that `parent` tells, asked in the
@@ -332,7 +332,7 @@ class Client:
         link = self.link
         link.enter()
         try:
-            if ref._value is None and ref._view is None and not objects.has_arrived(object_id):
+            if ref._value is None and ref._view is None and object_id not in objects.arrivals:
                 if object_id[20:24] != core.job_id:
                     self.check_session((object_id,))
                 waiter = Waiter(1)
@@ -388,7 +388,7 @@ class Client:
                             result[i] = refs[i]._value
             if waiter.result is not None:
                 for i in missing:
-                    if result[i] is None and objects.has_arrived(refs[i]._id):
+                    if result[i] is None and refs[i]._id in objects.arrivals:
                         result[i] = self._open_arrived(refs[i])
                 error = _first_error(result)
                 if error is not None:
@@ -785,28 +785,22 @@ class Client:
 
     def report(self, message: Any, reply_to: int = -1) -> None:
         """Queue a task's outcome; `flush` sends it, and the value of a Done to `reply_to`."""
-        link = self.link
-        link.enter()
-        try:
-            self.core.report(message, reply_to)
-        finally:
-            link.leave()
+        if type(message) is Done:
+            self.core.notes.append((message, reply_to))
+        else:  # it may name refs, which die only when the lock is free again
+            with self.link:
+                self.core.report(message, reply_to)
 
-    def on_runs(self, batch: list[Run | Stop]) -> None:
-        """Of each datagram of the task channel."""
-        link = self.link
-        link.enter()
-        try:
-            self.core.neighbours.on_runs(batch)
-        finally:
-            link.leave()
-
-    def flush(self, *, drain: bool = False) -> None:
+    def flush(self, drain: bool = False) -> None:
         """Send what is queued; with `drain` (before a process idles) dropped refs too."""
         if drain and self._group is not None:
             self._let_go()
-        with self.link as link:
-            link.flush(drain=drain)
+        link = self.link
+        link.enter()
+        try:
+            link.flush(drain)
+        finally:
+            link.leave()
 
     def forked(self) -> None:
         """This process is a child of the one that made the client."""

@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from hpcray.client.neighbours import Neighbours, Wire
-from hpcray.client.objects import Objects
+from hpcray.client.objects import DRAIN_REFS, Objects
 from hpcray.client.references import LOCAL, ObjectRef, ReferenceTable
 from hpcray.client.requests import Requests
 from hpcray.client.store import Store
@@ -44,6 +44,7 @@ from hpcray.protocol.messages import (
     Done,
     DoneMany,
     Drop,
+    Get,
     Hold,
     InlineLimit,
     JobEnded,
@@ -92,13 +93,16 @@ class Core:
         self.outbox: list[Any] = []
         # To be done once the lock is free, in this order: what runs code that is not ours.
         self.effects: deque[Callable[[], None]] = deque()
+        # What a worker has read on its task channel, and what came of its tasks, in this order:
+        # appended at any time, in any thread, and taken in by the next one that has the lock.
+        self.notes: deque[Any] = deque()
         self.refs = refs
-        self.objects = Objects(self.outbox, refs)
+        self.neighbours = Neighbours()
+        self.objects = Objects(self.outbox, refs, self.neighbours)
         self.store = store(self.outbox)
         self.streams = Streams(self.outbox, refs, self.objects.ready_waiters, generator)
         self.rooms = Rooms()
         self.requests = Requests(self.outbox)
-        self.neighbours = Neighbours()
         self._wire = wire
         self._defined: set[bytes] = set()
         # Tasks of this worker that were cancelled, of which some may not have been read yet.
@@ -135,13 +139,33 @@ class Core:
         for message in batch:
             handlers[type(message)](message, descriptors)
 
-    def collect(self, now_s: float, *, drain: bool) -> list[Any]:
+    def take_notes(self) -> None:
+        """Each once; one that was interrupted once more, which does no harm."""
+        notes = self.notes
+        outbox = self.outbox
+        while notes:
+            note = notes[0]
+            if type(note) is list:
+                self.neighbours.on_runs(note)
+            else:
+                message, reply_to = note
+                if reply_to >= 0:
+                    self.neighbours.answer(reply_to, message, self.counter)
+                outbox += (message,)  # not `append`: a handler may raise behind a call
+            notes.popleft()
+
+    def collect(self, now_s: float, drain: bool) -> list[Any]:
         """The outbox with all that belongs into it by now: holds, drops, unpins. Whoever has sent
         (or encoded) it clears it."""
         outbox = self.outbox
         refs = self.refs
         objects = self.objects
-        dropped = objects.drain(now_s, at_once=drain) if refs.dropped else None
+        dropped = None
+        if refs.dropped and (
+            drain or now_s > objects.next_drain_s or len(refs.dropped) > DRAIN_REFS
+            or objects.unpins  # large objects may be among them
+        ):
+            dropped = objects.drain(now_s)
         if refs.new_holds:
             holds: list[Any] = []
             refs.tell_holds(holds)
@@ -152,7 +176,7 @@ class Core:
             self.streams.drop(refs.dropped_streams)
         if objects.unpins:
             objects.tell_unpins()
-        if outbox:
+        if outbox and (self.neighbours.sent or self.neighbours.heard):
             self.neighbours.report(outbox)
         return outbox
 
@@ -292,27 +316,20 @@ class Core:
 
     def want_result(self, object_id: bytes) -> Any:
         """Ask for one value; the link to the actor that was called for it just now, if any."""
-        objects = self.objects
-        if objects.is_asked(object_id):
+        asked = self.objects.asked
+        if object_id in asked:
             return None
+        asked.add(object_id)
         outbox = self.outbox
         if self.refs.new_holds:
             self.refs.tell_holds(outbox)
-        link = self.neighbours.called(outbox, object_id)
-        if link is not None and self.neighbours.call(link, outbox):
-            objects.will_come(object_id)
-        else:
-            objects.want_one(object_id)
+        neighbours = self.neighbours
+        link = neighbours.called(outbox, object_id) if neighbours.actors else None
+        if link is None or not neighbours.call(link, outbox):
+            outbox.append(Get(object_id))
         return link
 
     # --- messages ---------------------------------------------------------------------------------
-
-    def _on_value(self, message: Value, _: list[Any]) -> None:
-        if message.sender < 0:
-            self.neighbours.stamp += 1
-        else:
-            self.neighbours.on_value(message)
-        self.objects.on_value(message)
 
     def _on_reply(self, message: Reply) -> None:
         ref = None
@@ -371,7 +388,7 @@ class Core:
         objects, store, streams, rooms = self.objects, self.store, self.streams, self.rooms
         requests, neighbours, wire = self.requests, self.neighbours, self._wire
         return {
-            Value: self._on_value,
+            Value: objects.on_value,
             ValueAt: hearing(objects.on_value_at),
             Ready: hearing(objects.on_ready),
             Yielded: hearing(streams.on_yielded),

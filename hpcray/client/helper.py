@@ -3,8 +3,8 @@
     asleep    watches the wake-up descriptor and, unless some thread reads, the socket
     armed     there was activity: every 2 ms send what lingers; after 20 ms of quiet, asleep
 
-It never competes with a waiting thread for the socket: as long as one has read within the
-last 10 ms, the helper only ticks. Waking it costs a system call and a GIL switch, so `arm`
+It never competes with a waiting thread for the socket: as long as one has read since the last
+tick, the helper only ticks. Waking it costs a system call and a GIL switch, so `arm`
 does so only when it sleeps.
 """
 
@@ -88,7 +88,7 @@ class Helper:
         quiet_since_s = time.monotonic()
         while not self._stopping and link.lost is None:
             try:
-                if link.being_read:
+                if link.is_read():
                     # Whoever reads also sends: ticks only catch what it leaves behind.
                     events = wake_only.poll(_BUSY_TICK_MS if self.armed else _READER_TICK_MS)
                 else:

@@ -8,14 +8,16 @@
 
 The rules, and what each is for:
 
-- **Only who holds the lock touches the core.** One waiting thread at a time takes a datagram from
-  the socket, without the lock, and handles it with the lock. While it does so nobody else reads.
+- **Only who holds the lock touches the core.** One waiting thread at a time sleeps in the socket,
+  without the lock, and takes and handles what has come with the lock. While it waits nobody else
+  reads. A worker leaves notes for whoever takes the lock next: what it has read on its task
+  channel, and what came of its tasks.
 - **Under the lock nothing runs that is not ours.** The garbage collector is off there, so no
   finaliser of a user does (it may call `put` or `get`). What runs other code (printing output,
   callbacks) is an effect, done when the lock is free.
 - **Nothing is raised inside by an interrupt.** Ctrl-C and cancellation set a flag while the main
   thread is inside; they strike as it leaves. What a signal handler of the user's raises can still
-  come anywhere: so each step that sends or takes a datagram notes it in the same call.
+  come behind any call: so what sends or takes a datagram is a step of an iterator, which is none.
 - **Who holds the lock may wait for room in the socket**: the node reads it whatever else it does.
 
 A call that finds itself inside already can only come from a signal handler of the user's: it is
@@ -46,7 +48,7 @@ from hpcray.client.waiters import Waiter
 from hpcray.protocol import messages
 from hpcray.protocol.sizes import DATAGRAM_MAX_BYTES, parts
 from hpcray.transport import datagrams
-from hpcray.transport.datagrams import FULL, SEND_FLAGS, SENT, SHORT, ChannelClosed
+from hpcray.transport.datagrams import FULL, PEEK, SENT, SHORT, ChannelClosed
 
 _NOTHING: tuple[list[Any], list[int]] = ([], [])
 # A datagram of this many messages is long enough to amortise its system call.
@@ -67,12 +69,23 @@ _LOOK_US = 500_000
 _CLIENT = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _PACKAGE = os.path.dirname(os.path.dirname(_CLIENT)) + os.sep
 _get_ident = threading.get_ident
+_monotonic = time.monotonic
 _gc_enable = gc.enable
 _gc_disable = gc.disable
 _gc_is_enabled = gc.isenabled
 
 
 class Link:
+    # Python finds attributes sooner so, if there are more than 30.
+    __slots__ = (
+        "_buffer", "_collecting", "_effects", "_first_byte", "_handlers", "_last_flush_s",
+        "_main", "_noted", "_notes", "_pid", "_read_lately", "_reader", "_received",
+        "_sending", "_sends", "_settling", "_sleepers", "_slot", "_taken", "_unhandled",
+        "after_wait", "autopsy", "before_wait", "check_interrupt", "core", "ended",
+        "helper", "inside", "interrupted", "lock", "lost", "on_interrupt", "on_lost",
+        "sent", "socket",
+    )
+
     def __init__(self, sock: socket.socket, core: Core, *, is_driver: bool) -> None:
         self.core = core
         self.socket = sock
@@ -92,21 +105,24 @@ class Link:
         self.lost: str | None = None
         # Why is `lost`, and the node has told it to whoever reads the job's output.
         self.ended = False
-        self.last_read_s = 0.0
+        self._read_lately = False  # since the helper has asked
         self._last_flush_s = 0.0
         self.inside = False  # some thread is
         self._collecting = False  # the collector is off because of that
+        self._notes = core.notes
         self._effects = core.effects
         self._handlers = core.handlers
-        # What the thread that reads for all waits for.
-        self._reader: Waiter | None = None
-        self._reader_thread = 0
+        self._reader = 0  # the thread that waits and reads for all
         # Threads that wait while another one reads: (what wakes it, what it waits for).
         self._sleepers: list[tuple[Any, Waiter]] = []
         self._buffer = datagrams.receive_buffer()
-        self._sending: list[bytes] = []  # datagrams, encoded and not sent yet
+        self._first_byte = bytearray(1)
+        self._received = datagrams.received(sock, self._buffer)
+        self._taken: Any = None  # of the datagram that is in the buffer
+        self._slot = [b""]
+        self._sends = datagrams.sent(sock, self._slot)
+        self._sending: list[bytes] = []  # datagrams, encoded, for which there was no room
         self._noted: list[Any] = []  # but the first of them, if something is here
-        self._taken: list[Any] = []  # a datagram that is in the buffer
         # Messages of a datagram that a handler of the user's has interrupted, and its descriptors.
         self._unhandled: tuple[list[Any], list[int]] = ([], [])
         self.sent = 0  # datagrams
@@ -119,7 +135,6 @@ class Link:
         sock.setblocking(True)
         # A thread that waits looks now and then whether the client was closed.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, _LOOK_US))
-        self._replaced_handler = False
 
     # --- the door ---------------------------------------------------------------------------------
 
@@ -139,6 +154,12 @@ class Link:
         if _gc_is_enabled():
             _gc_disable()
             self._collecting = True
+        if self._notes:
+            try:
+                self.core.take_notes()
+            except BaseException:
+                self.leave()
+                raise
 
     def _refuse_or_repair(self) -> None:
         """This thread holds the lock already. Either a signal handler of the user's has interrupted
@@ -157,20 +178,6 @@ class Link:
             "handler set a flag, or raise an exception, and call hpcray from the program")
 
     def leave(self) -> None:
-        self.inside = False  # `_release`, written out
-        try:
-            if self._collecting:
-                self._collecting = False
-                _gc_enable()
-        finally:
-            try:
-                self.lock.release()
-            except RuntimeError:
-                pass
-        if self.interrupted or self._effects:
-            self._outside()
-
-    def _release(self) -> None:
         self.inside = False
         try:
             if self._collecting:
@@ -180,7 +187,9 @@ class Link:
             try:
                 self.lock.release()
             except RuntimeError:
-                pass  # two handlers that raised, one upon the other, have kept `_reenter` from it
+                pass  # two handlers that raised, one upon the other, have kept `_await` from it
+        if self.interrupted or self._effects:
+            self._outside()
 
     def _outside(self) -> None:
         """What was left for when this thread does not hold the lock any more. May raise."""
@@ -188,25 +197,6 @@ class Link:
             self.deliver_interrupt()
         if self._effects:
             self._settle()
-
-    def _reenter(self) -> None:
-        """Nothing can keep us from it: what a signal handler raises meanwhile comes afterwards."""
-        raised: BaseException | None = None
-        while True:
-            try:  # `enter`, written out
-                self.lock.acquire()
-                self.inside = True
-                if _gc_is_enabled():
-                    _gc_disable()
-                    self._collecting = True
-                break
-            except BaseException as error:
-                raised = error
-                if self.mine:
-                    self.inside = True
-                    break
-        if raised is not None:
-            raise raised
 
     def _settle(self) -> None:
         """Carry out what was left for when the lock is free; in order, by one thread."""
@@ -229,7 +219,6 @@ class Link:
         if (threading.get_ident() == self._main
                 and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
             signal.signal(signal.SIGINT, self._on_sigint)
-            self._replaced_handler = True
 
     def _on_sigint(self, _number: int, _frame: FrameType | None) -> None:
         if self.mine:
@@ -259,14 +248,14 @@ class Link:
 
     def linger(self, nbytes: int) -> None:
         """Send now if the channel was quiet or enough has gathered; else soon (helper)."""
-        now_s = time.monotonic()
-        if (nbytes > _LARGE_BYTES or len(self.core.outbox) >= _BATCH_MESSAGES
-                or now_s - self._last_flush_s > _LINGER_S):
-            self.flush()
+        now_s = _monotonic()
+        if (now_s - self._last_flush_s > _LINGER_S or nbytes > _LARGE_BYTES
+                or len(self.core.outbox) >= _BATCH_MESSAGES):
+            self.flush(False, now_s)
         elif not self.helper.armed:
             self.helper.arm()
 
-    def flush(self, *, drain: bool = False) -> None:
+    def flush(self, drain: bool = False, now_s: float = 0.0) -> None:
         """Send what is queued; with `drain` (before a process idles) dropped refs too.
 
         Raises:
@@ -274,43 +263,40 @@ class Link:
           OSError: no descriptor or memory to send a large message with; it will be tried again.
         """
         core = self.core
-        now_s = time.monotonic()
-        outbox = core.collect(now_s, drain=drain)
+        now_s = now_s or _monotonic()
+        outbox = core.collect(now_s, drain)
         if not outbox and not self._sending:
             return
         self._last_flush_s = now_s
         self._send_batch(outbox)
-        neighbours = core.neighbours
-        if neighbours.waiting:
-            neighbours.send(outbox, self.sent)
+        if core.neighbours.waiting:
+            core.neighbours.send(outbox, self.sent)
             if outbox:  # what could not be sent, mostly nothing
                 self._send_batch(outbox)
 
     def _send_batch(self, outbox: list[Any]) -> None:
-        """Each message exactly once, whatever a signal handler of the user's raises meanwhile: an
-        assignment and the next call are one step, as handlers run behind calls."""
+        """Each message exactly once, whatever a signal handler of the user's raises meanwhile:
+        handlers run behind calls, and a step of `_sends` is none."""
         if self._sending:
             self._send_rest()
         if not outbox:
             return
         encoded = messages.encode(outbox)
         if len(encoded) <= DATAGRAM_MAX_BYTES:
-            self._sending = [encoded]
-            outbox.clear()
-            try:  # the common case, `datagrams.send` written out
-                self._noted.extend(map(self.socket.send, self._sending, SEND_FLAGS))
+            self._slot[0] = encoded
+            try:
+                for _ in self._sends:
+                    break
+            except OSError:
+                self._sending = [encoded]
+            else:
                 self.sent += 1
-                self._sending = []
-                self._noted.clear()
+                outbox.clear()
                 return
-            except OSError as error:
-                if error.errno is None:
-                    raise  # a signal handler's, such as a TimeoutError
-                # `_send_rest` meets it, too
         else:
             self._sending = list(parts(outbox, messages.encode))
-            outbox.clear()
-        self._send_rest()
+        outbox.clear()
+        self._send_rest()  # it meets the error, too
 
     def _send_rest(self) -> None:
         """What is encoded. `_noted` says that the first of it has been sent."""
@@ -358,19 +344,23 @@ class Link:
 
     def read(self, *, all: bool = False) -> bool:
         """Handle what has come, or at least the first of it; False if there was nothing."""
-        if self._reader is not None and self._reader_thread != _get_ident():
+        if self._reader and self._reader != _get_ident():
             return False  # another thread is about to
+        return self._read(all)
+
+    def _read(self, all: bool) -> bool:
         found = bool(self._unhandled[0])
         if found:
             self._handle_rest()
         try:
-            taken = self._taken
-            while taken or datagrams.take(self.socket, self._buffer, taken):
+            while True:
+                if self._taken is None and not self._look():
+                    break
                 found = True
-                data, descriptors = datagrams.content(taken[0], self._buffer)
+                data, descriptors = datagrams.content(self._taken, self._buffer)
                 batch = messages.decode_to_client(data)
                 self._unhandled = (batch, descriptors)
-                taken.clear()
+                self._taken = None
                 if len(batch) == 1:  # as an answer that somebody waits for mostly is
                     try:
                         self._handlers[type(batch[0])](batch[0], descriptors)
@@ -384,15 +374,29 @@ class Link:
                 if not all and len(data) < _LIKELY_MORE_BYTES:
                     break
         except ChannelClosed as closed:
-            self._taken.clear()
+            self._taken = None
             self.set_lost(str(closed))
         if found:
-            self.last_read_s = time.monotonic()
+            self._read_lately = True
             if self._sleepers:
                 self._wake_sleepers()
             if self.core.outbox and not self.helper.armed:
                 self.helper.arm()  # an answer to what was read, or memory given back
         return found
+
+    def _look(self) -> bool:
+        """Take what lies in the socket; False if that is nothing."""
+        received = self._received
+        try:
+            for self._taken in received:
+                return True
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            if error.errno is None:
+                raise  # a signal handler's, such as a TimeoutError
+            raise ChannelClosed(str(error)) from None
+        return False
 
     def _handle(self, batch: list[Any], descriptors: list[int]) -> None:
         done = 0
@@ -440,21 +444,23 @@ class Link:
     # --- waiting (inside) -------------------------------------------------------------------------
 
     def wait(
-        self, waiter: Waiter, deadline_s: float | None, *, giving_back: bool = True
+        self, waiter: Waiter, deadline_s: float | None, giving_back: bool = True
     ) -> bool:
         """Wait until nothing remains; False at the deadline. The lock is held, but not asleep.
 
         Raises:
           RaySystemError: the node is gone.
         """
-        gave_back = False
+        gave_back = reading = False
+        thread = _get_ident()
+        outer = 0
         try:
             while waiter.remaining > 0:
                 if self.lost is not None:
                     self.check()
                 remaining_s = None
                 if deadline_s is not None:
-                    remaining_s = deadline_s - time.monotonic()
+                    remaining_s = deadline_s - _monotonic()
                     if remaining_s <= 0:
                         # What lies there already counts: timeout=0 means "look", not "give up".
                         self.read(all=True)
@@ -466,54 +472,26 @@ class Link:
                         self.core.outbox.append(said)
                         self.flush()
                         continue
-                if self._reader is None or self._reader_thread == _get_ident():
-                    self._await_input(waiter, remaining_s)
-                    self.read()
+                if not reading and (not self._reader or self._reader == thread):
+                    outer = self._reader
+                    self._reader = thread
+                    reading = True
+                if reading:
+                    self._await(waiter, remaining_s, None)
+                    self._read(False)
                 else:
                     self._sleep(waiter, remaining_s)
                 if self.check_interrupt is not None:
                     self.check_interrupt()
             return True
         finally:
-            if self._sleepers and self._reader is None:
+            if reading:
+                self._reader = outer
+            if self._sleepers and not self._reader:
                 self._sleepers.pop()[0].release()  # somebody has to read
             if gave_back and self.after_wait is not None and self.lost is None:
                 self.core.outbox.append(self.after_wait())
                 self.flush()
-
-    def _await_input(self, waiter: Waiter, timeout_s: float | None) -> None:
-        """Until something can be read, or has been taken for `read`: without the lock, by one
-        thread at a time.
-
-        Outside a finaliser may run, and wait in here itself: it reads in our place, and what we
-        wait for may have come by then. So nothing that could start one is between the look at the
-        waiter and the system call.
-        """
-        outer = self._reader
-        self._reader = waiter
-        self._reader_thread = _get_ident()
-        try:
-            self._release()
-            while self.lock._is_owned():  # type: ignore[attr-defined]
-                self.lock.release()  # one that raised has kept an earlier call from it
-            if self.interrupted or self._effects:
-                self._outside()
-            if timeout_s is None:
-                taking = datagrams.taking(self.socket, self._buffer)
-                if waiter.remaining > 0 and self.lost is None:
-                    self._taken.extend(taking)
-            else:
-                poller = select.poll()
-                poller.register(self.socket, select.POLLIN)
-                if waiter.remaining > 0 and self.lost is None:
-                    poller.poll(min(timeout_s * 1000 + 0.999, _LOOK_US / 1000))
-        except OSError as error:
-            if error.errno is None:
-                raise  # a signal handler's, such as a TimeoutError
-            # It was only a look, or the end: `read` meets it, too.
-        finally:
-            self._reenter()
-            self._reader = outer
 
     def _sleep(self, waiter: Waiter, timeout_s: float | None) -> None:
         """Until the thread that reads wakes us: what we wait for has come, or it reads no more."""
@@ -522,16 +500,57 @@ class Link:
         entry = (bed, waiter)
         self._sleepers.append(entry)
         try:
-            self._release()
-            try:
-                if self.interrupted or self._effects:
-                    self._outside()
-                bed.acquire(timeout=-1 if timeout_s is None else min(timeout_s, _NO_WAIT_S))
-            finally:
-                self._reenter()
+            self._await(waiter, timeout_s, bed)
         finally:
             if entry in self._sleepers:
                 self._sleepers.remove(entry)
+
+    def _await(self, waiter: Waiter, timeout_s: float | None, bed: Any) -> None:
+        """Without the lock: until something can be read. This is for one thread at a time; others
+        have a bed, and sleep until it is released.
+
+        Outside a finaliser may run, and wait in here itself: it reads in our place, and what we
+        wait for may have come by then. So nothing that could start one is between the look at the
+        waiter and the system call.
+        """
+        try:
+            self.leave()
+            while self.lock._is_owned():  # type: ignore[attr-defined]
+                self.lock.release()  # one that raised has kept an earlier call from it
+            if bed is not None:
+                bed.acquire(timeout=-1 if timeout_s is None else min(timeout_s, _NO_WAIT_S))
+            elif timeout_s is None:
+                if waiter.remaining > 0 and self.lost is None and self._taken is None:
+                    # Not taken: when the system call is over a finaliser may run still.
+                    self.socket.recv_into(self._first_byte, 1, PEEK)
+            else:
+                poller = select.poll()
+                poller.register(self.socket, select.POLLIN)
+                if waiter.remaining > 0 and self.lost is None and self._taken is None:
+                    poller.poll(min(timeout_s * 1000 + 0.999, _LOOK_US / 1000))
+        except OSError as error:
+            if error.errno is None:
+                raise  # a signal handler's, such as a TimeoutError
+            # It was only a look, or the end: `_read` meets it, too.
+        finally:
+            # Nothing can keep us from it: what a signal handler raises meanwhile comes afterwards.
+            # Not a function: a handler may raise before its first step.
+            raised: BaseException | None = None
+            while True:
+                try:  # `enter`, written out
+                    self.lock.acquire()
+                    self.inside = True
+                    if _gc_is_enabled():
+                        _gc_disable()
+                        self._collecting = True
+                    break
+                except BaseException as error:
+                    raised = error
+                    if self.mine:
+                        self.inside = True
+                        break
+            if raised is not None:
+                raise raised
 
     def _wake_sleepers(self) -> None:
         still = []
@@ -553,9 +572,9 @@ class Link:
     def read_idle(self) -> bool:
         """Read, unless a waiting thread does; whether the channel is worth watching."""
         with self:
-            if self._reader is not None or self.lost is not None:
+            if self._reader or self.lost is not None:
                 return False
-            self.read()
+            self._read(False)
             return self.lost is None
 
     def flush_lingering(self) -> bool:
@@ -568,17 +587,17 @@ class Link:
             self.flush()
             return True
 
-    @property
-    def being_read(self) -> bool:
-        """Whether waiting threads read: then the helper keeps away, unless futures need it."""
-        return self._reader is not None or (
-            time.monotonic() - self.last_read_s < 0.01 and not self.helper.has_futures())
+    def is_read(self) -> bool:
+        """Whether waiting threads read, or have since this was asked last: then the helper keeps
+        away, unless futures need it."""
+        lately, self._read_lately = self._read_lately, False
+        return bool(self._reader) or (lately and not self.helper.has_futures())
 
     # --- the end ----------------------------------------------------------------------------------
 
     def close(self, reason: str) -> None:
         """Hang up. Waits in other threads end with an error."""
-        if self._replaced_handler and signal.getsignal(signal.SIGINT) == self._on_sigint:
+        if signal.getsignal(signal.SIGINT) == self._on_sigint:
             with contextlib.suppress(ValueError):  # not in the main thread
                 signal.signal(signal.SIGINT, signal.default_int_handler)
         self.helper.stop()

@@ -84,8 +84,10 @@ class Neighbours:
         self._clients: dict[int, Wire] = {}
         self._values: dict[int, list[tuple[Done, bool]]] = {}
         self._call: tuple[ActorLink, SubmitCall] | None = None
-        self._sent = False
-        self._heard: dict[int, int] = {}
+        self.waiting = False  # something to be sent past the node
+        # What `report` has to say: something was, and whom we have heard.
+        self.sent = False
+        self.heard: dict[int, int] = {}
         self.stamp = 0  # counts what this process has heard that somebody did
         self._from_partner = 0  # of these, calls of whom it answered last
         # Whom, and what it had heard of others and how many children it had made then.
@@ -133,8 +135,8 @@ class Neighbours:
 
     def _hear(self, number: int, sent: int) -> None:
         # Its calls and its values come by different channels: which is read first says nothing.
-        if sent > self._heard.get(number, 0):
-            self._heard[number] = sent
+        if sent > self.heard.get(number, 0):
+            self.heard[number] = sent
 
     def on_value(self, value: Value) -> None:
         """A neighbour has sent it."""
@@ -165,6 +167,7 @@ class Neighbours:
             state = (client, self.stamp - self._from_partner, children)
             self._values.setdefault(client, []).append((done, state == self._answered))
             self._answered = state
+            self.waiting = True
 
     def called(self, outbox: list[Any], object_id: bytes) -> ActorLink | None:
         """The actor whose call is the last thing to be sent, if that call makes this object."""
@@ -182,20 +185,17 @@ class Neighbours:
                 and not message.refs and len(message.args) <= _CALL_BYTES):
             message.worker = link.worker
             self._call = (link, message)
+            self.waiting = True
             return True
         link.synced = self.stamp
         return False
 
-    @property
-    def waiting(self) -> bool:
-        return self._call is not None or bool(self._values)
-
     def report(self, outbox: list[Any]) -> None:
         """Before anything is sent to the node."""
-        if self._sent or self._heard:
-            outbox.insert(0, Meanwhile(self._sent, tuple(self._heard.items())))
-            self._sent = False
-            self._heard.clear()
+        if self.sent or self.heard:
+            outbox.insert(0, Meanwhile(self.sent, tuple(self.heard.items())))
+            self.sent = False
+            self.heard.clear()
 
     def send(self, outbox: list[Any], sent: int) -> None:
         """After what speaks of it was sent, in `sent` datagrams until now; into `outbox` what could
@@ -211,12 +211,13 @@ class Neighbours:
                 outbox.append(Unsent(call.task_id))
             except OSError as error:
                 if error.errno is None:  # a signal handler's, behind the call: it was sent
-                    self._sent = True
+                    self.sent = True
                     raise
                 # its worker has ended: the node, which knows of the call, sees to it
         if self._values:
             self._send_values(outbox, sent)
-        self._sent = True
+        self.waiting = False
+        self.sent = True
 
     def _send_values(self, outbox: list[Any], sent: int) -> None:
         # They stay until they are sent: a signal handler of the program may raise in the middle.

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from hpcray.client import waiters
+from hpcray.client.neighbours import Neighbours
 from hpcray.client.references import LOCAL, READY, ObjectRef, ReferenceTable
 from hpcray.client.waiters import FailFast, Table, Waiter
 from hpcray.protocol import ids, values
@@ -22,8 +23,8 @@ from hpcray.protocol.sizes import IDS_PER_MESSAGE
 
 # Dropped refs are told this late, unless memory is short: most of a loop's drops share a message,
 # and a ref met again meanwhile costs none.
-DRAIN_S = 0.05
-_DRAIN_REFS = 50_000
+_DRAIN_S = 0.05
+DRAIN_REFS = 50_000
 
 
 # Stands for an error whose bytes have not been looked at: they are in shared memory.
@@ -31,40 +32,31 @@ _SOME_ERROR = bytes((values.ERROR,))
 
 
 class Objects:
-    def __init__(self, outbox: list[Any], refs: ReferenceTable) -> None:
+    def __init__(
+        self, outbox: list[Any], refs: ReferenceTable, neighbours: Neighbours
+    ) -> None:
         self._outbox = outbox
         self._refs = refs
-        self._asked: set[bytes] = set()
+        self._neighbours = neighbours
+        self.asked: set[bytes] = set()  # their values come
         self._watched: dict[bytes, int] = {}  # what was asked: READY or LOCAL
         self.value_waiters: Table = {}
         self.ready_waiters: Table = {}
         # Values that came while somebody waits for them: pinned, not mapped yet.
-        self._arrivals: dict[bytes, Located] = {}
+        self.arrivals: dict[bytes, Located] = {}
         # Appended to by finalisers of views, at any time and in any thread.
         self.unpins: deque[bytes] = deque()
-        self._last_drain_s = 0.0
+        self.next_drain_s = 0.0
 
     # --- asking -----------------------------------------------------------------------------------
 
     def want(self, object_ids: Iterable[bytes]) -> None:
         """Have their values sent, unless that was asked already."""
-        asked = self._asked
+        asked = self.asked
         ask = [id_ for id_ in object_ids if id_ not in asked]
         if ask:
             asked.update(ask)
             self._ask(Get, ask)
-
-    def want_one(self, object_id: bytes) -> None:
-        """As `want`, of one that was not asked for."""
-        self._asked.add(object_id)
-        self._outbox.append(Get(object_id))
-
-    def is_asked(self, object_id: bytes) -> bool:
-        return object_id in self._asked
-
-    def will_come(self, object_id: bytes) -> None:
-        """Its value comes without that the node is asked."""
-        self._asked.add(object_id)
 
     def watch(self, object_ids: Iterable[bytes], level: int) -> None:
         """Have it said when they are ready, READY or LOCAL, unless that was asked already."""
@@ -101,13 +93,10 @@ class Objects:
             return ref._view()
         return value
 
-    def has_arrived(self, object_id: bytes) -> bool:
-        return object_id in self._arrivals
-
     def look(self, refs: Sequence[ObjectRef[Any]], found: list[Any]) -> dict[bytes, None]:
         """Complete `found`, what is here of each ref; the ids of those that have not arrived."""
         absent: dict[bytes, None] = {}
-        arrivals = self._arrivals
+        arrivals = self.arrivals
         for index, item in enumerate(found):
             if item is None:
                 ref = refs[index]
@@ -122,13 +111,17 @@ class Objects:
 
     def take_arrival(self, object_id: bytes) -> Located | None:
         """Where it lies, for the one who will map it: it is pinned once."""
-        return self._arrivals.pop(object_id, None)
+        return self.arrivals.pop(object_id, None)
 
     # --- what the node says -----------------------------------------------------------------------
 
-    def on_value(self, message: Value) -> None:
+    def on_value(self, message: Value, _: list[Any]) -> None:
+        if message.sender < 0:
+            self._neighbours.stamp += 1
+        else:
+            self._neighbours.on_value(message)
         object_id = message.object_id
-        self._asked.discard(object_id)
+        self.asked.discard(object_id)
         entry = self._refs.live.get(object_id)
         ref = None if entry is None else entry()
         if ref is not None:
@@ -149,12 +142,12 @@ class Objects:
 
     def on_value_at(self, message: ValueAt) -> None:
         object_id = message.object_id
-        self._asked.discard(object_id)
+        self.asked.discard(object_id)
         ref = self._refs.get(object_id)
-        if ref is None or object_id in self._arrivals:
+        if ref is None or object_id in self.arrivals:
             self.unpins.append(object_id)
         else:
-            self._arrivals[object_id] = message.location
+            self.arrivals[object_id] = message.location
         if ref is not None:
             ref._ready = LOCAL
         self._arrived(object_id, _SOME_ERROR if message.failed else None)
@@ -180,21 +173,17 @@ class Objects:
     # --- what the node is told --------------------------------------------------------------------
 
     def drops_are_due(self, now_s: float) -> bool:
-        return bool(self._refs.dropped) and now_s - self._last_drain_s > DRAIN_S
+        return bool(self._refs.dropped) and now_s > self.next_drain_s
 
-    def drain(self, now_s: float, *, at_once: bool) -> list[bytes]:
-        """Refs to be told of as dropped, if it is time. Before new holds are told: a ref that came
-        and went is never mentioned."""
-        if not (at_once or now_s - self._last_drain_s > DRAIN_S
-                or len(self._refs.dropped) > _DRAIN_REFS
-                or self.unpins):  # large objects may be among them
-            return []
+    def drain(self, now_s: float) -> list[bytes]:
+        """Refs to be told of as dropped. Before new holds are told: a ref that came and went is
+        never mentioned."""
         dropped = self._refs.drain()
-        self._last_drain_s = now_s
-        if self._arrivals:
+        self.next_drain_s = now_s + _DRAIN_S
+        if self.arrivals:
             # What arrived for a get that had given up: nobody will map it.
             for object_id in dropped:
-                if self._arrivals.pop(object_id, None) is not None:
+                if self.arrivals.pop(object_id, None) is not None:
                     self.unpins.append(object_id)
         return dropped
 
@@ -208,5 +197,5 @@ class Objects:
             self._outbox.append(Unpin(unpins.popleft()))
 
     def close(self) -> None:
-        self._arrivals.clear()
+        self.arrivals.clear()
         self._refs.forget_values()

@@ -160,7 +160,7 @@ class Actors:
         self.homes: dict[bytes, ActorHome] = {}
         self.hosted: dict[bytes, Hosted] = {}
         # Hosted actors that can be given calls at the end of the turn.
-        self._pump: dict[bytes, Hosted] = {}
+        self.pump: dict[bytes, Hosted] = {}
         # Changes for the control store: (actor, facts).
         self.changes: list[tuple[bytes, dict[str, Any]]] = []
 
@@ -625,7 +625,7 @@ class Actors:
                     self._machine.dispatcher.workers[hosted.worker].pid))
         hosted.in_flight.pop(task.task_id, None)
         if hosted.calls:
-            self._pump[task.actor_id] = hosted
+            self.pump[task.actor_id] = hosted
 
     def call_assigned(self, rank: int, message: AssignCall) -> None:
         hosted = self.hosted.get(message.actor_id)
@@ -648,7 +648,7 @@ class Actors:
             hosted.blocked[turn_of(task)] = deque((task,))
             return
         hosted.calls.append(task)
-        self._pump[hosted.actor_id] = hosted
+        self.pump[hosted.actor_id] = hosted
 
     def call_fetched(self, task: TaskRecord) -> None:
         hosted = self.hosted.get(task.actor_id)
@@ -659,13 +659,11 @@ class Actors:
             hosted.calls.append(queue.popleft())  # cancelled ones are skipped there
         if not queue:
             hosted.blocked.pop(turn_of(task), None)
-        self._pump[hosted.actor_id] = hosted
+        self.pump[hosted.actor_id] = hosted
 
     def end_turn(self) -> None:
         """Hand calls over to the workers."""
-        if not self._pump:
-            return
-        pump, self._pump = self._pump, {}
+        pump, self.pump = self.pump, {}
         for hosted in pump.values():
             if hosted.alive:
                 self._hand_over(hosted)
@@ -734,7 +732,7 @@ class Actors:
         if hosted is None or hosted.worker != worker:
             return
         del self.hosted[actor_id]
-        self._pump.pop(actor_id, None)
+        self.pump.pop(actor_id, None)
         if not hosted.alive:
             return  # the creation task is in the worker's datagram: the dispatcher reports it
         template = hosted.template

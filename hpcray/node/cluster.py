@@ -401,8 +401,7 @@ class Cluster:
     # --- end of turn and time ---------------------------------------------------------------------
 
     def end_turn(self, now_s: float) -> None:
-        if self._machine.size == 1:
-            return
+        """Of several nodes."""
         self._send_demands(now_s)
         self._send_load(now_s)
         if self._leases:

@@ -691,7 +691,8 @@ class Directory:
         if self._frees:
             frees, self._frees = self._frees, {}
             self._to_peers(frees, FreeCopies)
-        self.holders.end_turn()
+        if self.holders.adds or self.holders.drops:
+            self.holders.end_turn()
 
     def _to_peers(self, table: dict[int, list[bytes]], message: Callable[[bytes], Any]) -> None:
         for rank, found in table.items():

@@ -27,8 +27,8 @@ _IDS_PER_MESSAGE = 2000
 class Holders:
     def __init__(self, outbox: Outbox) -> None:
         self._outbox = outbox
-        self._adds: dict[int, list[bytes]] = {}
-        self._drops: dict[int, list[bytes]] = {}
+        self.adds: dict[int, list[bytes]] = {}
+        self.drops: dict[int, list[bytes]] = {}
         # Barriers are turn numbers; `_turn` is the last turn that sent adds.
         self._turn = 0
         # Per rank: the turn of each HolderAdd not acknowledged, oldest first.
@@ -40,17 +40,17 @@ class Holders:
 
     def add(self, object_id: bytes) -> int:
         """Announce a hold at the end of this turn; the barrier to wait for."""
-        self._adds.setdefault(ids.home_of_object(object_id), []).append(object_id)
+        self.adds.setdefault(ids.home_of_object(object_id), []).append(object_id)
         return self._turn + 1
 
     def drop(self, object_id: bytes) -> None:
         rank = ids.home_of_object(object_id)
-        self._drops.setdefault(rank, []).append(object_id)
+        self.drops.setdefault(rank, []).append(object_id)
 
     @property
     def barrier(self) -> int:
         """Behind every add until now; 0: all are acknowledged."""
-        if self._adds:
+        if self.adds:
             return self._turn + 1
         return self._turn if self._outstanding else 0
 
@@ -82,17 +82,17 @@ class Holders:
 
     def end_turn(self) -> None:
         """Send this turn's adds, then its drops (which wait for all adds so far)."""
-        if self._adds:
+        if self.adds:
             self._turn += 1
-            for rank, found in self._adds.items():
+            for rank, found in self.adds.items():
                 for start in range(0, len(found), _IDS_PER_MESSAGE):
                     joined = b"".join(found[start : start + _IDS_PER_MESSAGE])
                     self._outbox.peers[rank].append(HolderAdd(joined))
                     self._unacked.setdefault(rank, deque()).append(self._turn)
                     self._outstanding[self._turn] = self._outstanding.get(self._turn, 0) + 1
-            self._adds = {}
-        if self._drops:
-            drops, self._drops = self._drops, {}
+            self.adds = {}
+        if self.drops:
+            drops, self.drops = self.drops, {}
             for rank, found in drops.items():
                 for start in range(0, len(found), _IDS_PER_MESSAGE):
                     joined = b"".join(found[start : start + _IDS_PER_MESSAGE])
@@ -100,4 +100,4 @@ class Holders:
 
     @property
     def idle(self) -> bool:
-        return not (self._adds or self._drops or self._outstanding or self._waiting)
+        return not (self.adds or self.drops or self._outstanding or self._waiting)

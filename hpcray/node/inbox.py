@@ -50,13 +50,14 @@ class Inboxes:
     def handle_all(self, number: int) -> None:
         """Handle what has been read of this client, and what that follows from: all that was read,
         as nobody will say again that there is something."""
-        self._caught_up[number] = None
-        while self._caught_up:
-            number = next(iter(self._caught_up))
-            del self._caught_up[number]
+        while True:
             inbox = self.of[number]
             while inbox.batches:
                 self._handle_next(number, inbox)
+            if not self._caught_up:
+                return
+            number = next(iter(self._caught_up))
+            del self._caught_up[number]
 
     def _handle_next(self, number: int, inbox: Inbox) -> None:
         batch = inbox.batches.popleft()

@@ -265,12 +265,17 @@ class Machine:
     def end_turn(self, now_s: float) -> None:
         """Decide what follows from this turn's messages."""
         self.now_s = now_s
-        self.bundles.end_turn()
-        self.groups.end_turn()
+        if self.bundles.ending:
+            self.bundles.end_turn()
+        if self.groups.pending:
+            self.groups.end_turn()
         self.dispatcher.end_turn(now_s)
-        self.actors.end_turn()
-        self.cluster.end_turn(now_s)
-        self.memory.end_turn()
+        if self.actors.pump:
+            self.actors.end_turn()
+        if self.size > 1:
+            self.cluster.end_turn(now_s)
+        if self.memory.released:
+            self.memory.end_turn()
         self.directory.end_turn()
         if self.inventory.questions:
             self.inventory.end_turn()

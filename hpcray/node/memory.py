@@ -71,7 +71,7 @@ class NodeMemory:
         # Who has each segment mapped for reading.
         self._readers: dict[int, set[int]] = {}
         # Ranges freed this turn: client -> segment -> offsets.
-        self._released: dict[int, dict[int, list[int]]] = {}
+        self.released: dict[int, dict[int, list[int]]] = {}
         # (client, nbytes, deadline) of requests that wait for memory.
         self._waiting: deque[tuple[int, int, float]] = deque()
         # Clients whose granted segment could not be created, and until when it is tried again.
@@ -109,7 +109,7 @@ class NodeMemory:
             self._outbox.actions.append(FreeNodeRange(segment, location.offset))
         else:
             assert isinstance(owner, int)
-            self._released.setdefault(owner, {}).setdefault(segment, []).append(location.offset)
+            self.released.setdefault(owner, {}).setdefault(segment, []).append(location.offset)
             client = self._machine.clients.get(owner)
             if client is not None:
                 client.released_bytes += location.nbytes
@@ -333,7 +333,7 @@ class NodeMemory:
 
     def client_gone(self, number: int) -> None:
         """Its segments with objects live on under the node; the others go."""
-        self._released.pop(number, None)
+        self.released.pop(number, None)
         self._refused.pop(number, None)
         self.lent.discard(number)
         for readers in self._readers.values():
@@ -365,9 +365,7 @@ class NodeMemory:
         self._waiting = still
 
     def end_turn(self) -> None:
-        if not self._released:
-            return
-        for number in list(self._released):
+        for number in list(self.released):
             self._flush_released(number)
             if self.waiting:
                 self._ask(number)  # this may be what empties a segment
@@ -383,7 +381,7 @@ class NodeMemory:
         return client is not None and client.released_bytes >= entry[1]
 
     def _flush_released(self, number: int) -> None:
-        for segment, offsets in self._released.pop(number, {}).items():
+        for segment, offsets in self.released.pop(number, {}).items():
             for start in range(0, len(offsets), 4000):
                 self._outbox.clients[number].append(
                     Released(segment, tuple(offsets[start : start + 4000])))

@@ -70,7 +70,7 @@ class Bundles:
         self.held: dict[bytes, list[tuple[int, Shape, tuple[int, ...]]]] = {}
         self._committed: set[bytes] = set()
         # Removed, but its workers are not dead yet.
-        self._ending: set[bytes] = set()
+        self.ending: set[bytes] = set()
         self._removed: set[bytes] = set()
 
     def prepare(self, message: PrepareBundles) -> bool:
@@ -112,7 +112,7 @@ class Bundles:
         self._removed.add(group)
         if group in self._committed:
             self._ledger.withdraw(group_name("", group))
-            self._ending.add(group)
+            self.ending.add(group)
         else:
             self.release(group)
         self._machine.dispatcher.end_group(group_name("", group))
@@ -141,9 +141,9 @@ class Bundles:
         return True
 
     def end_turn(self) -> None:
-        for group in list(self._ending):
+        for group in list(self.ending):
             if self._ledger.forget(group_name("", group)):
-                self._ending.remove(group)
+                self.ending.remove(group)
                 self._committed.remove(group)
                 for _, shape, devices in self.held.pop(group):
                     self._ledger.release(shape, devices)
@@ -155,7 +155,7 @@ class Bundles:
     def validate(self) -> None:
         offered = {name.split("@")[1].split(":")[0] for name in self._ledger.total if "@" in name}
         assert offered == {group.hex() for group in self._committed}, "PG-2"
-        assert self._ending <= self._committed <= set(self.held), "PG-1"
+        assert self.ending <= self._committed <= set(self.held), "PG-1"
 
 
 class Group:
@@ -184,7 +184,7 @@ class Groups:
         self._machine = machine
         self._outbox = outbox
         self.groups: dict[bytes, Group] = {}
-        self._pending: dict[bytes, Group] = {}
+        self.pending: dict[bytes, Group] = {}
         self._over: deque[bytes] = deque()  # removed ones, oldest first
         self._changed = False
         self._seen: dict[str, int] = {}  # what was free here at the last try
@@ -200,7 +200,7 @@ class Groups:
             self._machine.cluster.learn(bundle)
             if self._machine.cluster.scheduler is not None:
                 self._machine.cluster.scheduler.learn(bundle)
-        self.groups[group.group] = self._pending[group.group] = group
+        self.groups[group.group] = self.pending[group.group] = group
         self._changed = True
 
     def remove(self, arguments: Any) -> None:
@@ -211,7 +211,7 @@ class Groups:
         self._over.append(group.group)
         if len(self._over) > _REMOVED_KEPT:
             del self.groups[self._over.popleft()]
-        self._pending.pop(group.group, None)
+        self.pending.pop(group.group, None)
         for rank in self._machine.cluster.nodes:
             self._send(rank, GroupRemoved(group.group))
 
@@ -248,21 +248,19 @@ class Groups:
 
     def to_place(self) -> list[Group]:
         """Groups that wait for room, though some day there may be enough."""
-        return [group for group in self._pending.values() if not group.reported]
+        return [group for group in self.pending.values() if not group.reported]
 
     def resources_changed(self) -> None:
         """A node has told a load: what did not fit may fit now."""
         self._changed = True
 
     def end_turn(self) -> None:
-        if not self._pending:
-            return
         free = self._machine.dispatcher.ledger.free
         if not self._changed and free == self._seen:
             return
         self._changed = False
         self._seen = dict(free)
-        for group in list(self._pending.values()):
+        for group in list(self.pending.values()):
             if group.state == PENDING:
                 self._try(group)
 
@@ -309,7 +307,7 @@ class Groups:
             return
         if group.ranks:
             group.state = CREATED
-            del self._pending[group.group]
+            del self.pending[group.group]
             for other in sorted(group.asked):
                 self._send(other, CommitBundles(group.group))
             return

@@ -103,6 +103,20 @@ JOINING, RUNNING, ENDING, PARKED, LEFT = range(5)
 
 
 class NodeServer:
+    # Python finds attributes sooner so, if there are more than 30.
+    __slots__ = (
+        "_config", "_connections", "_dead", "_driver", "_early", "_ended", "_ended_own",
+        "_ending_park", "_epoch", "_job_count", "_job_key", "_joined", "_journal",
+        "_last_mpi_s", "_last_words", "_late_s", "_left", "_machine", "_me", "_next_due_s",
+        "_next_journal_s", "_next_look_s", "_next_tick_s", "_notices", "_output",
+        "_packages", "_patience", "_pool", "_postponed", "_preload_quietly", "_refused",
+        "_segments", "_settings", "_spin", "_state", "_stop_reason", "_to_peers",
+        "_told_end", "_told_short", "_told_to_die", "_transfers", "_transport", "_unsent",
+        "_watcher", "_why", "_zygote_delay_s", "_zygote_due_s", "_zygote_fd",
+        "_zygote_patience", "drop_shared_files", "exit_status", "left_behind", "rank",
+        "size",
+    )
+
     def __init__(
         self, *, transport: Transport | None, pool: WorkerPool, driver: socket.socket | None,
         joined: messages.Joined, journal: Journal, job_key: bytes, last_words: LastWords,
@@ -275,20 +289,21 @@ class NodeServer:
             self._output.tick(now_s)
         if now_s >= self._zygote_due_s:
             self._restart_zygote(now_s)
-        self._flush_peers()
-        if self._state == ENDING:
-            self._continue_ending(now_s)
+        if self._transport is not None or self._to_peers:
+            self._flush_peers()
         # Without a job there is nothing to tick.
         due_s = now_s + _SLOW_TICK_S if machine is None else self._next_tick_s
-        due_s = min(due_s, self._zygote_due_s)
+        if self._zygote_due_s < due_s:
+            due_s = self._zygote_due_s
         if self._told_to_die:
             due_s = min(due_s, self._told_to_die[0][0])
         if self._output.deadline_s is not None:
             due_s = min(due_s, max(self._output.deadline_s, now_s + 0.001))
-        if self._state == ENDING:
-            due_s = now_s + _ENDING_TICK_S
         if machine is not None and machine.inventory.questions:
             due_s = now_s  # a slice of the answer every turn
+        if self._state == ENDING:
+            self._continue_ending(now_s)
+            due_s = now_s + _ENDING_TICK_S
         self._next_due_s = due_s
 
     @staticmethod

@@ -536,7 +536,7 @@ class Process:
             absent: dict[bytes, None] = {}
             for i in missing:
                 result[i] = objects.find(refs[i])
-                if result[i] is None and not objects.has_arrived(refs[i]._id):
+                if result[i] is None and refs[i]._id not in objects.arrivals:
                     absent[refs[i]._id] = None
             if absent:
                 waiter = Waiter(len(absent))

@@ -20,7 +20,10 @@ import errno
 import mmap
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import repeat
+from operator import getitem
 from typing import Any
 
 from hpcray.protocol.sizes import DATAGRAM_MAX_BYTES, MESSAGE_MAX_BYTES, RECEIVE_BYTES
@@ -37,7 +40,8 @@ _ANCILLARY_BYTES = socket.CMSG_SPACE(_MAX_DESCRIPTORS * 4)
 # Plain ints: combining the enum members costs a microsecond at each call.
 _SEND_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 SEND_FLAGS = (_SEND_FLAGS,)
-_WAIT_FLAGS = int(socket.MSG_CMSG_CLOEXEC)
+# To wait for a datagram, and leave it where it is.
+PEEK = int(socket.MSG_PEEK)
 _NO_DESCRIPTORS: list[int] = []
 _LOOK_FLAGS = int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
 _LOST_FLAGS = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
@@ -149,36 +153,40 @@ def receive(sock: socket.socket, buffer: memoryview) -> Received | None:
         return None
     except OSError as error:
         raise ChannelClosed(str(error)) from None
+    nbytes, ancillary, flags, _ = taken
+    # The common case of `content`, written out.
+    if not (ancillary or flags & _LOST_FLAGS) and nbytes and buffer[0] != _IN_MEMORY:
+        return buffer[:nbytes], _NO_DESCRIPTORS
     return content(taken, buffer)
 
 
-def take(sock: socket.socket, buffer: memoryview, taken: list[Any]) -> bool:
-    """The first half of `receive`: False if there is nothing. What is in `taken` then is for
-    `content`; it is there in the same step as the datagram has left the socket.
+def received(sock: socket.socket, buffer: memoryview) -> Iterator[Any]:
+    """Endless: each step of it takes one datagram from the socket, and gives what is for `content`.
+    Such a step is no call to Python, behind which a signal handler might raise something:
+    `for taken in received: break` takes and notes it, or does neither.
 
-    Raises:
-      ChannelClosed: the other end has hung up.
+    Raises, at each step:
+      BlockingIOError: there is nothing.
+      OSError: the other end has hung up.
     """
-    try:
-        taken.extend(map(sock.recvmsg_into, ([buffer],), (_ANCILLARY_BYTES,), (_LOOK_FLAGS,)))
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno is None:
-            raise  # a signal handler's
-        raise ChannelClosed(str(error)) from None
-    return True
+    return map(
+        sock.recvmsg_into, repeat([buffer]), repeat(_ANCILLARY_BYTES), repeat(_LOOK_FLAGS))
 
 
-def taking(sock: socket.socket, buffer: memoryview) -> Iterator[Any]:
-    """As `take`, but it waits (if the socket blocks), and only when it is iterated over."""
-    return map(sock.recvmsg_into, ([buffer],), (_ANCILLARY_BYTES,), (_WAIT_FLAGS,))
+def sent(sock: socket.socket, slot: list[bytes]) -> Iterator[int]:
+    """As `received`: each step sends what is in `slot` by then. It is short, and does not wait.
+
+    Raises, at each step:
+      OSError: it was not sent.
+    """
+    look: Callable[[], Any] = partial(getitem, slot, 0)
+    return map(sock.send, iter(look, None), repeat(_SEND_FLAGS))
 
 
 def content(taken: tuple[Any, ...], buffer: memoryview) -> Received:
     """The second half of `receive`."""
     nbytes, ancillary, flags, _ = taken
-    if nbytes and not ancillary and not flags & _LOST_FLAGS and buffer[0] != _IN_MEMORY:
+    if not (ancillary or flags & _LOST_FLAGS) and nbytes and buffer[0] != _IN_MEMORY:
         return buffer[:nbytes], _NO_DESCRIPTORS
     if nbytes == 0:
         raise ChannelClosed("the other end closed the connection")

@@ -72,6 +72,28 @@ class _MarkedPipe(io.RawIOBase):
         return True
 
 
+class _Buffer(io.BufferedWriter):
+    def write(self, data: Any) -> int:
+        _touched.add(self)
+        return super().write(data)
+
+
+class _Stream(io.TextIOWrapper):
+    def write(self, text: str) -> int:
+        _touched.add(self)
+        return super().write(text)
+
+    def close(self) -> None:
+        _touched.add(self)
+        super().close()
+
+    def detach(self) -> Any:
+        _touched.add(self)
+        return super().detach()
+
+
+# What may hold something back, or was closed: each task looks, and most print nothing.
+_touched: set[Any] = set()
 _name = ""
 _pipes = (_MarkedPipe(1, "<stdout>"), _MarkedPipe(2, "<stderr>"))
 streams: dict[str, io.TextIOWrapper] = {}  # ours: what sys.stdout and sys.stderr are to be
@@ -89,8 +111,8 @@ def _open_stream(name: str) -> None:
     before = getattr(sys, f"__{name}__")
     pipe = _pipes[name == "stderr"]
     at_once = before.write_through  # PYTHONUNBUFFERED
-    stream = streams[name] = io.TextIOWrapper(
-        pipe if at_once else io.BufferedWriter(pipe), encoding=before.encoding,
+    stream = streams[name] = _Stream(
+        pipe if at_once else _Buffer(pipe), encoding=before.encoding,
         errors=before.errors, line_buffering=True, write_through=at_once)
     setattr(sys, name, stream)
     setattr(sys, f"__{name}__", stream)
@@ -116,6 +138,9 @@ def call(name: str) -> None:
 
 def flush() -> None:
     """Let out what was printed without a newline."""
+    if not _touched:
+        return
+    _touched.clear()
     for name, stream in streams.items():
         try:
             stream.flush()

@@ -185,6 +185,52 @@ def test_a_handler_that_raises_an_error_of_the_system_ends_a_wait(ends):
         signal.signal(signal.SIGUSR2, before)
 
 
+def test_what_was_taken_when_a_handler_raised_is_handled_before_more_is_taken(ends):
+    """Both would lie in the same buffer."""
+    asked = [ends.ask(1), ends.ask(2)]
+    first, second = ends.heard()
+    ends.say(m.Reply(first.request, "first" * 100))
+    with ends.link as link:
+        assert link._look()  # and here it had raised
+    ends.say(m.Reply(second.request, "second"))
+    with ends.link as link:
+        for _, waiter in reversed(asked):
+            assert link.wait(waiter, None)
+    assert [w.result[0].result for _, w in asked] == ["first" * 100, "second"]
+
+
+def test_a_workers_notes_are_taken_in_their_order_and_before_what_is_said_later(ends):
+    run = m.Run(b"t" * 24, b"template", 0, m.NO_ARGS, sender=7, sent=3)
+    ends.core.notes.append([run])
+    ends.core.notes.append((m.Done(run.task_id, 0, 1, b"value"), -1))
+    assert not ends.core.outbox
+    ends.ask(1)
+    meanwhile, done, request = ends.heard()
+    assert meanwhile.heard == ((7, 3),)
+    assert done.task_id == run.task_id and request.name == "question 1"
+    assert not ends.core.notes
+
+
+def test_a_note_that_was_interrupted_is_taken_once_more(ends):
+    class Interrupt(BaseException):
+        pass
+
+    def raising(*_: Any) -> None:
+        raise Interrupt
+
+    hear = ends.core.neighbours.on_runs
+    ends.core.neighbours.on_runs = raising
+    ends.core.notes.append([m.Stop()])
+    ends.core.notes.append((m.Done(b"t" * 24, 0, 1, b"value"), -1))
+    with pytest.raises(Interrupt), ends.link:
+        pass
+    assert not ends.link.mine and gc.isenabled()
+    ends.core.neighbours.on_runs = hear
+    with ends.link as link:
+        link.flush()
+    assert [message.task_id for message in ends.heard()] == [b"t" * 24]
+
+
 def test_a_full_socket_is_waited_for_while_others_read_nothing(ends):
     """The node reads whatever it does; here it begins late."""
     count = 400
@@ -234,7 +280,7 @@ def test_closing_ends_the_waits_of_other_threads(ends):
     threads = [threading.Thread(target=wait) for _ in range(3)]
     for thread in threads:
         thread.start()
-    while len(ends.link._sleepers) < 2 or ends.link._reader is None:
+    while len(ends.link._sleepers) < 2 or not ends.link._reader:
         time.sleep(0.001)
     ends.link.close("it was shut down")
     for thread in threads:

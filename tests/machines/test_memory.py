@@ -175,7 +175,7 @@ class MemoryMachine(RuleBasedStateMachine):
 
     @invariant()
     def nothing_idles_while_somebody_waits(self) -> None:
-        if self.memory.waiting and not self.memory._released:
+        if self.memory.waiting and not self.memory.released:
             assert not any(arena.empty_segments() for arena in self.arenas.values()), "NM-5"
 
     def teardown(self) -> None:
