@@ -77,8 +77,8 @@ def _installed_ray() -> tuple[Path | None, str]:
     return (folder, distribution.version) if folder.is_dir() else (None, "")
 
 
-# No error below names its module: then `from ray import tune` passes it on instead of saying that
-# it "cannot import name 'tune'".
+# Errors about modules that Ray has do not name them: then `from ray import tune` passes the error
+# on, and does not say that it "cannot import name 'tune'".
 
 
 class RayFinder(importlib.abc.MetaPathFinder):
@@ -113,7 +113,7 @@ class RayFinder(importlib.abc.MetaPathFinder):
         if _exists(ours):
             return importlib.util.spec_from_loader(fullname, _SecondName(ours))
         raise ModuleNotFoundError(
-            f"there is no {fullname} in hpcray; docs/ray lists what there is")
+            f"there is no {fullname} in hpcray; docs/ray lists what there is", name=fullname)
 
     def _served(self, fullname: str) -> ModuleSpec | None:
         if self._folder is None:

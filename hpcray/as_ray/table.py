@@ -12,7 +12,7 @@ from typing import Any
 ROOT, SERVED, OURS, STUB, REFUSED, SAME = "root", "served", "ours", "stub", "refused", "same"
 
 # Series of Ray whose Tune and RLlib run here; others are refused unless asked for.
-TESTED = ("2.60",)
+TESTED = ("2.60", "2.49")
 RECOMMENDED = "2.60.0"
 
 # Set where they are not, before Ray's files are read.
@@ -25,8 +25,8 @@ _SERVED = (
     "ray.tune", "ray.air", "ray.train", "ray.rllib", "ray.widgets", "ray._common",
     "ray._private.accelerators", "ray._private.dict", "ray._private.inspect_util",
     "ray._private.label_utils", "ray._private.log", "ray._private.ray_constants",
-    "ray._private.thirdparty", "ray.util.iter", "ray.util.iter_metrics", "ray.util.timer",
-    "ray.util.tpu",
+    "ray._private.thirdparty", "ray._private.arrow_utils", "ray.util.common", "ray.util.iter",
+    "ray.util.iter_metrics", "ray.util.timer", "ray.util.tpu",
 )
 
 # Ray's name -> ours, where ours is not the same.
@@ -70,7 +70,10 @@ STUBS: dict[str, Sequence[str]] = {
     "ray.autoscaler": ("*",),
     "ray._private.event": ("*",),
     "ray._private.test_utils": ("*",),
+    "ray._private.internal_api": ("memory_summary",),
     "ray.data.block": ("Block", "BlockAccessor", "BlockMetadata"),
+    "ray.data.collate_fn": ("*",),
+    "ray.data.extensions": ("*",),
     "ray.data.iterator": ("DataIterator", "_IterableFromIterator"),
     "ray.data.preprocessor": ("Preprocessor",),
     "ray.data.preprocessors": ("*",),
@@ -92,10 +95,7 @@ _REFUSED = {
 }
 
 # Attributes of `ray` itself that hpcray has not: "module:attribute".
-ROOT_NAMES = {
-    "SCRIPT_MODE": f"{_PRIVATE}.worker:SCRIPT_MODE",
-    "WORKER_MODE": f"{_PRIVATE}.worker:WORKER_MODE",
-}
+ROOT_NAMES = {"LOCAL_MODE": f"{_PRIVATE}.worker:LOCAL_MODE"}
 
 # Modules that `ray.X` finds although nothing has imported them.
 ROOT_MODULES = frozenset({"_private", "_raylet", "data", "autoscaler"})
