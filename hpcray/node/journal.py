@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # At the end, Redis may be silent for so long before the rest is dropped.
 _END_S = 1.0
+# A connection breaks moments before the death behind it can be seen; arbitrary, but nobody waits.
+_DEATH_IS_TOLD_S = 1.0
 _encode = msgspec.msgpack.Encoder().encode
 
 
@@ -35,6 +37,8 @@ class Journal:
     def __init__(self, notice: Callable[[str], None]) -> None:
         self._notice = notice
         self._sidecar: Sidecar | None = None
+        self._dead = False
+        self._held: list[tuple[float, str]] = []  # when it came, what the connection says
         self._address: ControlAddress | None = None
         self._writer: ControlWriter | None = None
         self._patience = Patience(_END_S)
@@ -61,6 +65,7 @@ class Journal:
         """What happened to the sidecar, once."""
         died = None if self._sidecar is None else self._sidecar.poll()
         if died is not None:
+            self._dead = True
             self._notice(f"Warning: {died}. Running tasks go on; state is no longer recorded.")
         return died
 
@@ -115,8 +120,19 @@ class Journal:
                 elif writer is not None:
                     writer.remove_named_actor(namespace, name)
         if writer is not None:
-            for line in writer.reports():
-                self._notice(f"Warning: {line}")
+            self._tell(writer.reports())
+
+    def _tell(self, reports: list[str]) -> None:
+        """Of a sidecar that has died its connection tells first, and has no more to say then: what
+        it says waits for a moment whether the death is what there is to tell."""
+        if reports or self._held:
+            now_s = time.monotonic()
+            self._held += [(now_s, line) for line in reports]
+            if self._dead:
+                self._held.clear()
+            while self._held and (
+                    self._sidecar is None or now_s - self._held[0][0] >= _DEATH_IS_TOLD_S):
+                self._notice(f"Warning: {self._held.pop(0)[1]}")
 
     def start_end(self, machine: Machine) -> None:
         """The job is over: write what is queued and the end. Then call `ended`."""
