@@ -40,6 +40,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+import msgspec
+
 from hpcray import exceptions
 from hpcray.client.core import Core
 from hpcray.client.helper import Helper
@@ -48,7 +50,7 @@ from hpcray.client.waiters import Waiter
 from hpcray.protocol import messages
 from hpcray.protocol.sizes import DATAGRAM_MAX_BYTES, parts
 from hpcray.transport import datagrams
-from hpcray.transport.datagrams import FULL, PEEK, SENT, SHORT, ChannelClosed
+from hpcray.transport.datagrams import FULL, PEEK, SENT, SHORT, ChannelClosed, Malformed
 
 _NOTHING: tuple[list[Any], list[int]] = ([], [])
 # A datagram of this many messages is long enough to amortise its system call.
@@ -358,7 +360,11 @@ class Link:
                     break
                 found = True
                 data, descriptors = datagrams.content(self._taken, self._buffer)
-                batch = messages.decode_to_client(data)
+                try:
+                    batch = messages.decode_to_client(data)
+                except msgspec.DecodeError as error:
+                    datagrams.close_all(descriptors)
+                    raise Malformed(f"it sent what cannot be read: {error}") from None
                 self._unhandled = (batch, descriptors)
                 self._taken = None
                 if len(batch) == 1:  # as an answer that somebody waits for mostly is

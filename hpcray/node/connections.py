@@ -15,7 +15,7 @@ import contextlib
 import os
 import socket
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -62,7 +62,7 @@ class _Unsent:
             datagram = None
 
     def close(self) -> None:
-        _close_all(self.descriptors)
+        datagrams.close_all(self.descriptors)
 
 
 class Connection:
@@ -144,7 +144,7 @@ class Connections:
                     break
                 data, descriptors = received
                 if descriptors:
-                    _close_all(descriptors)  # no client has any reason to send one
+                    datagrams.close_all(descriptors)  # no client has any reason to send one
                 batches.append(messages.decode_to_node(data))
             except (datagrams.Malformed, msgspec.DecodeError) as error:
                 connection.fail(f"it sent what cannot be read: {error}")
@@ -291,11 +291,6 @@ class Connections:
                 else:
                     self.send_tasks(number, [message])
         return task_ids
-
-
-def _close_all(descriptors: Iterable[int]) -> None:
-    for fd in descriptors:
-        os.close(fd)
 
 
 def _duplicates(descriptors: tuple[int, ...]) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ import errno
 import mmap
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import repeat
 from operator import getitem
@@ -192,8 +192,7 @@ def content(taken: tuple[Any, ...], buffer: memoryview) -> Received:
         raise ChannelClosed("the other end closed the connection")
     descriptors = _descriptors(ancillary) if ancillary else []
     if flags & _LOST_FLAGS:
-        for fd in descriptors:
-            os.close(fd)
+        close_all(descriptors)
         if flags & _TRUNCATED:
             raise Malformed(f"a datagram of more than {len(buffer):,} B came")
         raise Malformed("this process has no file descriptor left for what it was sent; raise the "
@@ -203,9 +202,13 @@ def content(taken: tuple[Any, ...], buffer: memoryview) -> Received:
     try:
         return _from_memory(buffer[:nbytes], descriptors), descriptors
     except (Malformed, OSError, MemoryError) as error:
-        for fd in descriptors:
-            os.close(fd)
+        close_all(descriptors)
         raise Malformed(f"a message in memory could not be read: {error}") from None
+
+
+def close_all(descriptors: Iterable[int]) -> None:
+    for fd in descriptors:
+        os.close(fd)
 
 
 def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:

@@ -25,6 +25,8 @@ from collections.abc import Callable, Collection, Iterable
 from types import GeneratorType
 from typing import Any
 
+import msgspec
+
 # Imported here so that the zygote has them: an actor's start would pay 30 ms for them.
 from hpcray import actor as _actor  # noqa: F401
 from hpcray import exceptions
@@ -246,11 +248,16 @@ class Worker:
                     raise ChannelClosed(client.lost)
                 client.flush()
         # The node may have taken it back in between: not a reason to block here.
-        received = datagrams.receive(self._tasks, self._buffer)
-        if received is None:
-            return 0
-        data, _ = received
-        batch = messages.decode_to_worker(data)
+        try:
+            received = datagrams.receive(self._tasks, self._buffer)
+            if received is None:
+                return 0
+            data, _ = received
+            batch = messages.decode_to_worker(data)
+        except (datagrams.Malformed, msgspec.DecodeError) as error:
+            print(f"hpcray: a worker ends: what its node sent cannot be read: {error}",
+                  file=sys.stderr, flush=True)
+            raise ChannelClosed(str(error)) from None
         self.client.on_runs(batch)
         self._queue.extend(batch)
         return len(data)

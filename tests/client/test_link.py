@@ -287,3 +287,18 @@ def test_closing_ends_the_waits_of_other_threads(ends):
         thread.join(10)
         assert not thread.is_alive()
     assert len(raised) == 3 and all("it was shut down" in text for text in raised)
+
+
+def test_a_datagram_that_cannot_be_read_ends_the_channel_and_says_so(ends):
+    """Its messages are lost. What came along with it is closed."""
+    read_fd, write_fd = os.pipe()
+    socket.send_fds(ends.node, [b"\x91\x05"], [write_fd])
+    os.close(write_fd)
+    ends.say(m.Reply(1, "behind it"))
+    with pytest.raises(RaySystemError, match="cannot be read"), ends.link as link:
+        link.wait(Waiter(1), None)
+    with ends.link as link:
+        assert link._taken is None
+        assert not link.read_idle()
+    assert os.read(read_fd, 1) == b""  # nobody has its other end
+    os.close(read_fd)
