@@ -11,7 +11,9 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
+from typing import Any
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
@@ -23,35 +25,44 @@ class Uncaught:
         # Whether people have been told of it already.
         self.is_told: Callable[[BaseException], bool] = lambda error: False
         self.under_launcher = False
-        self._inner = sys.excepthook
-        self._inner_of_thread = threading.excepthook
+        self._hook: Any = None
+        self._hook_of_threads: Any = None
+        self._shown: BaseException | None = None
 
     def install(self) -> None:
-        """Again at every session: the program may have set hooks of its own."""
-        if sys.excepthook != self._show:
-            self._inner, sys.excepthook = sys.excepthook, self._show
-        if threading.excepthook != self._show_of_thread:
-            self._inner_of_thread = threading.excepthook
-            threading.excepthook = self._show_of_thread
+        """Again at every session: the program may have set hooks of its own. Those may call ours of
+        an earlier session, so each of ours knows which one it has replaced."""
+        if sys.excepthook is not self._hook:
+            self._hook = sys.excepthook = partial(self._show, sys.excepthook)
+        if threading.excepthook is not self._hook_of_threads:
+            self._hook_of_threads = partial(self._show_of_thread, threading.excepthook)
+            threading.excepthook = self._hook_of_threads
 
     def _show(
-        self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
+        self, replaced: Callable[..., Any], kind: type[BaseException], error: BaseException,
+        trace: TracebackType | None,
     ) -> None:
+        if self._shown is error:  # by ours of a later session
+            replaced(kind, error, trace)
+            return
         if self.is_told(error):
             return
+        self._shown = error
         cut(error)
-        self._inner(kind, error, trace)
+        replaced(kind, error, trace)
         if self.under_launcher and kind is KeyboardInterrupt:
             print("hpcray: the job ends: it was interrupted (Ctrl-C or a SIGINT)",
                   file=sys.stderr, flush=True)
 
-    def _show_of_thread(self, arguments: threading.ExceptHookArgs) -> None:
+    def _show_of_thread(
+        self, replaced: Callable[..., Any], arguments: threading.ExceptHookArgs
+    ) -> None:
         error = arguments.exc_value
         if error is not None:
             if self.is_told(error):
                 return
             cut(error)
-        self._inner_of_thread(arguments)
+        replaced(arguments)
 
 
 def cut(error: BaseException | None) -> None:

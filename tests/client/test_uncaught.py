@@ -5,9 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+import threading
 import traceback
+from typing import Any
 
-from hpcray.client.uncaught import cut
+from hpcray.client.uncaught import Uncaught, cut
 from hpcray.protocol.words import listed
 
 
@@ -51,3 +53,28 @@ def test_threads_and_hooks_of_the_program():
     assert done.stderr.rstrip().endswith("mine TypeError")
 
 
+
+
+def test_a_hook_of_the_program_between_two_sessions_calls_ours(monkeypatch):
+    """As error trackers do: they keep the hook that they replace, and call it."""
+    shown: list[str] = []
+    monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: shown.append("first"))
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: shown.append("first"))
+    uncaught = Uncaught()
+    uncaught.install()
+    ours, ours_of_threads = sys.excepthook, threading.excepthook
+
+    def theirs(*arguments: Any) -> None:
+        shown.append("theirs")
+        ours(*arguments)
+
+    def theirs_of_threads(arguments: Any) -> None:
+        shown.append("theirs")
+        ours_of_threads(arguments)
+
+    sys.excepthook, threading.excepthook = theirs, theirs_of_threads
+    uncaught.install()
+    error = KeyError(1)
+    sys.excepthook(KeyError, error, None)
+    threading.excepthook(threading.ExceptHookArgs((KeyError, error, None, None)))
+    assert shown == ["theirs", "first"] * 2
