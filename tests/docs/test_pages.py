@@ -63,6 +63,13 @@ def test_tests_that_are_named_exist(page: Path) -> None:
             f"{name_of(page)} names {path}::{test}")
 
 
+def test_the_index_of_what_ray_documents_has_all_pages() -> None:
+    folder = ROOT / "docs" / "ray"
+    index = (folder / "README.md").read_text()
+    pages = [page.name for page in sorted(folder.glob("*.md")) if page.name != "README.md"]
+    assert [name for name in pages if f"({name})" not in index] == []
+
+
 def defined_invariants() -> set[str]:
     found: set[str] = set()
     for path in (ROOT / "hpcray").rglob("*.py"):
