@@ -127,12 +127,15 @@ ABSENT: dict[str, str] = {
 _TOP = __name__.partition(".")[0]
 
 
-def sentence(name: str) -> str | None:
-    """Of a name below hpcray (without it), if Ray has it and hpcray has not."""
+def sentence(name: str, top: str = _TOP) -> str | None:
+    """Of a name below hpcray (without it), if Ray has it and hpcray has not.
+
+    `top`: what the program calls hpcray.
+    """
     while name:
         instead = ABSENT.get(name)
         if instead is not None:
-            return f"{_TOP}.{name} is not part of hpcray: {instead}"
+            return f"{top}.{name} is not part of hpcray: {instead}"
         name = name.rpartition(".")[0]
     return None
 

@@ -5,7 +5,8 @@
       -> table.kind_of(...)   served: a file of the installed ray
                               ours:   the module hpcray.X, under a second name
                               stub:   a module of names that refuse to be used
-                              refused, unknown: ModuleNotFoundError with a sentence
+                              same:   hpcray's of the same name; or ModuleNotFoundError with a
+                                      sentence (hpcray/absent.py)
 
 A module of ours is not executed a second time: both names are one module, so that classes are
 what they are under either name, and what a worker unpickles is what the driver has.
@@ -25,6 +26,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
+from hpcray import absent
 from hpcray.as_ray import stubs, table
 
 _ANY_VERSION = "HPCRAY_AS_RAY_ANY_VERSION"
@@ -106,14 +108,14 @@ class RayFinder(importlib.abc.MetaPathFinder):
             case table.STUB:
                 return importlib.util.spec_from_loader(
                     fullname, _StubLoader(value), is_package=True)
-            case table.REFUSED:
-                raise ModuleNotFoundError(
-                    f"{fullname} is not part of hpcray: {value}")
         ours = "hpcray" + fullname[3:]
         if _exists(ours):
             return importlib.util.spec_from_loader(fullname, _SecondName(ours))
+        said = None if value else absent.sentence(fullname[4:], "ray")
+        if said is not None:
+            raise ModuleNotFoundError(said)
         raise ModuleNotFoundError(
-            f"there is no {fullname} in hpcray; docs/ray lists what there is", name=fullname)
+            f"there is no {fullname} in hpcray; docs/api.md lists what there is", name=fullname)
 
     def _served(self, fullname: str) -> ModuleSpec | None:
         if self._folder is None:
@@ -195,7 +197,9 @@ class _Root(stubs.Importable):
             try:
                 value = getattr(hpcray, name)
             except AttributeError as error:
-                raise AttributeError(f"module 'ray' (hpcray) has no attribute {name!r}") from error
+                raise AttributeError(
+                    absent.sentence(name, "ray")
+                    or f"module 'ray' (hpcray) has no attribute {name!r}") from error
         return value
 
     def __dir__(self) -> list[str]:

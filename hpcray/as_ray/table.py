@@ -1,7 +1,7 @@
 """What every module of `ray` is under hpcray, as data; and which versions of Ray are tested.
 
 The longest entry that is a prefix of a module's name counts. A module that no entry names is
-hpcray's own of the same name, if there is one.
+hpcray's own of the same name, if there is one; else `hpcray/absent.py` says what to do.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-ROOT, SERVED, OURS, STUB, REFUSED, SAME = "root", "served", "ours", "stub", "refused", "same"
+ROOT, SERVED, OURS, STUB, SAME = "root", "served", "ours", "stub", "same"
 
 # Series of Ray whose Tune and RLlib run here; others are refused unless asked for.
 TESTED = ("2.60", "2.49")
@@ -25,8 +25,8 @@ _SERVED = (
     "ray.tune", "ray.air", "ray.train", "ray.rllib", "ray.widgets", "ray._common",
     "ray._private.accelerators", "ray._private.dict", "ray._private.inspect_util",
     "ray._private.label_utils", "ray._private.log", "ray._private.ray_constants",
-    "ray._private.thirdparty", "ray._private.arrow_utils", "ray.util.common", "ray.util.iter",
-    "ray.util.iter_metrics", "ray.util.timer", "ray.util.tpu",
+    "ray._private.thirdparty", "ray._private.arrow_utils", "ray.util.common", "ray.util.timer",
+    "ray.util.tpu",
 )
 
 # Ray's name -> ours, where ours is not the same.
@@ -56,6 +56,7 @@ EXTRA_NAMES = {
     },
     "ray.util.annotations": {"_mark_annotated": f"{_PRIVATE}.names:mark_annotated"},
     "ray.util.debug": {"Suspect": STUB, "_test_some_code_for_memory_leaks": STUB},
+    "ray.util.iter": {"_NextValueNotReady": f"{_PRIVATE}.names:NextValueNotReady"},
     "ray.util.placement_group": {
         "_valid_resource_shape": f"{_PRIVATE}.names:valid_resource_shape"},
     "ray.util.scheduling_strategies": {
@@ -87,13 +88,6 @@ DATA_STUBS = frozenset({
     "range", "read_csv", "read_datasource", "read_json", "read_parquet",
 })
 
-_REFUSED = {
-    "ray.serve": "it needs Ray's own servers; serve models with a web framework in front of actors",
-    "ray.workflow": "write the steps as tasks",
-    "ray.dag": "call the tasks and actors directly",
-    "ray.job_submission": "submit jobs with sbatch",
-}
-
 # Attributes of `ray` itself that hpcray has not: "module:attribute".
 ROOT_NAMES = {"LOCAL_MODE": f"{_PRIVATE}.worker:LOCAL_MODE"}
 
@@ -106,7 +100,6 @@ _EXTRAS = {"rllib": "rllib", "tune": "tune", "train": "train"}
 def _entries() -> dict[str, tuple[str, Any]]:
     found: dict[str, tuple[str, Any]] = dict.fromkeys(_SERVED, (SERVED, None))
     found.update({name: (STUB, names) for name, names in STUBS.items()})
-    found.update({name: (REFUSED, why) for name, why in _REFUSED.items()})
     found.update({name: (OURS, ours) for name, ours in _OURS.items()})
     return found
 
@@ -115,18 +108,20 @@ _ENTRIES = _entries()
 
 
 def kind_of(fullname: str) -> tuple[str, Any]:
-    """(kind, what goes with it) of a module below `ray`."""
+    """(kind, what goes with it) of a module below `ray`; of SAME, whether it is below an entry."""
     if fullname == "ray":
         return ROOT, None
     prefix = fullname
+    below = False
     while prefix != "ray":
         entry = _ENTRIES.get(prefix)
         # What is ours is that module only, not what is below it; so is a list of stubs.
         if entry is not None and (prefix == fullname or not (
                 entry[0] == OURS or (entry[0] == STUB and "*" not in entry[1]))):
             return entry
+        below = below or entry is not None
         prefix = prefix.rpartition(".")[0]
-    return SAME, None
+    return SAME, below
 
 
 def extra_of(fullname: str) -> str:

@@ -80,6 +80,8 @@ assert RayTaskError is hpcray.exceptions.RayTaskError
 assert ray.__version__ and ray.__version__ != hpcray.__version__
 assert ray.SCRIPT_MODE == 0 and {"get", "tune", "util"} <= {*dir(ray), "tune"}
 assert "get" in dir(ray) and not hasattr(ray, "nonsense")
+import ray.util.iter
+assert ray.util.iter is hpcray.util.iter
 """)
 
 
@@ -196,6 +198,9 @@ assert not hasattr(hpcray, "_private")
     ("import ray.serve", "ray.serve is not part of hpcray: "),
     ("from ray import serve", "ray.serve is not part of hpcray: "),
     ("import ray.serve.handle", "ray.serve is not part of hpcray: "),
+    ("import ray; ray.serve", "ray.serve is not part of hpcray: "),
+    ("import ray.dag", "ray.dag is not part of hpcray: pass refs"),
+    ("import ray.util.spark", "ray.util.spark is not part of hpcray: "),
     ("import ray.nonsense", "there is no ray.nonsense in hpcray"),
     ("import ray; ray.nonsense", "has no attribute 'nonsense'"),
 ])

@@ -16,6 +16,10 @@ SchedulingStrategyT = (
     | NodeLabelSchedulingStrategy)
 
 
+class NextValueNotReady(Exception):
+    """RLlib's threads give it to each other."""
+
+
 def valid_resource_shape(
     resources: Mapping[str, float], bundle_specs: Iterable[Mapping[str, float]]
 ) -> bool:
