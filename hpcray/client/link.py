@@ -306,7 +306,8 @@ class Link:
         noted = self._noted
         since_s = 0.0
         while sending:
-            outcome = SENT if noted else datagrams.send(self.socket, sending[0], (), noted)
+            outcome = SENT if noted else datagrams.send(
+                self.socket, sending[0], (), noted, messages.ANNOUNCEMENT)
             if outcome == SENT:
                 self.sent += 1
                 noted.clear()

@@ -25,6 +25,7 @@ from hpcray.node.pool import WorkerPool
 from hpcray.node.watcher import READ, WRITE, Watcher
 from hpcray.protocol import messages, sizes
 from hpcray.transport import datagrams
+from hpcray.transport.datagrams import BARE
 
 # Datagrams read from one client per turn: bounds a turn, keeps clients equal.
 _DATAGRAMS_PER_TURN = 64
@@ -68,7 +69,7 @@ class _Unsent:
 class Connection:
     """A client's channel at the node's side: what could not be sent yet waits here."""
 
-    __slots__ = ("backlog", "fault", "inbox", "number", "socket", "waiting")
+    __slots__ = ("backlog", "fault", "in_memory", "inbox", "number", "socket", "waiting")
 
     def __init__(self, number: int, sock: socket.socket, inbox: Inbox) -> None:
         self.number = number
@@ -76,6 +77,7 @@ class Connection:
         self.socket = sock
         self.backlog: deque[_Unsent] = deque()
         self.waiting = False  # for the socket to be writable
+        self.in_memory = False  # what comes next, as far as it has said so
         # What is wrong with what it sent: nothing more is read of it, and it has to end.
         self.fault = ""
 
@@ -135,29 +137,41 @@ class Connections:
         if connection.fault:
             return None
         batches = connection.inbox.batches
+        buffer = self._buffer
         count = 0
         sock = connection.socket
         for _ in range(_DATAGRAMS_PER_TURN):
             try:
-                received = datagrams.receive(sock, self._buffer)
-                if received is None:
-                    break
-                data, descriptors = received
-                if descriptors:
-                    datagrams.close_all(descriptors)  # no client has any reason to send one
-                batches.append(messages.decode_to_node(data))
+                data = (self._receive(sock) if connection.in_memory
+                        else buffer[: sock.recv_into(buffer, 0, BARE)])
+                if not data:
+                    return count or None  # its end: seen again when these have been handled
+                batch = messages.decode_to_node(data)
+            except BlockingIOError:
+                break
             except (datagrams.Malformed, msgspec.DecodeError) as error:
                 connection.fail(f"it sent what cannot be read: {error}")
                 return count or None
-            except datagrams.ChannelClosed:
-                # The end is seen again at the next read, when these have been handled.
+            except (datagrams.ChannelClosed, OSError):
                 return count or None
-            count += 1
-            if len(data) < _LIKELY_MORE_BYTES:
-                break  # epoll says if there is more: cheaper than asking the socket in vain
+            # An empty batch announces that the next one is in memory.
+            connection.in_memory = not batch
+            if batch:
+                batches.append(batch)
+                count += 1
+                if len(data) < _LIKELY_MORE_BYTES:
+                    break  # epoll says if there is more: cheaper than asking the socket in vain
         if connection.backlog:
             self._drain(connection)
         return count
+
+    def _receive(self, sock: socket.socket) -> memoryview:
+        received = datagrams.receive(sock, self._buffer)
+        if received is None:
+            raise BlockingIOError
+        data, descriptors = received
+        datagrams.close_all(descriptors)  # no client has any reason to send one
+        return data
 
     def send(self, number: int, batch: list[Any], descriptors: tuple[int, ...] = ()) -> None:
         """Send to a client, or queue for it; to one that is gone: nothing.

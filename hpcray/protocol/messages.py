@@ -970,6 +970,8 @@ ToPeer = (
 )
 
 encode = msgspec.msgpack.Encoder().encode
+# To the node, in front of a datagram whose content is in memory: no messages.
+ANNOUNCEMENT = encode([])
 encode_into = msgspec.msgpack.Encoder().encode_into
 decode_to_node = msgspec.msgpack.Decoder(list[ToNode]).decode
 decode_to_client = msgspec.msgpack.Decoder(list[ToClient]).decode

@@ -171,6 +171,29 @@ def test_what_cannot_be_read_ends_that_connection_after_what_could(
     assert "cannot be read" in node.connection.fault
 
 
+def test_what_is_in_memory_is_announced_once_or_several_times(node: Node) -> None:
+    sent = [m.PutInline(bytes([n]) * 28, bytes(nbytes))
+            for n, nbytes in enumerate((10, 1_000_000, 2_000_000, 10, 3_000_000))]
+    for message in sent:
+        if message is sent[2]:
+            node.client.send(m.ANNOUNCEMENT)  # the sender was interrupted behind it
+            node.watcher.handle(0)
+        datagrams.send(node.client, m.encode([message]), announcement=m.ANNOUNCEMENT)
+    for _ in sent:
+        node.watcher.handle(0)
+    assert node.heard == sent
+    assert not node.ended
+    assert node.connection.inbox.handled == len(sent)
+
+
+def test_what_is_in_memory_and_was_not_announced_ends_the_connection(node: Node) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    datagrams.send(node.client, m.encode([m.PutInline(bytes(28), bytes(1_000_000))]))
+    node.watcher.handle(0)
+    assert node.connection.fault
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_descriptors_from_a_client_are_closed(node: Node) -> None:
     before = len(os.listdir("/proc/self/fd"))
     socket.send_fds(node.client, [m.encode([m.Drop(bytes(28))])], [0, 1, 2])
