@@ -335,8 +335,7 @@ class Client:
             if ref._value is None and ref._view is None and object_id not in objects.arrivals:
                 if object_id[20:24] != core.job_id:
                     self.check_session((object_id,))
-                waiter = Waiter(1)
-                waiter.ids = (object_id,)
+                waiter = Waiter(1, (object_id,))
                 called = core.want_result(object_id)
                 table = objects.value_waiters
                 if object_id in table:

@@ -126,7 +126,7 @@ class Link:
         self._sending: list[bytes] = []  # datagrams, encoded, for which there was no room
         self._noted: list[Any] = []  # but the first of them, if something is here
         # Messages of a datagram that a handler of the user's has interrupted, and its descriptors.
-        self._unhandled: tuple[list[Any], list[int]] = ([], [])
+        self._unhandled: tuple[list[Any], list[int]] = _NOTHING
         self.sent = 0  # datagrams
         self._settling = threading.Lock()  # by the thread that carries out effects
         self._main = threading.main_thread().ident
@@ -352,7 +352,7 @@ class Link:
         return self._read(all)
 
     def _read(self, all: bool) -> bool:
-        found = bool(self._unhandled[0])
+        found = self._unhandled is not _NOTHING
         if found:
             self._handle_rest()
         try:

@@ -19,8 +19,8 @@ class Waiter:
 
     __slots__ = ("ids", "remaining", "result")
 
-    def __init__(self, remaining: int) -> None:
-        self.ids: Sequence[bytes] = ()
+    def __init__(self, remaining: int, ids: Sequence[bytes] = ()) -> None:
+        self.ids = ids
         self.remaining = remaining
         self.result: Any = None
 

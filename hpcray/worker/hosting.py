@@ -24,6 +24,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import Context
 from functools import partial
+from types import AsyncGeneratorType, CoroutineType, GeneratorType
 from typing import TYPE_CHECKING, Any
 
 from hpcray import exceptions
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 # After a datagram this large another one is likely there already.
 _LIKELY_MORE_BYTES = 1024
+_GENERATORS = (GeneratorType, AsyncGeneratorType)
 
 
 class FailedDependency(Exception):
@@ -96,15 +98,15 @@ class HostedActor:
         flushed_s = 0.0
         while self.exit_status is None:
             if not queue:
-                output.flush()
-                client.flush(drain=True)
-                worker.read_tasks(wait=True)
+                if output.touched:
+                    output.flush()
+                client.flush(True)
+                worker.read_tasks(True)
                 flushed_s = time.monotonic()
                 continue
             item = queue.popleft()
-            if type(item) is Stop:
+            if type(item) is not Run:
                 return self.finish()
-            assert isinstance(item, Run)
             self._call(item)
             if queue and time.monotonic() - flushed_s > 0.001:
                 client.flush()
@@ -252,15 +254,15 @@ class ConcurrentActor(HostedActor):
         worker = self.worker
         while True:
             if not queue:
-                output.flush()
-                worker.client.flush(drain=True)
-                worker.read_tasks(wait=True)
+                if output.touched:
+                    output.flush()
+                worker.client.flush(True)
+                worker.read_tasks(True)
                 continue
             item = queue.popleft()
-            if type(item) is Stop:
+            if type(item) is not Run:
                 self.drain()
                 return self.finish()
-            assert isinstance(item, Run)
             if self.exit_status is None:
                 self.submit(item)
 
@@ -382,7 +384,7 @@ class AsyncActor(ConcurrentActor):
         self.worker.leave_if_forked()
         try:
             for _ in range(16):
-                if self.worker.read_tasks(wait=False) < _LIKELY_MORE_BYTES:
+                if self.worker.read_tasks(False) < _LIKELY_MORE_BYTES:
                     break  # if there is more, the loop says so: cheaper than asking in vain
         except ChannelClosed:
             os._exit(1)
@@ -454,10 +456,9 @@ class EventLoop:
         self._starting = True
         while queue:
             item = queue.popleft()
-            if type(item) is Stop:
+            if type(item) is not Run:
                 self.stop()
                 continue
-            assert isinstance(item, Run)
             task = self._begin(self._call(item))
             if not task.done():
                 self._running.add(task)
@@ -503,7 +504,8 @@ class EventLoop:
         began_s = time.monotonic()
         template = None
         try:
-            async with self._limit:
+            await self._limit.acquire()  # not `async with`: that is two coroutines more
+            try:
                 if actor.exit_status is not None:
                     return  # the node says what has become of it
                 began_s = time.monotonic()
@@ -514,15 +516,17 @@ class EventLoop:
                 method = actor.method(template.method)
                 actor.enter(run, template)
                 result = method(*args, **kwargs)
-                if isinstance(result, Coroutine):
+                if type(result) is CoroutineType or isinstance(result, Coroutine):
                     result = await result
-                if template.stream or inspect.isgenerator(result) or inspect.isasyncgen(result):
+                if template.stream or isinstance(result, _GENERATORS):
                     await generators.run_async(
                         worker, run, template, result, began_s, self.loop)
                 elif run.task_id in worker.cancelled:
                     raise asyncio.CancelledError  # it was told, and has made its own end of it
                 else:
                     worker.deliver(run, template, result, began_s)
+            finally:
+                self._limit.release()
         except FailedDependency as failed:
             client.report(Failed(run.task_id, run.attempt, _us(began_s), failed.error))
         except BaseException as error:
@@ -546,8 +550,9 @@ class EventLoop:
 
     def _flush(self) -> None:
         self._flush_due = False
-        output.flush()
-        self._worker.client.flush(drain=not self._running)
+        if output.touched:
+            output.flush()
+        self._worker.client.flush(not self._running)
 
 
 def _task_here() -> tuple[bytes, int]:

@@ -207,16 +207,16 @@ class Worker:
         flushed_s = 0.0
         while True:
             if not queue:
-                output.flush()
-                client.flush(drain=True)
-                self.read_tasks(wait=True)
+                if output.touched:
+                    output.flush()
+                client.flush(True)
+                self.read_tasks(True)
                 flushed_s = time.monotonic()
                 continue
             item = queue.popleft()
-            if type(item) is Stop:
+            if type(item) is not Run:
                 client.flush()
                 return 0
-            assert isinstance(item, Run)
             self._run_task(item)
             if self.actor is not None:
                 return int(self.actor.serve(queue))
@@ -229,7 +229,7 @@ class Worker:
 
     failed_creation = False
 
-    def read_tasks(self, *, wait: bool) -> int:
+    def read_tasks(self, wait: bool) -> int:
         """One datagram of the task channel into the queue; its size, 0 if there is none.
 
         While it waits it reads what the client channel brings (freed ranges, requests to give

@@ -74,26 +74,26 @@ class _MarkedPipe(io.RawIOBase):
 
 class _Buffer(io.BufferedWriter):
     def write(self, data: Any) -> int:
-        _touched.add(self)
+        touched.add(self)
         return super().write(data)
 
 
 class _Stream(io.TextIOWrapper):
     def write(self, text: str) -> int:
-        _touched.add(self)
+        touched.add(self)
         return super().write(text)
 
     def close(self) -> None:
-        _touched.add(self)
+        touched.add(self)
         super().close()
 
     def detach(self) -> Any:
-        _touched.add(self)
+        touched.add(self)
         return super().detach()
 
 
 # What may hold something back, or was closed: each task looks, and most print nothing.
-_touched: set[Any] = set()
+touched: set[Any] = set()
 _name = ""
 _pipes = (_MarkedPipe(1, "<stdout>"), _MarkedPipe(2, "<stderr>"))
 streams: dict[str, io.TextIOWrapper] = {}  # ours: what sys.stdout and sys.stderr are to be
@@ -138,9 +138,9 @@ def call(name: str) -> None:
 
 def flush() -> None:
     """Let out what was printed without a newline."""
-    if not _touched:
+    if not touched:
         return
-    _touched.clear()
+    touched.clear()
     for name, stream in streams.items():
         try:
             stream.flush()
