@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from hpcray.client.neighbours import Neighbours, Wire
-from hpcray.client.objects import DRAIN_REFS, Objects
+from hpcray.client.objects import Objects
 from hpcray.client.references import LOCAL, ObjectRef, ReferenceTable
 from hpcray.client.requests import Requests
 from hpcray.client.store import Store
@@ -161,10 +161,8 @@ class Core:
         refs = self.refs
         objects = self.objects
         dropped = None
-        if refs.dropped and (
-            drain or now_s > objects.next_drain_s or len(refs.dropped) > DRAIN_REFS
-            or objects.unpins  # large objects may be among them
-        ):
+        # With unpins large objects may be among them.
+        if refs.dropped and (now_s > objects.next_drain_s or objects.unpins or drain):
             dropped = objects.drain(now_s)
         if refs.new_holds:
             holds: list[Any] = []

@@ -24,8 +24,6 @@ from hpcray.protocol.sizes import IDS_PER_MESSAGE
 # Dropped refs are told this late, unless memory is short: most of a loop's drops share a message,
 # and a ref met again meanwhile costs none.
 _DRAIN_S = 0.05
-DRAIN_REFS = 50_000
-
 
 # Stands for an error whose bytes have not been looked at: they are in shared memory.
 _SOME_ERROR = bytes((values.ERROR,))
