@@ -8,6 +8,9 @@ So a message of any size is one datagram: it is received as a whole or not at al
 and can be taken back unread like any other. Nothing has to be put together again, and several
 senders may share a channel.
 
+A receiver that gets nothing but contents may use recv, for less, if there is one sender and that
+announces what is in memory: so the node reads its clients (node/connections.py).
+
 Nothing here waits, takes a lock, or raises for what can happen: `send` says how it went, and
 `receive` raises only what ends the channel. It knows nothing of messages.
 """
