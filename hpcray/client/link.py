@@ -360,14 +360,16 @@ class Link:
                 if self._taken is None and not self._look():
                     break
                 found = True
-                data, descriptors = datagrams.content(self._taken, self._buffer)
+                data, descriptors, spent = datagrams.content(self._taken, self._buffer)
                 try:
                     batch = messages.decode_to_client(data)
                 except msgspec.DecodeError as error:
-                    datagrams.close_all(descriptors)
+                    datagrams.close_all(descriptors if spent < 0 else (*descriptors, spent))
                     raise Malformed(f"it sent what cannot be read: {error}") from None
                 self._unhandled = (batch, descriptors)
                 self._taken = None
+                if spent >= 0:
+                    os.close(spent)
                 if len(batch) == 1:  # as an answer that somebody waits for mostly is
                     try:
                         self._handlers[type(batch[0])](batch[0], descriptors)

@@ -168,7 +168,10 @@ def receive(sock: socket.socket, buffer: memoryview) -> Received | None:
     # The common case of `content`, written out.
     if not (ancillary or flags & _LOST_FLAGS) and nbytes and buffer[0] != _IN_MEMORY:
         return buffer[:nbytes], _NO_DESCRIPTORS
-    return content(taken, buffer)
+    data, descriptors, spent = content(taken, buffer)
+    if spent >= 0:
+        os.close(spent)
+    return data, descriptors
 
 
 def received(sock: socket.socket, buffer: memoryview) -> Iterator[Any]:
@@ -194,11 +197,14 @@ def sent(sock: socket.socket, slot: list[bytes]) -> Iterator[int]:
     return map(sock.send, iter(look, None), repeat(_SEND_FLAGS))
 
 
-def content(taken: tuple[Any, ...], buffer: memoryview) -> Received:
-    """The second half of `receive`."""
+def content(taken: tuple[Any, ...], buffer: memoryview) -> tuple[memoryview, list[int], int]:
+    """The second half of `receive`; and a descriptor (-1: none) to be closed when that is noted.
+
+    Until then it can be done again, if a signal handler has raised something meanwhile.
+    """
     nbytes, ancillary, flags, _ = taken
     if not (ancillary or flags & _LOST_FLAGS) and nbytes and buffer[0] != _IN_MEMORY:
-        return buffer[:nbytes], _NO_DESCRIPTORS
+        return buffer[:nbytes], _NO_DESCRIPTORS, -1
     if nbytes == 0:
         raise ChannelClosed("the other end closed the connection")
     descriptors = _descriptors(ancillary) if ancillary else []
@@ -209,10 +215,12 @@ def content(taken: tuple[Any, ...], buffer: memoryview) -> Received:
         raise Malformed("this process has no file descriptor left for what it was sent; raise the "
                         "limit (ulimit -n) or close files")
     if buffer[0] != _IN_MEMORY:
-        return buffer[:nbytes], descriptors
+        return buffer[:nbytes], descriptors, -1
     try:
-        return _from_memory(buffer[:nbytes], descriptors), descriptors
+        return _from_memory(buffer[:nbytes], descriptors), descriptors[1:], descriptors[0]
     except (Malformed, OSError, MemoryError) as error:
+        if isinstance(error, OSError) and error.errno is None:
+            raise  # a signal handler's, such as a TimeoutError
         close_all(descriptors)
         raise Malformed(f"a message in memory could not be read: {error}") from None
 
@@ -235,19 +243,16 @@ def _from_memory(head: memoryview, descriptors: list[int]) -> memoryview:
     """Read, not mapped: whoever sent it could still make it shorter."""
     if len(head) != 9 or not descriptors:
         raise Malformed("a datagram came that says it has a descriptor, and has none")
-    fd = descriptors.pop(0)
+    fd = descriptors[0]
     nbytes = int.from_bytes(head[1:], "little")
-    try:
-        if nbytes > MESSAGE_MAX_BYTES + DATAGRAM_MAX_BYTES or os.fstat(fd).st_size != nbytes:
-            raise Malformed(f"a datagram came that says it has {nbytes:,} B, and has not")
-        data = bytearray(nbytes)
-        view = memoryview(data)
-        position = 0
-        while position < nbytes:
-            count = os.preadv(fd, [view[position:]], position)
-            if not count:
-                raise Malformed("a message became shorter while it was read")
-            position += count
-        return view
-    finally:
-        os.close(fd)
+    if nbytes > MESSAGE_MAX_BYTES + DATAGRAM_MAX_BYTES or os.fstat(fd).st_size != nbytes:
+        raise Malformed(f"a datagram came that says it has {nbytes:,} B, and has not")
+    data = bytearray(nbytes)
+    view = memoryview(data)
+    position = 0
+    while position < nbytes:
+        count = os.preadv(fd, [view[position:]], position)
+        if not count:
+            raise Malformed("a message became shorter while it was read")
+        position += count
+    return view

@@ -21,6 +21,7 @@ from hpcray.client.waiters import Waiter
 from hpcray.exceptions import RaySystemError
 from hpcray.protocol import messages as m
 from hpcray.testing.processes import _kinds
+from hpcray.transport import datagrams
 
 FLAGS = socket.MSG_DONTWAIT
 
@@ -254,8 +255,6 @@ def test_a_full_socket_is_waited_for_while_others_read_nothing(ends):
 
 
 def test_a_message_larger_than_a_datagram_arrives_whole(ends):
-    from hpcray.transport import datagrams
-
     with ends.link as link:
         ends.core.requests.ask("large", b"x" * 5_000_000, [])
         ends.core.requests.ask("small", b"y", [])
@@ -302,3 +301,38 @@ def test_a_datagram_that_cannot_be_read_ends_the_channel_and_says_so(ends):
         assert not link.read_idle()
     assert os.read(read_fd, 1) == b""  # nobody has its other end
     os.close(read_fd)
+
+
+@pytest.mark.parametrize("place", ["before", "behind"])
+def test_a_handler_that_raises_while_a_large_message_is_read_loses_nothing(
+    ends, monkeypatch, place
+):
+    """Its content is in a file, which is closed when it cannot be needed again."""
+    def handler(*_: Any) -> None:
+        raise TimeoutError("the program's own")
+
+    def interrupted(*arguments: Any) -> int:
+        monkeypatch.setattr(os, "preadv", preadv)
+        if place == "before":
+            signal.raise_signal(signal.SIGUSR2)
+        count = preadv(*arguments)
+        signal.raise_signal(signal.SIGUSR2)
+        return count
+
+    preadv = os.preadv
+    _, waiter = ends.ask(1)
+    [request] = ends.heard()
+    assert datagrams.send(
+        ends.node, m.encode([m.Reply(request.request, b"x" * 5_000_000)])) == datagrams.SENT
+    open_before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(os, "preadv", interrupted)
+    before = signal.signal(signal.SIGUSR2, handler)
+    try:
+        with pytest.raises(TimeoutError, match="own"), ends.link as link:
+            link.wait(waiter, None)
+        with ends.link as link:
+            assert link.wait(waiter, None)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert waiter.result[0].result == b"x" * 5_000_000
+    assert len(os.listdir("/proc/self/fd")) == open_before
