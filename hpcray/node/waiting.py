@@ -49,14 +49,15 @@ _KEPT = ("queue", "actors", "group", "store")
 class Wait:
     """Something that waits: since when the same has been first in line, and whether it was told."""
 
-    __slots__ = ("collected", "looked", "said", "sign", "since_s")
+    __slots__ = ("collected", "due_s", "said", "sign", "since_s")
 
-    def __init__(self, sign: Any, since_s: float) -> None:
+    def __init__(self, sign: Any, since_s: float, kept: bool) -> None:
+        """`kept`: perhaps by garbage."""
         self.sign = sign
         self.since_s = since_s
+        self.due_s = since_s + (_COLLECT_S if kept else PATIENCE_S)  # the next look
         self.said = False
-        # Whether it was looked at early, and garbage collected for it.
-        self.looked = self.collected = False
+        self.collected = not kept
 
 
 class Candidate(NamedTuple):
@@ -90,25 +91,22 @@ class Waiting:
         for key, sign, look in self._candidates():
             wait = self._waits.get(key)
             if wait is None or (wait.sign != sign and not wait.said):
-                wait = Wait(sign, now_s)
+                wait = Wait(sign, now_s, key[0] in _KEPT)
             waits[key] = wait
-            if wait.said:
-                continue
-            if now_s - wait.since_s >= PATIENCE_S:
-                wait.since_s = now_s
-                wait.collected = True
-                due.append((wait, look))
-            elif not wait.looked and key[0] in _KEPT and now_s - wait.since_s >= _COLLECT_S:
-                wait.looked = True
+            if not wait.said and now_s >= wait.due_s:
+                patient_s = wait.since_s + PATIENCE_S
+                wait.due_s = patient_s if now_s < patient_s else now_s + PATIENCE_S
                 due.append((wait, look))
         self._waits = waits
         for wait, look in due:
             look(wait)
 
     def _say(self, wait: Wait, text: str, *, alone: bool = False) -> None:
-        """`alone`: not through node 0 and the driver, which are what is waited for."""
+        """But first see whether it goes on without garbage. `alone`: not through node 0 and the
+        driver, which are what is waited for."""
         if not wait.collected:
             wait.collected = True
+            wait.due_s = max(wait.since_s + PATIENCE_S, self._last_s + _COLLECT_S)
             for rank in range(self._machine.size):
                 if rank != self._rank:
                     self._outbox.peers[rank].append(CollectGarbage())

@@ -245,6 +245,21 @@ def test_no_garbage_is_collected_for_what_waits_its_turn() -> None:
                    nodes.machines[0].outbox.clients.values() for x in batch)
 
 
+def test_garbage_is_collected_for_what_gets_stuck_later() -> None:
+    """A task that ended by itself kept it from being stuck at the first look."""
+    nodes = Nodes()
+    creations = [ids.creation_object_id(nodes.actor()) for _ in range(2)]
+    nodes.done(creations[0])
+    nodes.submit("f")
+    assert nodes.wait(6) == []
+    nodes.done(creations[1])
+    nodes.machines[0].outbox.clients.clear()
+    assert nodes.wait(5) == []
+    assert any(type(x) is m.CollectGarbage for batch in
+               nodes.machines[0].outbox.clients.values() for x in batch)
+    assert len(nodes.wait(3)) == 1
+
+
 def test_tasks_behind_actors_are_told_once() -> None:
     nodes = Nodes()
     for _ in range(2):
