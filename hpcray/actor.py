@@ -80,7 +80,8 @@ def exit_actor() -> NoReturn:
     """End the current actor: this call and those not started fail with `ActorDiedError`.
 
     It ends whoever catches what this raises, and from whichever thread or coroutine, as soon as no
-    call runs any more: those of a threaded or async actor that run beside this one may finish.
+    call runs any more: those of a threaded or async actor that run beside this one may finish. This
+    call waits for them, too, however long they run; `kill` ends an actor whose calls never end.
 
     Raises:
       TypeError: not inside an actor.

@@ -581,5 +581,3 @@ def _exit_request() -> BaseException:
 def _us(began_s: float) -> int:
     return int((time.monotonic() - began_s) * 1_000_000)
 
-
-__all__ = ["AsyncActor", "HostedActor", "ThreadedActor", "host", "threading"]

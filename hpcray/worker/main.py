@@ -227,7 +227,7 @@ class Worker:
                 client.flush()
                 flushed_s = time.monotonic()
 
-    failed_creation = False
+    failed_creation = False  # this process was meant for the actor: it ends
 
     def read_tasks(self, wait: bool) -> int:
         """One datagram of the task channel into the queue; its size, 0 if there is none.
@@ -285,7 +285,7 @@ class Worker:
             args, kwargs = self.arguments(run)
         except FailedDependency as failed:
             self.client.report(Failed(run.task_id, run.attempt, _us(began_s), failed.error))
-            self._creation_over(run, failed.error)
+            self.failed_creation = bool(run.actor_id)
             return
         except BaseException as error:
             self._report_failure(run, self._name(run), began_s, error)
@@ -600,9 +600,7 @@ class Worker:
     def _report_failure(self, run: Run, name: str, began_s: float, error: BaseException,
                         template: Template | None = None) -> None:
         if run.actor_id:
-            self._creation_over(run, self.creation_failure(run, name, error))
-            self.client.report(Failed(
-                run.task_id, run.attempt, _us(began_s), self.creation_failure(run, name, error)))
+            self._report_creation_failure(run, name, began_s, error)
         else:
             self.client.report(self.failure(run, name, began_s, error, template))
 
@@ -639,9 +637,7 @@ class Worker:
         except SystemExit as request:
             self._exit(request)
         except BaseException as error:
-            packed = self.creation_failure(run, template.name, error)
-            self.client.report(Failed(run.task_id, run.attempt, _us(began_s), packed))
-            self._creation_over(run, packed)
+            self._report_creation_failure(run, template.name, began_s, error)
             return
         self.leave_if_forked()
         self.actor = actor
@@ -651,17 +647,17 @@ class Worker:
         actor.constructed()
         self.client.report(Done(run.task_id, run.attempt, _us(began_s), serialization.NONE))
 
-    def creation_failure(self, run: Run, name: str, error: BaseException) -> bytes:
+    def _report_creation_failure(
+        self, run: Run, name: str, began_s: float, error: BaseException
+    ) -> None:
         self.leave_if_forked(error)
         text = self.describe(name, error)
-        return values.pack_failure(values.Failure(
+        packed = values.pack_failure(values.Failure(
             "ActorDiedError",
             "The actor died because of an error raised in its creation task (its constructor), "
             + text[:32_768], run.actor_id.hex(), in_constructor=True))
-
-    def _creation_over(self, run: Run, _error: bytes) -> None:
-        if run.actor_id:
-            self.failed_creation = True  # this process was meant for the actor: it ends
+        self.client.report(Failed(run.task_id, run.attempt, _us(began_s), packed))
+        self.failed_creation = True
 
     # --- waiting ----------------------------------------------------------------------------------
 

@@ -326,6 +326,32 @@ def test_exit_actor_fails_the_calls_that_wait(ray, concurrent, gate):
         ray.get(waiting)
 
 
+def test_kill_ends_an_actor_that_exits_and_has_a_call_without_end(ray, gate):
+    enter = gate.enter
+
+    @ray.remote(max_concurrency=2)
+    class A:
+        def block(self):
+            import threading
+
+            enter()
+            threading.Event().wait()
+
+        def leave(self):
+            ray.actor.exit_actor()
+
+    a = A.remote()
+    calls = [a.block.remote()]
+    gate.wait_for_arrivals()
+    gate.open()
+    calls.append(a.leave.remote())
+    assert ray.wait(calls[:1], timeout=0.5)[0] == []
+    ray.kill(a)
+    for call in calls:
+        with pytest.raises(ray.exceptions.RayActorError):
+            ray.get(call)
+
+
 def test_a_sigterm_lets_running_calls_finish(ray, concurrent, gate, eventually):
     a = concurrent.remote()
     pid = ray.get(a.pid.remote())
