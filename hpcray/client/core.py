@@ -317,7 +317,6 @@ class Core:
         asked = self.objects.asked
         if object_id in asked:
             return None
-        asked.add(object_id)
         outbox = self.outbox
         if self.refs.new_holds:
             self.refs.tell_holds(outbox)
@@ -325,6 +324,7 @@ class Core:
         link = neighbours.called(outbox, object_id) if neighbours.actors else None
         if link is None or not neighbours.call(link, outbox):
             outbox.append(Get(object_id))
+        asked.add(object_id)  # last: what is asked twice does no harm
         return link
 
     # --- messages ---------------------------------------------------------------------------------

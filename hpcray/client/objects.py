@@ -53,18 +53,19 @@ class Objects:
         asked = self.asked
         ask = [id_ for id_ in object_ids if id_ not in asked]
         if ask:
-            asked.update(ask)
             self._ask(Get, ask)
+            asked.update(ask)
 
     def watch(self, object_ids: Iterable[bytes], level: int) -> None:
         """Have it said when they are ready, READY or LOCAL, unless that was asked already."""
         watched = self._watched
         ask = [id_ for id_ in object_ids if watched.get(id_, 0) < level]
         if ask:
-            watched.update(dict.fromkeys(ask, level))
             self._ask(Watch, ask, level == LOCAL)
+            watched.update(dict.fromkeys(ask, level))
 
     def _ask(self, message: Any, ask: list[bytes], *rest: Any) -> None:
+        """Noted behind it: what a signal handler interrupts is asked twice, and not never."""
         self._refs.tell_holds(self._outbox)
         for start in range(0, len(ask), IDS_PER_MESSAGE):
             self._outbox.append(message(b"".join(ask[start : start + IDS_PER_MESSAGE]), *rest))

@@ -336,3 +336,30 @@ def test_a_handler_that_raises_while_a_large_message_is_read_loses_nothing(
         signal.signal(signal.SIGUSR2, before)
     assert waiter.result[0].result == b"x" * 5_000_000
     assert len(os.listdir("/proc/self/fd")) == open_before
+
+
+@pytest.mark.parametrize("ask", ["want", "watch", "want_result"])
+def test_a_question_that_a_handler_has_interrupted_is_asked_again(ends, monkeypatch, ask):
+    class Interrupt(BaseException):
+        pass
+
+    def raising(*_: Any) -> None:
+        raise Interrupt
+
+    core = ends.core
+    ref = core.refs.fresh(b"i" * 28)
+    core.refs.new_holds[ref._id] = None
+    question = {
+        "want": lambda: core.objects.want([ref._id]),
+        "watch": lambda: core.objects.watch([ref._id], 1),
+        "want_result": lambda: core.want_result(ref._id),
+    }[ask]
+    with monkeypatch.context() as patch:
+        patch.setattr(core.refs, "tell_holds", raising)
+        with pytest.raises(Interrupt), ends.link:
+            question()
+    with ends.link as link:
+        question()
+        question()
+        link.flush()
+    assert sum(type(message) in (m.Get, m.Watch) for message in ends.heard()) == 1
