@@ -85,6 +85,61 @@ assert ray.util.iter is hpcray.util.iter
 """)
 
 
+def test_private_names_that_ray_s_libraries_use(site: Site) -> None:
+    site.good("""
+import os, ray, ray._private.worker, ray._raylet
+from ray import SCRIPT_MODE, WORKER_MODE, logger
+from ray.cloudpickle import dumps_debug
+from ray.core.generated import gcs_pb2
+from ray.experimental.internal_kv import (
+    _internal_kv_del, _internal_kv_exists, _internal_kv_get, _internal_kv_initialized,
+    _internal_kv_list, _internal_kv_put)
+from ray.experimental.tqdm_ray import safe_print
+from ray.util.annotations import _mark_annotated, Deprecated, DeveloperAPI, PublicAPI
+from ray.util.debug import log_once
+from ray.util.metrics import Counter, Gauge, Histogram
+from ray.util.placement_group import _valid_resource_shape
+from ray.util.scheduling_strategies import SchedulingStrategyT
+from ray._private.client_mode_hook import client_mode_hook
+from ray._private.worker import _post_init_hooks, global_worker
+from ray._raylet import (
+    GRPC_STATUS_CODE_RESOURCE_EXHAUSTED, RAY_NODE_ID_KEY, RESOURCE_UNIT_SCALING, GcsClient, NodeID,
+    build_address, is_ipv6, is_localhost, parse_address)
+
+assert build_address("::1", 80) == "[::1]:80" and parse_address("[::1]:80") == ("::1", "80")
+assert parse_address("a:b:80") is None and parse_address("host:80") == ("host", "80")
+assert is_ipv6("::1") and not is_ipv6("1.2.3.4") and is_localhost("localhost")
+for name in ("ActorID", "JobID", "NodeID", "ObjectRef", "PlacementGroupID", "TaskID", "WorkerID"):
+    assert getattr(ray, name).nil().is_nil(), name
+assert not _internal_kv_initialized() and not global_worker.connected
+hooks = []
+_post_init_hooks.append(lambda: hooks.append(ray.is_initialized()))
+
+@ray.remote
+class A:
+    def look(self):
+        from ray._private.worker import global_worker
+        assert global_worker.mode == ray.WORKER_MODE and global_worker.connected
+        assert global_worker.actor_id.hex() == ray.get_runtime_context().get_actor_id()
+        assert os.path.isdir(ray._private.worker._global_node.get_session_dir_path())
+        _internal_kv_put(b"of the actor", b"1")
+        return _internal_kv_get(b"of the driver")
+
+assert ray.get(ray.put(1)) == 1  # an automatic init
+assert hooks == [True] and global_worker.mode == ray.SCRIPT_MODE
+_internal_kv_put(b"of the driver", b"2")
+assert ray.get(A.remote().look.remote()) == b"2"
+assert _internal_kv_get(b"of the actor") == b"1" and _internal_kv_exists(b"of the driver")
+assert sorted(_internal_kv_list(b"of the")) == [b"of the actor", b"of the driver"]
+assert _internal_kv_del(b"of the actor") and not _internal_kv_exists(b"of the actor")
+folder = ray._private.worker._global_node.get_session_dir_path()
+assert os.path.isdir(folder)
+open("folder", "w").write(folder)
+""")
+    folder = (site.folder / "folder").read_text()
+    assert "hpcray-packages-" in folder and not os.path.exists(folder)
+
+
 def test_nothing_of_it_is_there_without_the_switch(with_ray: Site) -> None:
     with_ray.good("""
 import sys, hpcray, hpcray.api, hpcray.worker.zygote
