@@ -38,6 +38,15 @@ class Uncaught:
             self._hook_of_threads = partial(self._show_of_thread, threading.excepthook)
             threading.excepthook = self._hook_of_threads
 
+    def remove(self) -> None:
+        """The session is over; what the program has set on top of ours stays."""
+        hook: Any = sys.excepthook
+        if hook is self._hook:
+            sys.excepthook = hook.args[0]
+        hook = threading.excepthook
+        if hook is self._hook_of_threads:
+            threading.excepthook = hook.args[0]
+
     def _show(
         self, replaced: Callable[..., Any], kind: type[BaseException], error: BaseException,
         trace: TracebackType | None,

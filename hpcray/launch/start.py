@@ -316,6 +316,7 @@ def disconnect(client: Client, status: int, *, for_good: bool) -> None:
     watch = _Watch(0 if node is None else node.process.pid)
     ended = client.end_job(status, park=park, look_s=_LOOK_S, is_stuck=watch.is_stuck)
     client.close()
+    _uncaught.remove()
     if node is None:
         return
     node.in_use = False

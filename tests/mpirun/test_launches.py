@@ -43,13 +43,13 @@ print("nodes", len(nodes), flush=True)
     (4, {"bare": True}),
 ])
 def test_every_launch(start: Start, ranks: int, options: dict[str, bool]):
-    job = start(WHO + "sys.exit(3)\n", "-n", "b c", ranks=ranks, **options)
+    job = start(WHO + "sys.exit(3)\n", "-n", "b c", ranks=ranks, HPCRAY_DEDUP_LOGS="0", **options)
     output = job.finish(status=3)
     assert output.count("before") == (ranks if options.get("bare") else 1)
     assert output.count("after") == 1
     assert f"nodes {ranks}" in output
-    said = sorted(int(r) for r in re.findall(r"\(who pid=\d+ rank=(\d)\) hello", output))
-    assert said == list(range(ranks))
+    said = set(re.findall(r"^\(who pid=\d+\) hello from (\w+)", output, flags=re.M))
+    assert len(said) == ranks
 
 
 @pytest.mark.parametrize("bare", [False, True])
