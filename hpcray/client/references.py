@@ -24,7 +24,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast
 
 from hpcray.client.identifiers import JobID, TaskID, check_bytes
-from hpcray.protocol import ids
+from hpcray.protocol import ids, values
 from hpcray.protocol.messages import Hold
 from hpcray.protocol.sizes import IDS_PER_MESSAGE
 
@@ -63,8 +63,16 @@ class ObjectRef(Generic[T_co]):
         # Not in __init__: there would be a ref without an id, and `__del__` would meet it.
         check_bytes(cls, ids.OBJECT_ID_BYTES, id)
         client = _client
-        if client is None or client.job_id != id[20:24] or ids.home_of_object(id) >= client.size:
+        if client is None or client.job_id != id[20:24]:
             return cast("Self", _of_no_object(id))
+        home = ids.home_of_object(id)
+        if home >= client.size:
+            ref = _of_no_object(id)
+            ref._value = values.pack_failure(values.Failure(
+                "ObjectLostError", f"this job has no rank {home}, which would have made it",
+                id.hex()))
+            ref._ready = LOCAL
+            return cast("Self", ref)
         return cast("Self", client.intern(id))
 
     @classmethod

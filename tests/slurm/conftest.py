@@ -1,7 +1,7 @@
 """`slurm`: a real Slurm for the whole session; `submit`: jobs in it, ended by the fixture.
 
 Both MPIs are tested: the suite with Open MPI by `srun --mpi=pmix`, and the part of it that runs
-again with MPICH (`pytest -m mpirun`) by `srun --mpi=pmi2`.
+again with MPICH (`pytest -m mpirun`), which is a few of these, by `srun --mpi=pmi2`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ours = [item for item in items if here in item.path.parents]
     reason = why_not() if ours else ""
     for item in ours:
-        item.add_marker(pytest.mark.mpirun)
         item.add_marker(pytest.mark.slurm)
+        # Again with MPICH: what differs between the two MPIs.
+        if item.name.startswith(("test_several_nodes", "test_scancel")):
+            item.add_marker(pytest.mark.mpirun)
         if reason:
             item.add_marker(pytest.mark.skip(reason=reason))
 
