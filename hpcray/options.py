@@ -418,10 +418,11 @@ def group_strategy(options: Mapping[str, Any]) -> Any:
         return PlacementGroupSchedulingStrategy(
             old, value_of(options, "placement_group_bundle_index"),
             options.get("placement_group_capture_child_tasks"))
-    if getattr(strategy, "placement_group", None) is not None:
+    if getattr(strategy, "placement_group", None) not in (None, "default"):
         return strategy
-    if value_of(options, "placement_group_bundle_index") != -1:
-        raise ValueError("placement_group_bundle_index without a placement group")
+    index = getattr(strategy, "placement_group_bundle_index", -1)
+    if index != -1 or value_of(options, "placement_group_bundle_index") != -1:
+        raise ValueError("a placement group bundle index without a placement group")
     return None
 
 
@@ -433,17 +434,29 @@ def inherited(client: Client, options: Options) -> Options:
         from hpcray.environment import with_parents
 
         options = with_parents(client, options)
-    if (not parent.captures or options.get("scheduling_strategy") is not None
-            or options.get("placement_group", "default") != "default"):
+    if not parent.captures:
+        return options
+    # What does not say whether it captures its children does as its parent.
+    given = options.get("scheduling_strategy")
+    if given is None:
+        group = options.get("placement_group", "default")
+        index = value_of(options, "placement_group_bundle_index")
+        captures = options.get("placement_group_capture_child_tasks")
+    elif hasattr(given, "placement_group"):
+        group, index = given.placement_group, given.placement_group_bundle_index
+        captures = given.placement_group_capture_child_tasks
+    else:
         return options
     from hpcray.util.placement_group import get_current_placement_group
     from hpcray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    group = get_current_placement_group()
-    if group is None:
+    if group == "default" and captures is not False:
+        group = get_current_placement_group()
+    if group in (None, "default"):
         return options
-    index = value_of(options, "placement_group_bundle_index")
-    return {**options, "scheduling_strategy": PlacementGroupSchedulingStrategy(group, index, True)}
+    strategy = PlacementGroupSchedulingStrategy(
+        group, index, True if captures is None else captures)
+    return {**options, "placement_group": "default", "scheduling_strategy": strategy}
 
 
 # What every task in a group takes of its bundle: see node/placement.py.

@@ -6,7 +6,7 @@ Plain descriptions; `hpcray.options` turns them into ranks.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from hpcray.protocol import ids, labels
 from hpcray.protocol.labels import Condition
@@ -63,28 +63,38 @@ class NodeAffinitySchedulingStrategy:
 
 class PlacementGroupSchedulingStrategy:
     """Run in a placement group: in bundle `placement_group_bundle_index`, or (-1) in any. Without
-    a group (None): outside of all, that of the parent too.
+    a group (None): outside of all, that of the parent too. "default": in the group of the task or
+    actor that asks, if that captures children, and else outside of all.
 
     With `placement_group_capture_child_tasks`, tasks and actors started from there run in the
-    group too, unless they say otherwise.
+    group too, unless they say otherwise. None: if what asks captures its children.
+
+    Raises:
+      TypeError: `placement_group` is none of these.
+      ValueError: the group has no such bundle.
     """
 
     __slots__ = ("placement_group", "placement_group_bundle_index",
                  "placement_group_capture_child_tasks")
 
     def __init__(
-        self, placement_group: PlacementGroup | None, placement_group_bundle_index: int = -1,
+        self, placement_group: PlacementGroup | Literal["default"] | None,
+        placement_group_bundle_index: int = -1,
         placement_group_capture_child_tasks: bool | None = None,
     ) -> None:
         from hpcray.util.placement_group import _check_group
 
-        if placement_group is not None:
-            _check_group(placement_group)
         index = placement_group_bundle_index
-        count = 0 if placement_group is None else placement_group.bundle_count
-        if isinstance(index, bool) or not isinstance(index, int) or not -1 <= index < count:
-            raise ValueError(f"placement group bundle index {index!r} is invalid: there are 0 to "
-                             f"{count - 1}, and -1 for any")
+        if isinstance(index, bool) or not isinstance(index, int) or index < -1:
+            raise ValueError(f"placement group bundle index {index!r} is invalid: it must be an "
+                             "int from 0 on, or -1 for any")
+        if placement_group != "default":  # of which group is known later
+            if placement_group is not None:
+                _check_group(placement_group)
+            count = 0 if placement_group is None else placement_group.bundle_count
+            if index >= count:
+                raise ValueError(f"placement group bundle index {index!r} is invalid: there are "
+                                 f"{count} bundles, from 0 on, and -1 for any")
         self.placement_group = placement_group
         self.placement_group_bundle_index = index
         self.placement_group_capture_child_tasks = placement_group_capture_child_tasks

@@ -122,3 +122,52 @@ def test_children_of_an_actor(ray6, group, inside, make_class, kind, captures):
     assert ray6.get(actor.where.remote(), timeout=20) == (group.id.hex(), captures)
     child = (group.id.hex(), True) if captures else (None, False)
     assert ray6.get(actor.where_children.remote(), timeout=20) == [child, child]
+
+
+@pytest.mark.parametrize("what", ["task", "actor"])
+@pytest.mark.parametrize("captures", [True, False])
+@pytest.mark.parametrize(("how", "child"), [
+    ("default", {True: ("in", True), False: ("out", False)}),
+    ("default, and not its children", {True: ("out", False), False: ("out", False)}),
+    ("older, and not its children", {True: ("out", False), False: ("out", False)}),
+    ("none", {True: ("out", False), False: ("out", False)}),
+    ("the group", {True: ("in", True), False: ("in", False)}),
+    ("the group, older", {True: ("in", True), False: ("in", False)}),
+    ("the group, and not its children", {True: ("in", False), False: ("in", False)}),
+])
+def test_what_a_child_says_itself(
+        ray6, group, inside, where, make_class, what, captures, how, child):
+    actors = ray6.remote(make_class("sequential"))
+
+    @ray6.remote(num_cpus=0)
+    def parent():
+        In = type(strategy)
+        options = {
+            "default": lambda: {"scheduling_strategy": In("default")},
+            "default, and not its children":
+                lambda: {"scheduling_strategy": In("default", -1, False)},
+            "older, and not its children": lambda: {"placement_group_capture_child_tasks": False},
+            "none": lambda: {"scheduling_strategy": In(None)},
+            "the group": lambda: {"scheduling_strategy": In(group)},
+            "the group, older": lambda: {"placement_group": group},
+            "the group, and not its children":
+                lambda: {"scheduling_strategy": In(group, -1, False)},
+        }[how]()
+        ray = importlib.import_module(BACKEND)
+        if what == "task":
+            return ray.get(ray.remote(where).options(**options).remote(), timeout=20)
+        actor = actors.options(num_cpus=1, **options).remote()
+        return ray.get(actor.where.remote(), timeout=20)
+
+    strategy = inside(captures)
+    place, hands_on = child[captures]
+    assert ray6.get(parent.options(scheduling_strategy=strategy).remote(), timeout=20) == (
+        group.id.hex() if place == "in" else None, hands_on)
+
+
+def test_default_is_outside_of_all_groups_in_a_driver(ray6, group, inside, where):
+    In = type(inside(False))
+    assert ray6.get(ray6.remote(where).options(
+        scheduling_strategy=In("default")).remote(), timeout=20) == (None, False)
+    with pytest.raises(ValueError, match="bundle index"):
+        ray6.remote(where).options(scheduling_strategy=In("default", 1)).remote()
