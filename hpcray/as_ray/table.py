@@ -33,6 +33,7 @@ _SERVED = (
 _OURS = {
     "ray._private": _PRIVATE,
     "ray._private.worker": f"{_PRIVATE}.worker",
+    "ray._private.services": f"{_PRIVATE}.services",
     "ray._private.state": f"{_PRIVATE}.state",
     "ray._private.utils": f"{_PRIVATE}.utils",
     "ray._private.client_mode_hook": f"{_PRIVATE}.client_mode_hook",

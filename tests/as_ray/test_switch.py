@@ -140,6 +140,15 @@ open("folder", "w").write(folder)
     assert "hpcray-packages-" in folder and not os.path.exists(folder)
 
 
+def test_private_names_that_programs_of_others_use(site: Site) -> None:
+    site.good("""
+import ray
+from ray._private.services import get_node_ip_address
+assert get_node_ip_address is ray.util.get_node_ip_address and get_node_ip_address().count(".") == 3
+assert ray._raylet.ObjectRef is ray.ObjectRef
+""")
+
+
 def test_nothing_of_it_is_there_without_the_switch(with_ray: Site) -> None:
     with_ray.good("""
 import sys, hpcray, hpcray.api, hpcray.worker.zygote
