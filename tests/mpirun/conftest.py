@@ -9,7 +9,6 @@ import pytest
 from ..process.conftest import start as start
 from ..process.jobs import MPIRUN
 
-
 # What these show are hpcray's own rules over ranks, whichever MPI carries its messages.
 ANY_MPI = {"test_waiting", "test_preload", "test_state", "test_util_between_ranks", "test_placing",
            "test_groups_over_ranks", "test_generators_between_ranks", "test_environments"}
