@@ -322,6 +322,8 @@ def _at_exit() -> None:
         return
     try:
         end_session(_exit_status(), for_good=True)
+    except KeyboardInterrupt:
+        pass  # one more Ctrl-C, by who waits for this: the node sees that we are gone
     except Exception as error:  # the interpreter would print a traceback nobody can act on
         print(f"hpcray: the session did not end in good order: {error}", file=sys.stderr)
 

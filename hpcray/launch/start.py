@@ -126,7 +126,7 @@ def _start(launch: Launch, extra: dict[str, str]) -> _Node:
         _lose_identity()
         hide_false_terminals()
     _node = _Node(launch, process, ours)
-    atexit.register(_end_node)
+    atexit.register(_end_node_at_exit)
     return _node
 
 
@@ -336,11 +336,11 @@ def _end_node(limit_s: float | None = None) -> None:
     _discard()
     from hpcray.protocol import messages
 
-    with contextlib.suppress(OSError):
-        node.socket.send(messages.encode([messages.EndJob(0, False)]), socket.MSG_DONTWAIT)
-        node.socket.shutdown(socket.SHUT_RD)  # it must not wait for us to read what it says
     watch = _Watch(node.process.pid)
     try:
+        with contextlib.suppress(OSError):
+            node.socket.send(messages.encode([messages.EndJob(0, False)]), socket.MSG_DONTWAIT)
+            node.socket.shutdown(socket.SHUT_RD)  # it must not wait for us to read what it says
         while True:
             try:
                 node.process.wait(_LOOK_S if limit_s is None else limit_s)
@@ -363,17 +363,22 @@ def _end_node(limit_s: float | None = None) -> None:
         node.socket.close()
 
 
+def _end_node_at_exit() -> None:
+    with contextlib.suppress(KeyboardInterrupt):  # the interpreter would show our frames
+        _end_node()
+
+
 def _discard() -> None:
     global _node
     _node = None
-    atexit.unregister(_end_node)
+    atexit.unregister(_end_node_at_exit)
 
 
 def _forget_in_fork() -> None:
     # A fork of the driver must not end its parent's node.
     global _node
     if _node is not None:
-        atexit.unregister(_end_node)
+        atexit.unregister(_end_node_at_exit)
         _node = None
 
 

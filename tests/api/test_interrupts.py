@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import pytest
 
-# A second thread sends the signal to the process, at random times, while `storming`.
+# A second thread sends the signal to the process, at random times: once each time that `armed` is
+# set, so that the next one comes only when this one has been met. Python drops what is raised in a
+# finaliser: then two more rounds have passed without a word.
 HEAD = """
 import collections, faulthandler, os, random, signal, sys, threading, time
 import numpy  # an import of numpy that is interrupted cannot be repeated
@@ -33,15 +35,20 @@ ray.init(num_cpus=2, **INIT)
 counter = Counter.remote()
 ray.get([counter.add.remote(-1), same.remote(0)])
 # Plain variables: the locks of `threading` do not survive a handler that raises.
-storming = over = False
-busy = []  # a handler that takes its time: one at a time
+armed = over = False
+rounds = 0
 
 def storm(number):
+    global armed, over
     draw = random.Random(1)
-    while not over:
+    sent_in = 0
+    end_s = time.monotonic() + 5
+    while time.monotonic() < end_s:
         time.sleep(draw.choice([0.0002, 0.001, 0.003, 0.01, 0.02]))
-        if storming and not busy:
+        if armed or rounds > sent_in + 2:
+            armed, sent_in = False, rounds
             os.kill(os.getpid(), number)
+    over = True
 
 def start(number):
     threading.Thread(target=storm, args=(number,), daemon=True).start()
@@ -66,39 +73,34 @@ signal.signal(NUMBER, handle)
 """,
     }[handler]
     done = run_driver(HEAD + install + """
-interrupts, rounds, errors = 0, 0, []
+interrupts, errors, settled = 0, [], False
 calls, others, got = [], [], 0
-end_s = time.monotonic() + 5
 start(NUMBER)
-storming = True
-while time.monotonic() < end_s:
+while not settled:
+    # No signal comes here: the last one has been met, and none is asked for yet.
     try:
-        try:
-            while time.monotonic() < end_s:
-                rounds += 1
-                n, small, large = rounds, bytes(rounds % 5 * 10_000), bytes(rounds % 7 * 30_000)
-                calls.append((counter.add.remote(n), n))
-                others.append((same.remote((n, small), large), (n, small)))
-                others.append((ray.put((n, large)), (n, large)))
-                asked = [calls[-1], *others[-2:]]
-                if n % 3 == 0:
-                    for ref, value in asked:
-                        assert ray.get(ref, timeout=20) == value
-                        got += 1
-                elif n % 5 == 0:
-                    ready, _ = ray.wait([ref for ref, _ in asked], num_returns=3, timeout=20)
-                    assert len(ready) == 3
-        except Interrupt:
-            interrupts += 1
-        except BaseException as error:
-            errors.append(repr(error))
+        armed = True
+        while not over:
+            rounds += 1
+            n, small, large = rounds, bytes(rounds % 5 * 10_000), bytes(rounds % 7 * 30_000)
+            calls.append((counter.add.remote(n), n))
+            others.append((same.remote((n, small), large), (n, small)))
+            others.append((ray.put((n, large)), (n, large)))
+            asked = [calls[-1], *others[-2:]]
+            if n % 3 == 0:
+                for ref, value in asked:
+                    assert ray.get(ref, timeout=20) == value
+                    got += 1
+            elif n % 5 == 0:
+                ready, _ = ray.wait([ref for ref, _ in asked], num_returns=3, timeout=20)
+                assert len(ready) == 3
+        time.sleep(0.1)  # the last signal may be on its way
+        settled = True
     except Interrupt:
-        pass  # while the one before was counted
-try:
-    storming, over = False, True
-    time.sleep(0.1)
-except Interrupt:
-    storming, over = False, True
+        interrupts += 1
+    except BaseException as error:
+        errors.append(repr(error))
+        settled = True
 signal.signal(NUMBER, signal.SIG_IGN)
 print(interrupts, "interrupts", got, "values", rounds, "rounds", file=sys.stderr)
 assert not errors, errors[:3]
@@ -119,9 +121,8 @@ def test_a_handler_that_calls(run_driver):
     done = run_driver(HEAD + """
 ran, refused, wrong, refs = 0, 0, [], []
 def handle(*_):
-    global ran, refused
+    global ran, refused, armed
     ran += 1
-    busy.append(ran)
     try:
         refs.append((ray.put(ran), ran))
         refs.append((counter.add.remote(ran), ran))
@@ -141,21 +142,18 @@ def handle(*_):
     except BaseException as error:
         wrong.append(repr(error))
     finally:
-        busy.pop()
+        armed = True
 
 signal.signal(signal.SIGALRM, handle)
 start(signal.SIGALRM)
-storming = True
-end_s, n = time.monotonic() + 5, 0
-while time.monotonic() < end_s:
+armed, n = True, 0
+while not over:
     n += 1
     asked = [same.remote((n, bytes(n % 5 * 10_000))), ray.put(n), counter.add.remote(-n)]
     ready, pending = ray.wait(asked, num_returns=2, timeout=20)
     assert len(ready) == 2, (ready, pending)
     assert ray.get(asked, timeout=20) == [(n, bytes(n % 5 * 10_000)), n, -n]
-storming = False
-over = True
-time.sleep(0.1)
+time.sleep(0.1)  # the last signal may be on its way
 signal.signal(signal.SIGALRM, signal.SIG_IGN)
 print(ran, "signals", refused, "refused", n, "rounds", file=sys.stderr)
 assert not wrong, wrong[:3]
