@@ -29,6 +29,7 @@ import msgspec
 from hpcray.node.ledger import Shape, is_group_shape
 from hpcray.node.outbox import Outbox
 from hpcray.node.records import QUEUED, TaskRecord
+from hpcray.node.scheduler import GlobalScheduler, covers, may_run, rating, slots_of
 from hpcray.protocol import ids, labels, values, words
 from hpcray.protocol.messages import (
     ACTOR_CREATION,
@@ -62,7 +63,6 @@ _LOAD_INTERVAL_S = 0.002
 # How often one node is asked to give back.
 _ASK_BACK_S = 0.005
 _HEARTBEAT_S = 1.0
-_RECENT_S = 0.1
 # A node that had no room for what was dealt to it is left out for this long.
 _REST_S = 0.1
 # Below this many bytes an absent input does not decide where a task runs.
@@ -140,7 +140,7 @@ class Cluster:
         """Bind a task to the node it asks for, or fail it; False if it is for this node's queue."""
         template = task.template
         total = self._totals.get(template.rank)
-        if total is None or not _covers(total, template.resources):
+        if total is None or not covers(total, template.resources):
             why = ("there is no such node in this job (an id of another job?)" if total is None
                    else f"it can never hold {describe(template.resources)}")
             return self._place_elsewhere_or_fail(task, template.soft, why)
@@ -225,11 +225,11 @@ class Cluster:
     def _candidates(self, shape: Shape) -> dict[int, int]:
         """The nodes that could run it, this one first, and how many each; of those the preferred
         ones, if there are any."""
-        able = {rank: _slots(total, shape) for rank, total in self._totals.items()
-                if _covers(total, shape)}
+        able = {rank: slots_of(total, shape) for rank, total in self._totals.items()
+                if covers(total, shape)}
         soft = [name for name, _ in shape if labels.prefers(name)]
         if soft and able:
-            rated = {rank: _rating(dict(self.nodes[rank].labels), soft) for rank in able}
+            rated = {rank: rating(dict(self.nodes[rank].labels), soft) for rank in able}
             best = min(rated.values())
             able = {rank: slots for rank, slots in able.items() if rated[rank] == best}
         size = self._machine.size
@@ -254,7 +254,7 @@ class Cluster:
         if absent[best] < _LOCALITY_BYTES or best == self._rank:
             return False
         shape = task.template.resources
-        if not is_group_shape(shape) and not _covers(self._totals[best], shape):
+        if not is_group_shape(shape) and not covers(self._totals[best], shape):
             return False
         self._machine.tasks.assign(task, best)
         return True
@@ -500,148 +500,6 @@ class Cluster:
             self.scheduler.demand(self._rank, message)
 
 
-class NodeView:
-    __slots__ = ("actors", "free", "heard_s", "labels", "met", "queued", "recent", "reported",
-                 "total")
-
-    def __init__(self, node: Joined) -> None:
-        self.heard_s = 0.0  # when it last told its load
-        self.total = dict(node.resources)
-        self.reported = dict(self.total)  # free, as it last said
-        self.free = dict(self.total)  # less what was granted since
-        self.labels = dict(node.labels)
-        # Conditions on labels it meets. It says so itself once it has met a task with them.
-        self.met: dict[str, int] = {}
-        self.queued = 0
-        self.actors = 0
-        # When actors were granted here lately: loads that know nothing of them are on their way.
-        self.recent: deque[float] = deque()
-
-
-class GlobalScheduler:
-    """Matches demands of homes with room on nodes. Soft state: all of it comes again with loads."""
-
-    def __init__(self) -> None:
-        self.views: dict[int, NodeView] = {}
-        self._demands: dict[tuple[int, Shape, bool], Demand] = {}
-        self._changed = False
-        # Demands no node can ever meet, to be reported once each.
-        self.impossible: list[tuple[int, Demand]] = []
-        self._reported: set[tuple[int, Shape, bool]] = set()
-        self._learned: set[str] = set()
-
-    def joined(self, node: Joined) -> None:
-        self.views[node.rank] = NodeView(node)
-
-    def learn(self, shape: Shape) -> None:
-        for name, _ in shape:
-            if labels.is_condition(name) and name not in self._learned:
-                self._learned.add(name)
-                for view in self.views.values():
-                    if may_run(view.labels, name):
-                        view.met[name] = view.total[name] = view.free[name] = labels.OFFERED
-
-    def load(self, rank: int, message: Load, now_s: float = 0.0) -> None:
-        view = self.views.get(rank)
-        if view is not None:
-            view.heard_s = now_s
-            view.reported = dict(message.free)
-            view.free = {**view.reported, **view.met}
-            view.queued = message.queued
-            view.actors = message.actors
-            self._changed = True
-
-    def demand(self, home: int, message: Demand) -> None:
-        key = (home, message.shape, message.actor)
-        if message.count:
-            self.learn(message.shape)
-            self._demands[key] = message
-            self._changed = True
-            if key not in self._reported and not is_group_shape(message.shape) and not any(
-                _covers(view.total, message.shape) for view in self.views.values()
-            ):
-                self._reported.add(key)
-                self.impossible.append((home, message))
-        else:
-            self._demands.pop(key, None)
-
-    def unused(self, home: int, message: GrantUnused) -> None:
-        """Add back what was granted for nothing; a load that came meanwhile has done so. The home
-        asks again if it needs anything."""
-        self._demands.pop((home, message.shape, message.actor), None)
-        view = self.views[message.rank]
-        for name, amount in message.shape:
-            have = view.met.get(name, view.reported.get(name, 0))
-            view.free[name] = min(view.free.get(name, 0) + amount * message.slots, have)
-        if message.actor and view.recent:
-            view.recent.pop()
-        self._changed = True
-
-    def match(self, now_s: float) -> list[tuple[int, Grant]]:
-        """(home, grant) for demands that some node has room for."""
-        if not self._changed or not self._demands:
-            return []
-        self._changed = False
-        grants: list[tuple[int, Grant]] = []
-        for key, demand in list(self._demands.items()):
-            home, shape, actor = key
-            left = demand.count
-            given: dict[int, int] = {}
-            soft = [name for name, _ in shape if labels.prefers(name)]
-            while left > 0:
-                rank = self._choose(home, shape, actor, soft, now_s)
-                if rank is None:
-                    break
-                view = self.views[rank]
-                # Actors one by one, so that they spread; tasks take all the room there is.
-                slots = 1 if actor or demand.spread else min(left, _slots(view.free, shape))
-                for name, amount in shape:
-                    view.free[name] -= amount * slots
-                if actor:
-                    view.recent.append(now_s)
-                given[rank] = given.get(rank, 0) + slots
-                left -= slots
-                if not actor and _without_limit(shape):
-                    break
-            for rank, slots in given.items():
-                grants.append((home, Grant(rank, shape, slots, actor)))
-            if given or not left:
-                del self._demands[key]
-            if given and left:  # it goes behind the others: whoever asked first starves nobody
-                self._demands[key] = Demand(shape, left, actor, demand.spread)
-        return grants
-
-    def _choose(
-        self, home: int, shape: Shape, actor: bool, soft: list[str], now_s: float
-    ) -> int | None:
-        """The node with room: preferred by soft conditions; fewest actors per CPU for an actor,
-        shortest queue for a task."""
-        best: tuple[int, float, int, int] | None = None
-        for rank, view in self.views.items():
-            if rank == home and not actor:
-                continue  # what fits there has started already
-            if not _covers(view.free, shape):
-                continue
-            cpus = max(view.total.get("CPU", 0), 10_000)
-            while view.recent and now_s - view.recent[0] > _RECENT_S:
-                view.recent.popleft()
-            busy = (view.actors + len(view.recent)) / cpus if actor else view.queued / cpus
-            candidate = (_rating(view.labels, soft), busy, 0 if rank == home else 1, rank)
-            if best is None or candidate < best:
-                best = candidate
-        return None if best is None else best[3]
-
-
-def _rating(node_labels: dict[str, str], conditions: list[str]) -> int:
-    """How well a node meets conditions that prefer some: 0 is best."""
-    return sum(labels.rating(node_labels, name) for name in conditions)
-
-
-def may_run(node_labels: dict[str, str], condition: str) -> bool:
-    """Whether a node offers a condition: a hard one if it meets it, a soft one in any case."""
-    return condition[0] == labels.SOFT or labels.meets(node_labels, condition)
-
-
 def describe(shape: Shape) -> str:
     """A shape for people."""
     amounts = [f"{name}: {words.size(amount / UNIT)}" if "memory" in name
@@ -650,16 +508,3 @@ def describe(shape: Shape) -> str:
     hard = [f"labels {name[1:].replace('|', ' or ')}" for name, _ in shape
             if name[0] == labels.HARD]
     return ", ".join([f"{{{', '.join(amounts)}}}", *hard])
-
-
-def _covers(have: dict[str, int], shape: Shape) -> bool:
-    return all(have.get(name, 0) >= amount for name, amount in shape)
-
-
-def _slots(free: dict[str, int], shape: Shape) -> int:
-    return min((free.get(name, 0) // amount for name, amount in shape
-                if not labels.is_condition(name)), default=64)
-
-
-def _without_limit(shape: Shape) -> bool:
-    return all(labels.is_condition(name) for name, _ in shape)

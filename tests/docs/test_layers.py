@@ -68,8 +68,8 @@ PURE = ("protocol.", "objects.allocator", "objects.budget", "transport.peers", "
         "transport.transfers", "transport.base", "control.schema", "control.address",
         *(f"node.{name}" for name in (
             "machine", "directory", "holders", "tasks", "dispatch", "ledger", "actors", "cluster",
-            "inventory", "keyvalue", "memory", "names", "placement", "requests", "explain",
-            "waiting", "records", "outbox", "streams")),
+            "scheduler", "inventory", "keyvalue", "memory", "names", "placement", "requests",
+            "explain", "waiting", "records", "outbox", "streams")),
         *(f"client.{name}" for name in (
             "core", "objects", "groups", "requests", "waiters", "pending")))
 WORLD = {"socket", "select", "selectors", "threading", "time", "os", "signal", "subprocess", "mmap",

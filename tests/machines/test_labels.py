@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpcray.node.cluster import GlobalScheduler
+from hpcray.node.scheduler import GlobalScheduler
 from hpcray.protocol import labels
 from hpcray.protocol.messages import UNIT, Demand, Joined, Load
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpcray.node.cluster import GlobalScheduler
+from hpcray.node.scheduler import GlobalScheduler
 from hpcray.protocol.messages import UNIT, Demand, GrantUnused, Joined, Load
 
 CPU = (("CPU", UNIT),)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hpcray.node.cluster import GlobalScheduler
+from hpcray.node.scheduler import GlobalScheduler
 from hpcray.protocol.labels import TAKEN
 from hpcray.protocol.messages import FAIL, SPILL, UNIT
 from hpcray.testing.cluster import SimulatedCluster
