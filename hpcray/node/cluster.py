@@ -99,7 +99,7 @@ class Cluster:
         self._machine = machine
         self._outbox = outbox
         self._rank = machine.rank
-        self.nodes: dict[int, Joined] = {}
+        self.nodes = machine.tables.nodes
         # What each node has in all, conditions on labels that it meets among it.
         self._totals: dict[int, dict[str, int]] = {}
         self._turns: dict[Shape, Turns] = {}

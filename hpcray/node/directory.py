@@ -61,7 +61,7 @@ class Directory:
         self._outbox = outbox
         self._rank = machine.rank
         self._rank_bytes = machine.rank.to_bytes(4, "big")
-        self.records: dict[bytes, ObjectRecord] = {}
+        self.records = machine.tables.objects
         self.holders: Holders = Holders(outbox)
         # Bytes of inline values that are worth counting.
         self.inline_bytes = 0

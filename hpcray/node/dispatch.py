@@ -27,7 +27,6 @@ DP-5  no datagram is empty: the head of a worker's first one is what it runs.
 
 from __future__ import annotations
 
-import enum
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterable
@@ -36,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpcray.node.ledger import ResourceLedger, Shape, cpu_part, is_group_shape, without_cpu
 from hpcray.node.outbox import KillWorker, Outbox, StartWorker, TakeBack
-from hpcray.node.records import QUEUED, WAITING, TaskRecord
+from hpcray.node.records import QUEUED, WAITING, TaskRecord, Worker, WorkerState
 from hpcray.protocol import ids, values
 from hpcray.protocol.messages import ACTOR_CREATION, METHOD, TASK, Stop, Template
 
@@ -74,43 +73,6 @@ _REFUSED_S = 10.0
 _CREATION_REFUSED_S = 20.0
 # Workers kept for tasks when no more can be started: actors would take every one.
 _KEPT_MAX = 4
-
-
-class WorkerState(enum.Enum):
-    STARTING = "forked, has not said hello"
-    IDLE = "waits for a lease"
-    LEASED = "runs tasks"
-    ACTOR = "hosts an actor until it exits"
-    STOPPING = "told to exit, or killed"
-
-
-class Worker:
-    __slots__ = (
-        "actor_id", "blocked", "bound_devices", "calls", "datagrams", "devices", "environment",
-        "for_tasks", "idle_since_s", "number", "pid", "retiring", "sent_s", "shape", "slow",
-        "state",
-    )
-
-    def __init__(self, number: int, for_tasks: bool) -> None:
-        self.number = number
-        self.for_tasks = for_tasks  # what it was started for; it runs what comes
-        self.pid = 0
-        self.state = WorkerState.STARTING
-        self.shape: Shape = ()
-        self.devices: tuple[int, ...] = ()
-        # Outstanding datagrams, oldest first, none empty; the head of the first is running.
-        self.datagrams: deque[deque[TaskRecord]] = deque()
-        self.blocked = False
-        self.slow = False
-        # The runtime environment and the GPUs of its first task: it runs tasks of the same only,
-        # since libraries look once per process. None: it has run nothing yet.
-        self.environment: bytes | None = None
-        self.bound_devices: tuple[int, ...] = ()
-        self.actor_id = b""
-        self.sent_s = 0.0  # when its oldest datagram began
-        self.idle_since_s = 0.0
-        self.calls: dict[bytes, int] | None = None  # template -> runs, of those with max_calls
-        self.retiring = False  # it has reached one of them: no new work, and then it ends
 
 
 class ShapeQueue:
@@ -167,7 +129,7 @@ class Dispatcher:
         self._machine = machine
         self._outbox = outbox
         self.ledger = ledger
-        self.workers: dict[int, Worker] = {}
+        self.workers = machine.tables.workers
         self.queues: dict[tuple[Shape, bool], ShapeQueue] = {}
         self._queue_of: dict[bytes, ShapeQueue] = {}  # by template
         self._idle: deque[Worker] = deque()

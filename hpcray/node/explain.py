@@ -17,7 +17,7 @@ from collections.abc import Callable
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from hpcray.node.actors import ActorState, Hosted, class_name, turn_of
+from hpcray.node.actor_records import ActorState, Hosted, class_name, turn_of
 from hpcray.node.ledger import Shape
 from hpcray.node.outbox import Outbox
 from hpcray.node.records import (
@@ -29,12 +29,12 @@ from hpcray.node.records import (
     WAITING,
     ObjectRecord,
     TaskRecord,
+    Worker,
 )
 from hpcray.protocol import ids, labels, words
 from hpcray.protocol.messages import ACTOR_CREATION, METHOD, Template
 
 if TYPE_CHECKING:
-    from hpcray.node.dispatch import Worker
     from hpcray.node.machine import Machine
 
 # Objects explained for one request; a client asks about the first few.

@@ -25,8 +25,7 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hpcray.node.actors import ActorHome, ActorState, class_name
-from hpcray.node.dispatch import Worker, WorkerState
+from hpcray.node.actor_records import ActorHome, ActorState, class_name
 from hpcray.node.outbox import Outbox
 from hpcray.node.placement import MEMBER
 from hpcray.node.records import (
@@ -40,6 +39,8 @@ from hpcray.node.records import (
     ClientRecord,
     ObjectRecord,
     TaskRecord,
+    Worker,
+    WorkerState,
 )
 from hpcray.protocol import ids, labels, values
 from hpcray.protocol.messages import (

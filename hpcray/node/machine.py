@@ -28,6 +28,7 @@ from hpcray.node.placement import Bundles, Groups
 from hpcray.node.records import DRIVER, WAIT_LOCAL, WAIT_READY, WAIT_VALUE, ClientRecord
 from hpcray.node.requests import Requests
 from hpcray.node.streams import Streams
+from hpcray.node.tables import Tables
 from hpcray.node.tasks import Tasks
 from hpcray.node.waiting import Waiting
 from hpcray.protocol import ids, values
@@ -42,13 +43,13 @@ class Machine:
         self, rank: int, size: int, resources: dict[str, int], capacity_bytes: int, job_id: bytes,
         session: dict[str, Any],
     ) -> None:
+        self.tables = Tables(rank, size, job_id, session)
         self.rank = rank
         self.size = size
         self.job_id = job_id
         self.session = session
-        self.now_s = 0.0
         self.outbox = Outbox()
-        self.clients: dict[int, ClientRecord] = {}
+        self.clients = self.tables.clients
         self.functions: dict[bytes, m.FunctionDef] = {}
         self._function_waits: dict[bytes, list[tuple[int, bytes]]] = {}
         # New functions, for the control store.
@@ -71,6 +72,10 @@ class Machine:
         self._squeezed = False
         self._from_clients = self._client_handlers()
         self._from_peers = self._peer_handlers()
+
+    @property
+    def now_s(self) -> float:
+        return self.tables.now_s
 
     # --- clients ----------------------------------------------------------------------------------
 
@@ -264,7 +269,7 @@ class Machine:
 
     def end_turn(self, now_s: float) -> None:
         """Decide what follows from this turn's messages."""
-        self.now_s = now_s
+        self.tables.now_s = now_s
         if self.bundles.ending:
             self.bundles.end_turn()
         if self.groups.pending:
@@ -282,7 +287,7 @@ class Machine:
 
     def tick(self, now_s: float) -> None:
         """Every 10 ms or so while `wants_ticks`, else every second."""
-        self.now_s = now_s
+        self.tables.now_s = now_s
         self.dispatcher.tick(now_s)
         self.memory.tick(now_s)
         if self.dispatcher.tight or self.memory.tight:

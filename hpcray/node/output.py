@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
-from hpcray.node.actors import class_name
+from hpcray.node.actor_records import class_name
 from hpcray.node.connections import Connections
 from hpcray.node.machine import Machine
 from hpcray.node.records import DRIVER

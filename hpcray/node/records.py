@@ -14,10 +14,13 @@ bytes, ints, and lists of other records, never a cycle. What few records need li
 
 from __future__ import annotations
 
+import enum
+from collections import deque
 from typing import Any
 
 import msgspec
 
+from hpcray.node.ledger import Shape
 from hpcray.protocol.messages import Located, Template
 
 DRIVER = 0  # its number among the clients of its node
@@ -168,3 +171,43 @@ class ClientRecord:
         # have sent yet.
         self.told: list[tuple[int, bytes]] = []
         self.called = b""
+
+
+# --- workers ----------------------------------------------------------------------------------
+
+
+class WorkerState(enum.Enum):
+    STARTING = "forked, has not said hello"
+    IDLE = "waits for a lease"
+    LEASED = "runs tasks"
+    ACTOR = "hosts an actor until it exits"
+    STOPPING = "told to exit, or killed"
+
+
+class Worker:
+    __slots__ = (
+        "actor_id", "blocked", "bound_devices", "calls", "datagrams", "devices", "environment",
+        "for_tasks", "idle_since_s", "number", "pid", "retiring", "sent_s", "shape", "slow",
+        "state",
+    )
+
+    def __init__(self, number: int, for_tasks: bool) -> None:
+        self.number = number
+        self.for_tasks = for_tasks  # what it was started for; it runs what comes
+        self.pid = 0
+        self.state = WorkerState.STARTING
+        self.shape: Shape = ()
+        self.devices: tuple[int, ...] = ()
+        # Outstanding datagrams, oldest first, none empty; the head of the first is running.
+        self.datagrams: deque[deque[TaskRecord]] = deque()
+        self.blocked = False
+        self.slow = False
+        # The runtime environment and the GPUs of its first task: it runs tasks of the same only,
+        # since libraries look once per process. None: it has run nothing yet.
+        self.environment: bytes | None = None
+        self.bound_devices: tuple[int, ...] = ()
+        self.actor_id = b""
+        self.sent_s = 0.0  # when its oldest datagram began
+        self.idle_since_s = 0.0
+        self.calls: dict[bytes, int] | None = None  # template -> runs, of those with max_calls
+        self.retiring = False  # it has reached one of them: no new work, and then it ends

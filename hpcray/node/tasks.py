@@ -78,9 +78,9 @@ class Tasks:
         self._machine = machine
         self._outbox = outbox
         self._rank = machine.rank
-        self.records: dict[bytes, TaskRecord] = {}
-        self.templates: dict[bytes, Template] = {}
-        self.statistics: dict[bytes, TemplateStatistics] = {}
+        self.records = machine.tables.tasks
+        self.templates = machine.tables.templates
+        self.statistics = machine.tables.statistics
         # Templates each peer knows already.
         self._told: dict[int, set[bytes]] = {}
         # (task, template, refs) of new tasks, for the control store.

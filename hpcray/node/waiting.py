@@ -24,12 +24,12 @@ from hpcray.node.explain import name_of
 from hpcray.node.ledger import Shape, is_group_shape
 from hpcray.node.outbox import Outbox
 from hpcray.node.placement import Group, choose
-from hpcray.node.records import DRIVER, QUEUED, TaskRecord
+from hpcray.node.records import DRIVER, QUEUED, TaskRecord, Worker
 from hpcray.protocol import ids, labels, words
 from hpcray.protocol.messages import CollectGarbage
 
 if TYPE_CHECKING:
-    from hpcray.node.dispatch import ShapeQueue, Worker
+    from hpcray.node.dispatch import ShapeQueue
     from hpcray.node.machine import Machine
 
 PATIENCE_S = 10.0

@@ -26,8 +26,8 @@ import pytest
 
 from hpcray.launch.identity import LAUNCH_PREFIXES
 from hpcray.node import records
-from hpcray.node.actors import ActorState
-from hpcray.node.dispatch import WorkerState
+from hpcray.node.actor_records import ActorState
+from hpcray.node.records import WorkerState
 from hpcray.protocol import messages
 
 ROOT = Path(__file__).resolve().parents[2]

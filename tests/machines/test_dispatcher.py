@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from hpcray.node import outbox as out
-from hpcray.node.dispatch import WorkerState
 from hpcray.node.machine import Machine
-from hpcray.node.records import RUNNING
+from hpcray.node.records import RUNNING, WorkerState
 from hpcray.protocol import ids, values
 from hpcray.protocol import messages as m
 
