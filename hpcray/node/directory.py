@@ -16,9 +16,10 @@ OD-4  a foreign record with holds by clients has told its home (`extra.added`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hpcray.node.holders import Holders
+from hpcray.node.memory import NodeMemory
 from hpcray.node.outbox import Outbox, StartPull
 from hpcray.node.records import (
     FREED,
@@ -29,7 +30,10 @@ from hpcray.node.records import (
     ClientRecord,
     ObjectExtra,
     ObjectRecord,
+    TaskRecord,
+    is_here,
 )
+from hpcray.node.tables import Tables, unwired
 from hpcray.protocol import ids, values
 from hpcray.protocol.messages import (
     CopyAdded,
@@ -47,21 +51,19 @@ from hpcray.protocol.messages import (
     Want,
 )
 
-if TYPE_CHECKING:
-    from hpcray.node.machine import Machine
-
 _IDS_PER_MESSAGE = 2000
 # Inline values of this size and less cost about as much as their record: not counted.
 _COUNTED_BYTES = 1024
 
 
 class Directory:
-    def __init__(self, machine: Machine, outbox: Outbox) -> None:
-        self._machine = machine
+    def __init__(self, tables: Tables, outbox: Outbox, memory: NodeMemory) -> None:
+        self._clients = tables.clients
         self._outbox = outbox
-        self._rank = machine.rank
-        self._rank_bytes = machine.rank.to_bytes(4, "big")
-        self.records = machine.tables.objects
+        self._memory = memory
+        self._rank = tables.rank
+        self._rank_bytes = tables.rank.to_bytes(4, "big")
+        self.records = tables.objects
         self.holders: Holders = Holders(outbox)
         # Bytes of inline values that are worth counting.
         self.inline_bytes = 0
@@ -72,8 +74,12 @@ class Directory:
         # Handovers of refs inside results: number -> joined ids held until HandedOver.
         self._handovers: dict[int, bytes] = {}
         self._handover_count = 0
-        # Creation objects are freed like others; the actor machine wants to know.
-        self.on_freed_creation: Callable[[bytes], None] = lambda object_id: None
+        # Ports: an object that a task waits for is ready (somewhere), or has come here; it cannot
+        # be brought here now, for this reason; no handle of an actor is left, by its creation
+        # object.
+        self.dependency_ready: Callable[[TaskRecord, ObjectRecord], None] = unwired
+        self.dependency_refused: Callable[[TaskRecord, ObjectRecord, bytes], None] = unwired
+        self.creation_freed: Callable[[bytes], None] = unwired
 
     def is_home(self, object_id: bytes) -> bool:
         return object_id[16:20] == self._rank_bytes
@@ -160,7 +166,7 @@ class Directory:
         waiters = record.waiters
         if waiters is None:
             return False
-        clients = self._machine.clients
+        clients = self._clients
         return any(code >> 2 in clients
                    for code in (waiters if type(waiters) is list else (waiters,)))
 
@@ -183,7 +189,7 @@ class Directory:
                         ObjectReady(object_id, freed_value(object_id)))
                 extra.wanters = None
         if object_id[:8] == b"\0\0\0\0\0\0\0\0" and ids.is_creation_object(object_id):
-            self.on_freed_creation(object_id)
+            self.creation_freed(object_id)
         if record.value is not None and len(record.value) > _COUNTED_BYTES:
             self.inline_bytes -= len(record.value)
             record.value = None
@@ -191,7 +197,7 @@ class Directory:
             record.state = FREED
             return
         if self.records.pop(object_id, None) is not None and record.location is not None:
-            self._machine.memory.free(record.location)
+            self._memory.free(record.location)
             record.location = None
 
     # --- becoming ready ---------------------------------------------------------------------------
@@ -247,10 +253,10 @@ class Directory:
 
     def resolve_located(self, object_id: bytes, location: Located, contained: bytes = b"") -> None:
         """A value in this node's shared memory, for an object homed here."""
-        self._machine.memory.used(location)
+        self._memory.used(location)
         record = self.records.get(object_id)
         if record is None or record.state != PENDING:
-            self._machine.memory.free(location)
+            self._memory.free(location)
             return
         record.location = location
         record.nbytes = location.nbytes
@@ -294,12 +300,12 @@ class Directory:
 
     def keep_foreign(self, object_id: bytes, location: Located, *, failed: bool = False) -> None:
         """A worker here made a large value, or error, homed elsewhere: this node has the copy."""
-        self._machine.memory.used(location)
+        self._memory.used(location)
         record = self.records.get(object_id)
         if record is None:
             record = self.records[object_id] = ObjectRecord(object_id)
         if record.location is not None:
-            self._machine.memory.free(location)  # an earlier attempt's copy is as good
+            self._memory.free(location)  # an earlier attempt's copy is as good
             return
         record.location = location
         record.nbytes = location.nbytes
@@ -351,7 +357,7 @@ class Directory:
         if extra.dependents:
             dependents, extra.dependents = extra.dependents, None
             for task in dependents:
-                self._machine.tasks.dependency_ready(task, record)
+                self.dependency_ready(task, record)
 
     # --- clients that wait ------------------------------------------------------------------------
 
@@ -394,7 +400,7 @@ class Directory:
         """The worker that was to send these values has not, or may not have. Twice is harmless."""
         for client, object_id in told:
             record = self.records.get(object_id)
-            if record is not None and client in self._machine.clients:
+            if record is not None and client in self._clients:
                 self._serve(record, client * 4 + WAIT_VALUE)
 
     def _serve(self, record: ObjectRecord, code: int) -> None:
@@ -405,7 +411,7 @@ class Directory:
             if value is not None:
                 self._outbox.clients[client].append(Value(record.object_id, value))
                 return
-            if client not in self._machine.clients:
+            if client not in self._clients:
                 return  # it died while it waited
             if record.location is not None:
                 self.pin(record, client)
@@ -433,7 +439,7 @@ class Directory:
 
     def pin(self, record: ObjectRecord, client: int) -> None:
         record.pins += 1
-        pins = self._machine.clients[client].pins
+        pins = self._clients[client].pins
         pins[record.object_id] = pins.get(record.object_id, 0) + 1
 
     def client_unpinned(self, client: ClientRecord, object_id: bytes, count: int = 1) -> None:
@@ -461,7 +467,7 @@ class Directory:
             return
         self.records.pop(record.object_id, None)
         if record.location is not None:
-            self._machine.memory.free(record.location)
+            self._memory.free(record.location)
             record.location = None
 
     # --- other nodes ------------------------------------------------------------------------------
@@ -559,7 +565,7 @@ class Directory:
     # --- copies -----------------------------------------------------------------------------------
 
     def is_local(self, record: ObjectRecord) -> bool:
-        return record.value is not None or record.location is not None
+        return is_here(record)
 
     def pull(self, record: ObjectRecord) -> None:
         """Bring a copy here; whoever waits on the record hears of it."""
@@ -579,7 +585,7 @@ class Directory:
         """The copy is here, in the node's own segment (accounted when it was allocated)."""
         record = self.records.get(object_id)
         if record is None:
-            self._machine.memory.free(location)
+            self._memory.free(location)
             return
         extra = record.more()
         extra.pulling = False
@@ -638,7 +644,7 @@ class Directory:
         extra = record.more()
         dependents, extra.dependents = extra.dependents, None
         for task in dependents or ():
-            self._machine.tasks.dependency_refused(task, record, error)
+            self.dependency_refused(task, record, error)
 
     def pull_asked(self, rank: int, message: PullRequest) -> Located | None:
         """Pin and return where to send from; None: refused."""
@@ -672,7 +678,7 @@ class Directory:
             return
         self.records.pop(record.object_id, None)
         if record.location is not None:
-            self._machine.memory.free(record.location)
+            self._memory.free(record.location)
             record.location = None
 
     # --- end of turn ------------------------------------------------------------------------------

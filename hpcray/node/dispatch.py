@@ -29,18 +29,17 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice, takewhile
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hpcray.node.ledger import ResourceLedger, Shape, cpu_part, is_group_shape, without_cpu
 from hpcray.node.outbox import KillWorker, Outbox, StartWorker, TakeBack
-from hpcray.node.records import QUEUED, WAITING, TaskRecord, Worker, WorkerState
+from hpcray.node.records import QUEUED, WAITING, TaskRecord, Worker, WorkerState, is_here
+from hpcray.node.tables import Tables, unwired
+from hpcray.node.tasks import Tasks
 from hpcray.protocol import ids, values
 from hpcray.protocol.messages import ACTOR_CREATION, METHOD, TASK, Stop, Template
-
-if TYPE_CHECKING:
-    from hpcray.node.machine import Machine
 
 BATCH_MAX = 16
 _BATCH_BYTES = 96 * 1024
@@ -125,11 +124,33 @@ def _head_urgency(queue: ShapeQueue) -> int:
 
 
 class Dispatcher:
-    def __init__(self, machine: Machine, outbox: Outbox, ledger: ResourceLedger) -> None:
-        self._machine = machine
+    def __init__(
+        self, tables: Tables, outbox: Outbox, ledger: ResourceLedger, tasks: Tasks, lent: set[int],
+    ) -> None:
+        self._tables = tables
+        self._objects = tables.objects
+        self._records = tables.tasks
+        self._statistics = tables.statistics
+        self._hosted = tables.hosted
+        self._rank = tables.rank
         self._outbox = outbox
         self.ledger = ledger
-        self.workers = machine.tables.workers
+        self._tasks = tasks
+        self._lent = lent  # workers that have given their CPU back for memory (NodeMemory)
+        self.workers = tables.workers
+        # Ports. Of placement groups: fail a task whose group was removed (and whether it was);
+        # shapes that their bundles hold.
+        self.refuse_of_group: Callable[[TaskRecord], bool] = unwired
+        self.held_shapes: Callable[[], list[Shape]] = unwired
+        # Of other nodes: shapes that are asked for there; find an actor another place.
+        self.demanded_shapes: Callable[[], set[Shape]] = unwired
+        self.place_actor: Callable[[TaskRecord], None] = unwired
+        # A worker was given an actor's creation (task, worker, its GPUs); a worker with an actor
+        # is gone, or is being killed with its placement group; any worker is gone.
+        self.creating: Callable[[TaskRecord, int, tuple[int, ...]], None] = unwired
+        self.actor_gone: Callable[[bytes, int, values.Failure], None] = unwired
+        self.actor_of_group: Callable[[bytes], None] = unwired
+        self.worker_over: Callable[[Worker, values.Failure], None] = unwired
         self.queues: dict[tuple[Shape, bool], ShapeQueue] = {}
         self._queue_of: dict[bytes, ShapeQueue] = {}  # by template
         self._idle: deque[Worker] = deque()
@@ -167,7 +188,7 @@ class Dispatcher:
 
     def enqueue(self, task: TaskRecord, *, front: bool = False) -> None:
         template = task.template
-        if template.group_id and self._machine.bundles.refuse(task):
+        if template.group_id and self.refuse_of_group(task):
             return
         queue = self._queue_of.get(template.template_id)
         if queue is None:
@@ -218,7 +239,7 @@ class Dispatcher:
 
     def _consumes(self, task: TaskRecord) -> bool:
         """Whether some of its arguments lie in the store of this node."""
-        records = self._machine.directory.records
+        records = self._objects
         for object_id in ids.split_ids(task.refs[: task.dep_count * 28]):
             record = records.get(object_id)
             if record is not None and record.location is not None:
@@ -276,7 +297,7 @@ class Dispatcher:
         worker = self.workers.pop(number, None)
         if worker is None:
             return
-        self._machine.inventory.worker_gone(worker, failure)
+        self.worker_over(worker, failure)
         if worker.state is WorkerState.STARTING:
             self._starting -= 1
             self._stillborn += 1
@@ -290,13 +311,13 @@ class Dispatcher:
         self.piled.pop(number, None)
         self._drained.pop(number, None)
         if worker.state is WorkerState.ACTOR or worker.actor_id:
-            self._machine.actors.worker_gone(worker.actor_id, number, failure)
+            self.actor_gone(worker.actor_id, number, failure)
         datagrams, worker.datagrams = worker.datagrams, deque()
         first = True
         for datagram in datagrams:
             for task in datagram:
                 # Any task of the first datagram may have been running: results leave per datagram.
-                self._machine.tasks.worker_died(task, failure, started=first)
+                self._tasks.worker_died(task, failure, started=first)
             first = False
         self._unlease(worker)
         self._dirty = True
@@ -309,7 +330,7 @@ class Dispatcher:
             self._refuse(reason, details, worker.for_tasks)
 
     def _refuse(self, reason: str, details: str, for_tasks: bool) -> None:
-        now_s = self._machine.now_s
+        now_s = self._tables.now_s
         if not self.refused:
             self._refused_since_s = self._created_s = now_s
             self._delay_s = [_FIRST_DELAY_S, _FIRST_DELAY_S]
@@ -321,7 +342,7 @@ class Dispatcher:
         if reason not in self._reasons_told:
             self._reasons_told.add(reason)
             self._outbox.notices.append(
-                f"Warning: rank {self._machine.rank} cannot start another worker: {reason} "
+                f"Warning: rank {self._rank} cannot start another worker: {reason} "
                 f"({details}). What waits for one waits until others end, an actor for at most "
                 f"{_CREATION_REFUSED_S:g} s.")
 
@@ -349,8 +370,8 @@ class Dispatcher:
                 tasks, queue.tasks = queue.tasks, deque()
                 for task in tasks:
                     if not task.cancelled:
-                        self._machine.tasks.refuse(task, (
-                            f"no worker could be started for it on rank {self._machine.rank} for "
+                        self._tasks.refuse(task, (
+                            f"no worker could be started for it on rank {self._rank} for "
                             f"{after_s:g} s: {self.refused}"))
 
     def _kept_for_tasks(self, queue: ShapeQueue) -> bool:
@@ -358,7 +379,7 @@ class Dispatcher:
         if not (self.refused and queue.creation):
             return False
         kept = min(max(self.ledger.total.get("CPU", 0) // 10_000, 1), _KEPT_MAX)
-        actors = len(self._machine.actors.hosted)
+        actors = len(self._hosted)
         return len(self.workers) - self._starting - actors <= kept
 
     def _unlease(self, worker: Worker) -> None:
@@ -426,7 +447,7 @@ class Dispatcher:
             if queue.tasks:
                 self._start_for(queue)
             return
-        statistics = self._machine.tasks.statistics
+        statistics = self._statistics
         for worker in queue.leased.values():
             if not queue.tasks:
                 return
@@ -482,7 +503,7 @@ class Dispatcher:
                 if worker.datagrams
                 and worker.datagrams[0][0].template.template_id == template_id]
         blocked = any(worker.blocked for worker in same)
-        lent = self._machine.memory.lent
+        lent = self._lent
         if lent and any(w.number in lent for w in same) and not self._consumes(task):
             self.pausing = True
             return 0  # one more would only wait for memory as well
@@ -510,7 +531,7 @@ class Dispatcher:
 
     def _fill(self, queue: ShapeQueue, worker: Worker, now_s: float) -> bool:
         """Send one datagram of tasks to the worker; False if none in the queue can run yet."""
-        tasks = self._machine.tasks
+        tasks = self._tasks
         waiting = queue.tasks
         number = worker.number
         devices = worker.devices
@@ -533,7 +554,7 @@ class Dispatcher:
                         break  # for another worker
                     worker.environment = template.environment
                     worker.bound_devices = devices
-                batch = tasks.statistics[template.template_id].batch(BATCH_MAX)
+                batch = self._statistics[template.template_id].batch(BATCH_MAX)
                 if template.max_retries == 0 or template.max_calls or queue.creation:
                     batch = 1  # its outcome must be known before anything else runs
                 if limit and (batch == 1 or len(run) >= batch):
@@ -562,20 +583,20 @@ class Dispatcher:
             self._created_s = now_s
             worker.state = WorkerState.ACTOR
             worker.actor_id = datagram[0].actor_id
-            self._machine.actors.creating(datagram[0], worker.number, worker.devices)
+            self.creating(datagram[0], worker.number, worker.devices)
         return True
 
     def _start_for(self, queue: ShapeQueue) -> None:
         """Fork workers if that is what is missing."""
         for_tasks = not queue.creation
-        if self.refused and self._machine.now_s < self._retry_s[for_tasks]:
+        if self.refused and self._tables.now_s < self._retry_s[for_tasks]:
             return
         if (self._idle and not self._kept_for_tasks(queue)
                 and self._find_idle(queue, self.ledger.pick(queue.shape) or ()) is not None):
             return
         wanted = min(len(queue.tasks), self.ledger.slots(queue.shape), _STARTING_MAX)
         if self._blocked:
-            wanted = min(wanted, self._allowed(queue, self._machine.now_s))
+            wanted = min(wanted, self._allowed(queue, self._tables.now_s))
         if self.refused:
             wanted = min(wanted, _KEPT_MAX)
         if self._starting < wanted:
@@ -643,7 +664,7 @@ class Dispatcher:
         """Any of a worker's datagrams may have become empty: while the node takes back the first,
         the worker may read the second."""
         if worker.datagrams and not worker.datagrams[0]:
-            worker.sent_s = self._machine.now_s
+            worker.sent_s = self._tables.now_s
             worker.slow = False
         worker.datagrams = deque(datagram for datagram in worker.datagrams if datagram)
 
@@ -673,16 +694,15 @@ class Dispatcher:
         self._dirty = True
 
     def _all_here(self, waits: bytes) -> bool:
-        directory = self._machine.directory
         for object_id in ids.split_ids(waits):
-            record = directory.records.get(object_id)
-            if record is None or not directory.is_local(record):
+            record = self._objects.get(object_id)
+            if record is None or not is_here(record):
                 return False
         return True
 
     def _bring_forward(self, worker: Worker, waits: bytes) -> None:
         """What a blocked worker waits for goes first, and what that waits for before it."""
-        records = self._machine.tasks.records
+        records = self._records
         own = worker.datagrams[0][0].template if worker.datagrams else None
         pending = ids.split_ids(waits)
         few = len(pending) <= self.ledger.slots_in_all(worker.shape)
@@ -690,7 +710,7 @@ class Dispatcher:
             if not pending:
                 return
             task = records.get(ids.task_of_object(pending.pop()))
-            if task is None or task.template.kind != TASK or task.home != self._machine.rank:
+            if task is None or task.template.kind != TASK or task.home != self._rank:
                 continue
             if task.state == WAITING:
                 pending += ids.split_ids(task.refs[: task.dep_count * 28])
@@ -747,9 +767,9 @@ class Dispatcher:
         self._drop_empty(worker)
 
     def _take(self, task: TaskRecord) -> None:
-        self._machine.tasks.unrun(task)
+        self._tasks.unrun(task)
         if task.cancelled:
-            self._machine.tasks.drop_cancelled(task)
+            self._tasks.drop_cancelled(task)
         else:
             self.enqueue(task, front=True)
 
@@ -780,7 +800,7 @@ class Dispatcher:
     def _prune(self) -> None:
         """Forget queues of shapes that nothing has now (of removed groups, mostly): every turn
         looks at all there are."""
-        demanded = self._machine.cluster.demanded_shapes()
+        demanded = self.demanded_shapes()
         self.queues = {
             key: queue for key, queue in self.queues.items()
             if queue.tasks or queue.leased or queue.shape in demanded}
@@ -795,7 +815,7 @@ class Dispatcher:
         for task in [t for t in reversed(queue.tasks) if t.home == home and t.state == QUEUED
                      and t.template.rank < 0 and not t.cancelled][:count]:
             queue.tasks.remove(task)
-            self._machine.tasks.give_back(task)
+            self._tasks.give_back(task)
 
     def give_back_foreign(self) -> None:
         """What cannot start here and could elsewhere: other homes' tasks return to them, and actors
@@ -806,12 +826,12 @@ class Dispatcher:
                 for task in queue.tasks:
                     if task.cancelled:
                         continue
-                    if (task.home != self._machine.rank and task.state == QUEUED
+                    if (task.home != self._rank and task.state == QUEUED
                             and task.template.rank < 0 and task.template.kind != METHOD):
-                        self._machine.tasks.give_back(task)
-                    elif (queue.creation and task.home == self._machine.rank
+                        self._tasks.give_back(task)
+                    elif (queue.creation and task.home == self._rank
                             and task.template.rank < 0 and not task.template.group_id):
-                        self._machine.cluster.place_actor(task)
+                        self.place_actor(task)
                     else:
                         kept.append(task)
                 queue.tasks = kept
@@ -839,13 +859,13 @@ class Dispatcher:
             if any(group in name for name, _ in worker.shape):
                 self._outbox.actions.append(KillWorker(worker.number))
                 if worker.actor_id:
-                    self._machine.actors.group_removed(worker.actor_id)
+                    self.actor_of_group(worker.actor_id)
         for queue in self.queues.values():
             if any(group in name for name, _ in queue.shape):
                 tasks, queue.tasks = queue.tasks, deque()
                 for task in tasks:
                     if not task.cancelled:
-                        self._machine.bundles.refuse(task)
+                        self.refuse_of_group(task)
 
     def stop_worker(self, number: int, *, kill: bool) -> None:
         worker = self.workers.get(number)
@@ -868,7 +888,7 @@ class Dispatcher:
         return found
 
     def validate(self) -> None:
-        held = self._machine.bundles.held_shapes()
+        held = self.held_shapes()
         for worker in self.workers.values():
             shape = worker.shape
             if worker.blocked:

@@ -54,11 +54,13 @@ class Machine:
         self._function_waits: dict[bytes, list[tuple[int, bytes]]] = {}
         # New functions, for the control store.
         self.new_functions: list[m.FunctionDef] = []
-        self.memory = NodeMemory(self, self.outbox, capacity_bytes)
-        self.directory = Directory(self, self.outbox)
-        self.tasks = Tasks(self, self.outbox)
-        self.streams = Streams(self, self.outbox)
-        self.dispatcher = Dispatcher(self, self.outbox, ResourceLedger(resources))
+        tables, outbox = self.tables, self.outbox
+        self.memory = NodeMemory(tables, outbox, capacity_bytes)
+        self.directory = Directory(tables, outbox, self.memory)
+        self.streams = Streams(tables, outbox, self.memory, self.directory)
+        self.tasks = Tasks(self, outbox)
+        self.dispatcher = Dispatcher(
+            tables, outbox, ResourceLedger(resources), self.tasks, self.memory.lent)
         self.actors = Actors(self, self.outbox)
         self.cluster = Cluster(self, self.outbox)
         self.bundles = Bundles(self, self.outbox, self.dispatcher.ledger)
@@ -67,11 +69,31 @@ class Machine:
         self.inventory = Inventory(self, self.outbox)
         self.explain = Explain(self, self.outbox)
         self.waiting = Waiting(self, self.outbox)
-        self.directory.on_freed_creation = self.actors.last_handle_gone
+        self._wire()
         self._foreign_since_s: float | None = None
         self._squeezed = False
         self._from_clients = self._client_handlers()
         self._from_peers = self._peer_handlers()
+
+    def _wire(self) -> None:
+        """Upward: who hears of what, and who answers what. (Downward, parts know each other.)"""
+        memory, directory, tasks = self.memory, self.directory, self.tasks
+        dispatcher, actors, cluster = self.dispatcher, self.actors, self.cluster
+        memory.set_tight = dispatcher.set_tight
+        memory.worker_waits = lambda number: dispatcher.blocked(number, ())
+        memory.worker_goes_on = dispatcher.unblocked
+        memory.who = self.explain.who
+        directory.dependency_ready = tasks.dependency_ready
+        directory.dependency_refused = tasks.dependency_refused
+        directory.creation_freed = actors.last_handle_gone
+        dispatcher.refuse_of_group = self.bundles.refuse
+        dispatcher.held_shapes = self.bundles.held_shapes
+        dispatcher.demanded_shapes = cluster.demanded_shapes
+        dispatcher.place_actor = cluster.place_actor
+        dispatcher.creating = actors.creating
+        dispatcher.actor_gone = actors.worker_gone
+        dispatcher.actor_of_group = actors.group_removed
+        dispatcher.worker_over = self.inventory.worker_gone
 
     @property
     def now_s(self) -> float:
@@ -290,8 +312,6 @@ class Machine:
         self.tables.now_s = now_s
         self.dispatcher.tick(now_s)
         self.memory.tick(now_s)
-        if self.dispatcher.tight or self.memory.tight:
-            self.dispatcher.set_tight(self.memory.tight)
         if self.explain.open:
             self.explain.tick(now_s)
         if self.size > 1:

@@ -10,16 +10,15 @@ or the node itself for copies it pulls). This module hears when a value is place
                   after _WAIT_S, and nothing that runs or can run may free memory--> Denied
 
 A worker that waits gives its CPU back, so that the tasks which use up what fills the store run
-before those which add to it (`Dispatcher.set_tight`). A pull by the node waits in the same way: its
+before those which add to it (`set_tight`). A pull by the node waits in the same way: its
 StartPull comes again every tick until there is room.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice
-from typing import TYPE_CHECKING
 
 from hpcray.node.outbox import (
     CloseSegment,
@@ -29,7 +28,8 @@ from hpcray.node.outbox import (
     Outbox,
     StartPull,
 )
-from hpcray.node.records import ASSIGNED, DRIVER, FETCHING, QUEUED, ClientRecord
+from hpcray.node.records import ASSIGNED, DRIVER, FETCHING, QUEUED, ClientRecord, Worker
+from hpcray.node.tables import Tables, unwired
 from hpcray.objects.allocator import range_bytes
 from hpcray.objects.budget import NODE, SegmentBudget, SegmentGrant, StoreFull
 from hpcray.protocol import ids, words
@@ -41,9 +41,6 @@ from hpcray.protocol.messages import (
     SegmentDenied,
     SegmentReclaim,
 )
-
-if TYPE_CHECKING:
-    from hpcray.node.machine import Machine
 
 # How long a request for memory waits for others to give some back before it may be an error. Long
 # enough for a busy Python process to notice; then, how often it is asked whether it still may wait.
@@ -59,9 +56,20 @@ _WARM_SEGMENTS = 2
 
 
 class NodeMemory:
-    def __init__(self, machine: Machine, outbox: Outbox, capacity_bytes: int) -> None:
-        self._machine = machine
+    def __init__(self, tables: Tables, outbox: Outbox, capacity_bytes: int) -> None:
+        self._tables = tables
+        self._clients = tables.clients
+        self._objects = tables.objects
+        self._tasks = tables.tasks
+        self._workers = tables.workers
+        self._hosted = tables.hosted
         self._outbox = outbox
+        # Ports: the store is filling, or not any more; a worker waits for memory, or has got it;
+        # what a worker is for, in words.
+        self.set_tight: Callable[[bool], None] = unwired
+        self.worker_waits: Callable[[int], None] = unwired
+        self.worker_goes_on: Callable[[int], None] = unwired
+        self.who: Callable[[Worker], str] = unwired
         self.budget = SegmentBudget(capacity_bytes)
         # Objects per segment, and their bytes.
         self._live: dict[int, int] = {}
@@ -79,6 +87,7 @@ class NodeMemory:
         # Workers among them that have given their CPU back for it; requests that were answered.
         self.lent: set[int] = set()
         self.answered = 0
+        self._tight = False  # what was told by `set_tight`
         # Pulls that wait for memory, by object, and until when.
         self._pulls: dict[bytes, tuple[StartPull, float]] = {}
 
@@ -110,7 +119,7 @@ class NodeMemory:
         else:
             assert isinstance(owner, int)
             self.released.setdefault(owner, {}).setdefault(segment, []).append(location.offset)
-            client = self._machine.clients.get(owner)
+            client = self._clients.get(owner)
             if client is not None:
                 client.released_bytes += location.nbytes
         self._live[segment] -= 1
@@ -141,7 +150,7 @@ class NodeMemory:
         self._live.pop(segment, None)
         self.node_segments.pop(segment, None)
         for client in sorted(self._readers.pop(segment, ())):
-            if client in self._machine.clients:
+            if client in self._clients:
                 self._outbox.clients[client].append(SegmentClosed(segment))
         self._outbox.actions.append(CloseSegment(segment))
         self._retry_waiting()
@@ -157,20 +166,24 @@ class NodeMemory:
             return
         client.released_bytes = 0
         if not self._grant(client.number, nbytes, final=False):
-            self._machine.dispatcher.set_tight(True)
+            self._tighten()
             self._waiting.append((client.number, nbytes, now_s + _WAIT_S))
-            dispatcher = self._machine.dispatcher
-            worker = dispatcher.workers.get(client.number)
+            worker = self._workers.get(client.number)
             if worker is not None and not worker.blocked:
                 self.lent.add(client.number)
-                dispatcher.blocked(client.number, ())
+                self.worker_waits(client.number)
+
+    def _tighten(self) -> None:
+        """Consumers first, until there is room again."""
+        self._tight = True
+        self.set_tight(True)
 
     def _answered(self, client: int) -> None:
         """It has its memory, or an error: it takes its CPU back."""
         self.answered += 1
         if client in self.lent:
             self.lent.remove(client)
-            self._machine.dispatcher.unblocked(client)
+            self.worker_goes_on(client)
 
     def _grant(self, client: int, nbytes: int, *, final: bool) -> bool:
         """Answer the request if it can be answered."""
@@ -188,7 +201,7 @@ class NodeMemory:
     def refused(self, client: int, segment: int, reason: str) -> None:
         """A segment that was granted could not be created: again for a while, then Denied."""
         nbytes = self.budget.release(segment).nbytes
-        now_s = self._machine.now_s
+        now_s = self._tables.now_s
         deadline_s = self._refused.get(client, 0.0)
         if now_s > deadline_s + _WAIT_S:  # not the same shortage
             deadline_s = self._refused[client] = now_s + _WAIT_S
@@ -204,7 +217,7 @@ class NodeMemory:
         """Ask every process for what it does not need; False if nobody has anything."""
         node = self._reclaim_own()
         others = [owner for owner in self.budget.owners()
-                  if owner is not NODE and owner in self._machine.clients]
+                  if owner is not NODE and owner in self._clients]
         for owner in others:
             assert isinstance(owner, int)
             self._flush_released(owner)  # first: what it empties is what it can give
@@ -218,27 +231,26 @@ class NodeMemory:
 
     def _room_may_come(self) -> bool:
         """Whether anything that runs, or is going to, may free some of the store."""
-        machine = self._machine
-        records = machine.directory.records
+        records = self._objects
 
         def located(refs: Iterable[bytes]) -> bool:
             return any(i in records and records[i].location is not None for i in refs)
 
         busy = []
         runs = False
-        for worker in machine.dispatcher.workers.values():
-            hosted = machine.actors.hosted.get(worker.actor_id)
+        for worker in self._workers.values():
+            hosted = self._hosted.get(worker.actor_id)
             if worker.number not in self.lent and (
                     worker.datagrams or (hosted is not None and hosted.in_flight)):
                 busy.append(worker.number)
                 runs = runs or not worker.blocked
         if runs:
             for number in busy:
-                client = machine.clients.get(number)
+                client = self._clients.get(number)
                 if client is not None and (client.pins or located(client.held)):
                     return True
-        for task in islice(machine.tasks.records.values(), _LOOKED_AT):
-            elsewhere = task.state == ASSIGNED and task.rank not in (-1, machine.rank)
+        for task in islice(self._tasks.values(), _LOOKED_AT):
+            elsewhere = task.state == ASSIGNED and task.rank not in (-1, self._tables.rank)
             if (runs or elsewhere or task.state in (QUEUED, FETCHING)) and (
                     task.worker not in self.lent and located(ids.split_ids(task.refs))):
                 return True
@@ -251,15 +263,14 @@ class NodeMemory:
 
     def contents(self) -> str:
         """What is in the store, by what keeps it there: `1.2 GiB by refs of the driver, ...`."""
-        machine = self._machine
-        driver = machine.clients.get(DRIVER)
+        driver = self._clients.get(DRIVER)
         found: dict[str, int] = {}
-        for record in islice(machine.directory.records.values(), _LOOKED_AT):
+        for record in islice(self._objects.values(), _LOOKED_AT):
             if record.location is None:
                 continue
             if driver is not None and record.object_id in driver.held:
                 keeper = "refs of the driver"
-            elif any(record.object_id in client.held for client in machine.clients.values()):
+            elif any(record.object_id in client.held for client in self._clients.values()):
                 keeper = "refs of tasks and actors"
             elif record.count > 0:
                 keeper = "arguments of tasks"
@@ -273,10 +284,9 @@ class NodeMemory:
 
     def waits_for(self) -> str:
         """Who waits for how much memory, for people; empty if nobody does."""
-        explain = self._machine.explain
         for number, nbytes, _ in self._waiting:
-            worker = self._machine.dispatcher.workers.get(number)
-            who = "the driver" if worker is None else explain.who(worker)
+            worker = self._workers.get(number)
+            who = "the driver" if worker is None else self.who(worker)
             return f"{who} has waited for {{}} for {words.size(nbytes)}"
         for pull, _ in self._pulls.values():
             return (f"a copy of {words.size(pull.nbytes)} from rank {pull.rank} has waited "
@@ -303,7 +313,7 @@ class NodeMemory:
         if known is None:
             if range_bytes(pull.nbytes) <= self.budget.capacity_bytes and (
                     self._ask_back() or in_any_case or self._room_may_come()):
-                self._machine.dispatcher.set_tight(True)
+                self._tighten()
                 self._pulls[pull.object_id] = (pull, now_s + _WAIT_S)
                 return True
             return False
@@ -342,7 +352,7 @@ class NodeMemory:
         disowned = self.budget.disown(number)
         for segment in disowned.released:
             for client in sorted(self._readers.pop(segment, ())):
-                if client in self._machine.clients:
+                if client in self._clients:
                     self._outbox.clients[client].append(SegmentClosed(segment))
             self._outbox.actions.append(CloseSegment(segment))
         self._waiting = deque(entry for entry in self._waiting if entry[0] != number)
@@ -372,12 +382,12 @@ class NodeMemory:
         # A waiting client may find room in what came back to itself.
         for entry in [e for e in self._waiting if self._room_came(e)]:
             self._waiting.remove(entry)
-            self._machine.clients[entry[0]].released_bytes = 0
+            self._clients[entry[0]].released_bytes = 0
             self._outbox.clients[entry[0]].append(self._denied(entry[1], retry=True))
             self._answered(entry[0])
 
     def _room_came(self, entry: tuple[int, int, float]) -> bool:
-        client = self._machine.clients.get(entry[0])
+        client = self._clients.get(entry[0])
         return client is not None and client.released_bytes >= entry[1]
 
     def _flush_released(self, number: int) -> None:
@@ -400,6 +410,10 @@ class NodeMemory:
             self._answered(client)
         for pull, _ in self._pulls.values():
             self._outbox.actions.append(pull)
+        tight = self.tight
+        if self._tight or tight:
+            self._tight = tight
+            self.set_tight(tight)
 
     @property
     def free_units(self) -> int:
@@ -410,7 +424,7 @@ class NodeMemory:
     def tight(self) -> bool:
         """Whether what uses the store up is to run before what fills it."""
         filled = self.object_bytes / self.budget.capacity_bytes
-        limit = _EASY if self._machine.dispatcher.tight else _TIGHT
+        limit = _EASY if self._tight else _TIGHT
         return self.waiting or filled > limit
 
     def awaits(self, object_ids: list[bytes]) -> bool:

@@ -79,6 +79,11 @@ class ObjectRecord(msgspec.Struct, gc=False):
         return extra
 
 
+def is_here(record: ObjectRecord) -> bool:
+    """Whether this node can give its value at once: it is inline, or in this host's memory."""
+    return record.value is not None or record.location is not None
+
+
 # --- tasks ------------------------------------------------------------------------------------
 
 WAITING = 0  # some dependency is not ready

@@ -18,10 +18,11 @@ ST-2  the consumer of a stream that is not dropped is a client of this node.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from hpcray.node.directory import Directory
+from hpcray.node.memory import NodeMemory
 from hpcray.node.outbox import Outbox
 from hpcray.node.records import ClientRecord, TaskRecord
+from hpcray.node.tables import Tables
 from hpcray.protocol import ids
 from hpcray.protocol.messages import (
     HandedOver,
@@ -37,9 +38,6 @@ from hpcray.protocol.messages import (
     Yield,
     Yielded,
 )
-
-if TYPE_CHECKING:
-    from hpcray.node.machine import Machine
 
 # A value up to this size is told with the item: most consumers get it at once.
 _TOLD_BYTES = 1024
@@ -57,10 +55,15 @@ class StreamRecord:
 
 
 class Streams:
-    def __init__(self, machine: Machine, outbox: Outbox) -> None:
-        self._machine = machine
+    def __init__(
+        self, tables: Tables, outbox: Outbox, memory: NodeMemory, directory: Directory
+    ) -> None:
+        self._clients = tables.clients
+        self._tasks = tables.tasks
         self._outbox = outbox
-        self._rank = machine.rank
+        self._memory = memory
+        self._directory = directory
+        self._rank = tables.rank
         # Streams of tasks homed here, from their first item, end or drop.
         self.records: dict[bytes, StreamRecord] = {}
 
@@ -68,17 +71,17 @@ class Streams:
 
     def yielded(self, client: ClientRecord, message: Yield) -> None:
         """A worker of this node made an item."""
-        task = self._machine.tasks.records.get(message.task_id)
+        task = self._tasks.get(message.task_id)
         returned = message.returned
         if task is None or task.worker != client.number:
             if type(returned.value) is Located:
-                self._machine.memory.used(returned.value)
-                self._machine.memory.free(returned.value)
+                self._memory.used(returned.value)
+                self._memory.free(returned.value)
             return
         if task.home == self._rank:
             self._arrived_here(task, message.index, returned)
             return
-        directory = self._machine.directory
+        directory = self._directory
         object_id = ids.return_id(task.task_id, message.index + 1)
         if type(returned.value) is Located:
             directory.keep_foreign(object_id, returned.value)
@@ -94,7 +97,7 @@ class Streams:
 
     def room(self, message: TaskRoom) -> None:
         """The home says how much was taken."""
-        task = self._machine.tasks.records.get(message.task_id)
+        task = self._tasks.get(message.task_id)
         if task is not None and task.worker >= 0:
             self._outbox.clients[task.worker].append(StreamRoom(task.task_id, message.taken))
 
@@ -103,15 +106,15 @@ class Streams:
     def _arrived_here(self, task: TaskRecord, index: int, returned: Return) -> None:
         object_id = ids.return_id(task.task_id, index + 1)
         if self._expect(task, index):
-            self._machine.directory.resolve_return(object_id, returned)
+            self._directory.resolve_return(object_id, returned)
             self._tell(task.task_id, index)
         elif type(returned.value) is Located:
-            self._machine.memory.used(returned.value)
-            self._machine.memory.free(returned.value)
+            self._memory.used(returned.value)
+            self._memory.free(returned.value)
 
     def peer_yielded(self, rank: int, message: TaskYield) -> None:
-        directory = self._machine.directory
-        task = self._machine.tasks.records.get(message.task_id)
+        directory = self._directory
+        task = self._tasks.get(message.task_id)
         object_id = ids.return_id(message.task_id, message.index + 1)
         barrier = 0
         if task is not None and self._expect(task, message.index):
@@ -132,15 +135,15 @@ class Streams:
         stream.count += 1
         if stream.consumer >= 0:
             object_id = ids.return_id(task.task_id, index + 1)
-            self._machine.directory.created(object_id)
-            self._machine.clients[stream.consumer].held.add(object_id)
+            self._directory.created(object_id)
+            self._clients[stream.consumer].held.add(object_id)
         return True
 
     def _tell(self, task_id: bytes, index: int) -> None:
         consumer = self.records[task_id].consumer
         if consumer < 0:
             return
-        record = self._machine.directory.records[ids.return_id(task_id, index + 1)]
+        record = self._directory.records[ids.return_id(task_id, index + 1)]
         value = record.value
         if value is None or len(value) > _TOLD_BYTES:
             value = b""
@@ -150,7 +153,7 @@ class Streams:
         stream = self.records.get(task.task_id)
         if stream is None:
             # A number may name another process by now: one that does not know the stream drops it.
-            consumer = task.client if task.client in self._machine.clients else -1
+            consumer = task.client if task.client in self._clients else -1
             stream = self.records[task.task_id] = StreamRecord(consumer)
         return stream
 
@@ -161,7 +164,7 @@ class Streams:
         stream = self._of(task)
         index = stream.count
         if self._expect(task, index):
-            self._machine.directory.resolve_inline(ids.return_id(task.task_id, index + 1), error)
+            self._directory.resolve_inline(ids.return_id(task.task_id, index + 1), error)
             self._tell(task.task_id, index)
 
     def ended(self, task: TaskRecord) -> None:
@@ -176,14 +179,14 @@ class Streams:
 
     def taken(self, message: StreamTaken) -> None:
         stream = self.records.get(message.task_id)
-        task = self._machine.tasks.records.get(message.task_id)
+        task = self._tasks.get(message.task_id)
         if stream is not None and task is not None:
             stream.taken = message.taken
             self._tell_room(task, stream)
 
     def dropped(self, client: ClientRecord, message: StreamDropped) -> None:
         """Nobody will take the items from `taken` on. The task goes on: it may have effects."""
-        task = self._machine.tasks.records.get(message.task_id)
+        task = self._tasks.get(message.task_id)
         stream = self.records.get(message.task_id)
         if stream is None:
             if task is None:
@@ -193,7 +196,7 @@ class Streams:
             object_id = ids.return_id(message.task_id, index + 1)
             if object_id in client.held:
                 client.held.remove(object_id)
-                self._machine.directory.release(object_id)
+                self._directory.release(object_id)
         self._abandon(message.task_id, stream)
 
     def client_gone(self, number: int) -> None:
@@ -205,7 +208,7 @@ class Streams:
     def _abandon(self, task_id: bytes, stream: StreamRecord) -> None:
         stream.consumer = -1
         stream.taken = _ALL
-        task = self._machine.tasks.records.get(task_id)
+        task = self._tasks.get(task_id)
         if task is None:
             del self.records[task_id]
         else:
@@ -221,5 +224,5 @@ class Streams:
 
     def validate(self) -> None:
         for task_id, stream in self.records.items():
-            assert stream.consumer >= 0 or task_id in self._machine.tasks.records, "ST-1"
-            assert stream.consumer < 0 or stream.consumer in self._machine.clients, "ST-2"
+            assert stream.consumer >= 0 or task_id in self._tasks, "ST-1"
+            assert stream.consumer < 0 or stream.consumer in self._clients, "ST-2"
