@@ -347,8 +347,15 @@ def first_sentence(node: ast.AST) -> str:
 
 
 def members_of(module: str, name: str, node: ast.ClassDef) -> Iterator[Name]:
+    """Of the class, and of a base in a module beside the public ones (`hpcray/bundles.py`)."""
     seen = set()
-    for child in node.body:
+    inherited: list[ast.stmt] = []
+    for base in node.bases:
+        place = definition(module, base.id) if isinstance(base, ast.Name) else None
+        if place is not None and place[0].count(".") == 1 and place[0] not in public_modules():
+            assert isinstance(place[1], ast.ClassDef)
+            inherited += place[1].body
+    for child in [*inherited, *node.body]:
         if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
             if not child.name.startswith("_") and child.name not in seen:
                 seen.add(child.name)

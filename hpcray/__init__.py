@@ -43,11 +43,10 @@ from hpcray.client.streams import DynamicObjectRefGenerator, ObjectRefGenerator
 from hpcray.job_config import JobConfig, LoggingConfig
 from hpcray.remote_function import RemoteFunction
 from hpcray.runtime_context import get_gpu_ids, get_runtime_context
+from hpcray.version import __version__
 
 if TYPE_CHECKING:
     from hpcray import internal, util
-
-__version__ = "0.1.0"
 
 ObjectID = ObjectRef  # Ray's older name
 # What a process is, as Ray numbers it.

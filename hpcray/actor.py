@@ -32,8 +32,10 @@ from typing import (
 
 import msgspec
 
+from hpcray import environment
 from hpcray import options as options_
 from hpcray.client import context, references
+from hpcray.client.context import ActorExitRequest
 from hpcray.client.identifiers import ActorID
 from hpcray.client.references import ObjectRef
 from hpcray.config import check_namespace
@@ -67,13 +69,6 @@ T = TypeVar("T")
 
 # Where `@method` leaves its options on the function.
 _METHOD_OPTIONS = "__hpcray_method__"
-
-
-class ActorExitRequest(BaseException):
-    """Raised by `exit_actor`, understood by the worker; a user's `except Exception` lets it pass.
-
-    Not a SystemExit: asyncio lets that one tear down the event loop, with all other calls on it.
-    """
 
 
 def exit_actor() -> NoReturn:
@@ -428,7 +423,7 @@ class ActorClass(Generic[T]):
             self._kind = _kind_of(msgspec.msgpack.encode(description))
             template = options_.actor_template(
                 definition.function_id, cls.__name__,
-                options_.inherited(client, self._options), is_async)
+                environment.inherited(client, self._options), is_async)
             self._template = template
         self._definition.define(client, template)
         self._client = client

@@ -35,6 +35,7 @@ from hpcray.job_config import JobConfig, LoggingConfig
 from hpcray.protocol import ids, words
 from hpcray.protocol.messages import UNIT
 from hpcray.remote_function import RemoteFunction
+from hpcray.version import __version__
 
 if TYPE_CHECKING:
     from hpcray.client.client import Client
@@ -67,7 +68,6 @@ class InitContext(Mapping[str, Any]):
     """
 
     def __init__(self, client: Client, namespace: str) -> None:
-        import hpcray
         from hpcray.util.address import get_node_ip_address
 
         self.address_info: dict[str, Any] = {
@@ -89,7 +89,7 @@ class InitContext(Mapping[str, Any]):
         }
         self.dashboard_url: str | None = None
         self.python_version = platform.python_version()
-        self.ray_version = hpcray.__version__
+        self.ray_version = __version__
         self.ray_commit = ""
 
     def __getitem__(self, key: str) -> Any:

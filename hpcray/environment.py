@@ -1,4 +1,5 @@
-"""`runtime_env`: directories that go where a task goes.
+"""What a task finds around it: the environment and the placement group that its parent hands on,
+and `runtime_env`, whose directories go where it goes.
 
     working_dir, py_modules --pack--> zip --put, once per job and content--> objects
     Template.packages --> a worker unpacks them, once per node (worker/environment.py)
@@ -15,6 +16,7 @@ from fnmatch import fnmatch
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
+from hpcray import options as options_
 from hpcray.client import context
 from hpcray.exceptions import RuntimeEnvSetupError
 from hpcray.protocol.messages import PY_MODULE, WORKING_DIR
@@ -48,6 +50,39 @@ def with_parents(client: Client, options: Mapping[str, Any]) -> dict[str, Any]:
     env_vars = {**dict(parent.env_vars), **(own.get("env_vars") or {})}
     return {**options, "runtime_env": {"env_vars": env_vars},
             "_packages": (*packages, *packages_of(client, own))}
+
+
+def inherited(client: Client, options: options_.Options) -> options_.Options:
+    """The options with what the running task hands on: its environment, and its group if that
+    captures children."""
+    parent = context.current()
+    if parent.env_vars or parent.packages or options.get("runtime_env"):
+        options = with_parents(client, options)
+    if not parent.captures:
+        return options
+    # What does not say whether it captures its children does as its parent.
+    given = options.get("scheduling_strategy")
+    if given is None:
+        group = options.get("placement_group", "default")
+        index = options_.value_of(options, "placement_group_bundle_index")
+        captures = options.get("placement_group_capture_child_tasks")
+    elif hasattr(given, "placement_group"):
+        group, index = given.placement_group, given.placement_group_bundle_index
+        captures = given.placement_group_capture_child_tasks
+    else:
+        return options
+    # Only now: most programs never load them.
+    from hpcray.bundles import Bundles, from_facts
+    from hpcray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    if group == "default" and captures is not False:
+        found = client.request("placement_groups", {"group": parent.group_id})
+        group = Bundles(*from_facts(found[0])) if found else None
+    if group in (None, "default"):
+        return options
+    strategy = PlacementGroupSchedulingStrategy(
+        group, index, True if captures is None else captures)
+    return {**options, "placement_group": "default", "scheduling_strategy": strategy}
 
 
 def packages_of(client: Client, runtime_env: Mapping[str, Any]) -> Packages:

@@ -13,11 +13,10 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
-from hpcray.client import context
 from hpcray.config import SETUP_HOOK, check_namespace, check_resource_name, check_runtime_env
 from hpcray.protocol import labels, messages, sizes, words
 from hpcray.protocol.messages import (
@@ -32,9 +31,6 @@ from hpcray.protocol.messages import (
     WAIT,
     Template,
 )
-
-if TYPE_CHECKING:
-    from hpcray.client.client import Client
 
 # Ray's defaults.
 TASK_MAX_RETRIES = 3
@@ -214,9 +210,10 @@ def _runtime_env(_name: str, value: Any) -> None:
 
 def _group(name: str, value: Any) -> None:
     if value is not None and value != "default":
-        from hpcray.util.placement_group import PlacementGroup
+        from hpcray.bundles import Bundles
 
-        _instance(PlacementGroup)(name, value)
+        if not isinstance(value, Bundles):
+            raise TypeError(f"{name} must be of type PlacementGroup, not {value!r}")
 
 
 def _strategy(_name: str, value: Any) -> None:
@@ -424,39 +421,6 @@ def group_strategy(options: Mapping[str, Any]) -> Any:
     if index != -1 or value_of(options, "placement_group_bundle_index") != -1:
         raise ValueError("a placement group bundle index without a placement group")
     return None
-
-
-def inherited(client: Client, options: Options) -> Options:
-    """The options with what the running task hands on: its environment, and its group if that
-    captures children."""
-    parent = context.current()
-    if parent.env_vars or parent.packages or options.get("runtime_env"):
-        from hpcray.environment import with_parents
-
-        options = with_parents(client, options)
-    if not parent.captures:
-        return options
-    # What does not say whether it captures its children does as its parent.
-    given = options.get("scheduling_strategy")
-    if given is None:
-        group = options.get("placement_group", "default")
-        index = value_of(options, "placement_group_bundle_index")
-        captures = options.get("placement_group_capture_child_tasks")
-    elif hasattr(given, "placement_group"):
-        group, index = given.placement_group, given.placement_group_bundle_index
-        captures = given.placement_group_capture_child_tasks
-    else:
-        return options
-    from hpcray.util.placement_group import get_current_placement_group
-    from hpcray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-    if group == "default" and captures is not False:
-        group = get_current_placement_group()
-    if group in (None, "default"):
-        return options
-    strategy = PlacementGroupSchedulingStrategy(
-        group, index, True if captures is None else captures)
-    return {**options, "placement_group": "default", "scheduling_strategy": strategy}
 
 
 # What every task in a group takes of its bundle: see node/placement.py.

@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec, TypeVar
 
+from hpcray import environment
 from hpcray import options as options_
 from hpcray.client import references
 from hpcray.client.references import ObjectRef
@@ -102,7 +103,7 @@ class RemoteFunction(Generic[P, R]):
             definition = self._definition
             template = options_.task_template(
                 definition.function_id, definition.name,
-                options_.inherited(client, self._options))
+                environment.inherited(client, self._options))
             self._least = definition.signature.least
             self._most = definition.signature.most
             self._return_count = submitted_returns(template)

@@ -34,6 +34,13 @@ class TaskContext:
     is_async: bool = False  # a coroutine of an async actor
 
 
+class ActorExitRequest(BaseException):
+    """Raised by `exit_actor`, understood by the worker; a user's `except Exception` lets it pass.
+
+    Not a SystemExit: asyncio lets that one tear down the event loop, with all other calls on it.
+    """
+
+
 # What `exit_actor` calls before it raises; set by the worker that hosts an actor.
 on_exit: Callable[[], None] | None = None
 

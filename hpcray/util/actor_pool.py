@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, NamedTuple, TypeVar
 
-import hpcray as ray
+from hpcray import api
 from hpcray.exceptions import ActorDiedError
 
 V = TypeVar("V")
@@ -137,14 +137,14 @@ class ActorPool(Generic[V]):
             raise StopIteration("No more results to get")
         # One ref stands for each call: all returns of a call become ready together.
         numbers = {running.refs[0]: number for number, running in self._running.items()}
-        ready, _ = ray.wait(list(numbers), num_returns=1, timeout=timeout)
+        ready, _ = api.wait(list(numbers), num_returns=1, timeout=timeout)
         if not ready:
             self._raise_timeout(next(iter(self._running)), ignore_if_timedout)
         return self._take(numbers[ready[0]])
 
     @staticmethod
     def _ready(refs: list[Any], timeout_s: float) -> bool:
-        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=timeout_s)
+        ready, _ = api.wait(refs, num_returns=len(refs), timeout=timeout_s)
         return len(ready) == len(refs)
 
     def _raise_timeout(self, number: int, ignore: bool) -> None:
@@ -160,7 +160,7 @@ class ActorPool(Generic[V]):
         running = self._running[number]
         alive = True
         try:
-            values = ray.get(running.refs)
+            values = api.get(running.refs)
         except ActorDiedError:
             alive = False
             raise

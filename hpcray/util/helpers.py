@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import hpcray as ray
+from hpcray import api
 
 CHUNK_SIZE = 10
 BACKPRESSURE_SIZE = 100
@@ -72,10 +72,10 @@ def _ready(
 ) -> Iterator[Any]:
     """Take from `refs` what is ready until at most `keep` are left."""
     while len(refs) > keep:
-        ready, refs[:] = ray.wait(
+        ready, refs[:] = api.wait(
             refs, num_returns=min(chunk_size, len(refs)), timeout=timeout_s,
             fetch_local=fetch_local)
-        yield from ready if as_refs else ray.get(ready)
+        yield from ready if as_refs else api.get(ready)
 
 
 __all__ = ["as_completed", "map_unordered"]

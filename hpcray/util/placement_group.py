@@ -12,51 +12,36 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from hpcray.bundles import Bundles, check_group, from_facts
 from hpcray.client import context, references
 from hpcray.client.identifiers import PlacementGroupID
 from hpcray.client.references import ObjectRef
+from hpcray.config import check_resource_name
+from hpcray.options import amount
 from hpcray.protocol import labels
 from hpcray.protocol.messages import UNIT
 
 STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 
 
-class PlacementGroup:
+class PlacementGroup(Bundles):
     """A handle of a group; may be passed to tasks and actors. Made by `placement_group`."""
 
-    __slots__ = ("_bundles", "id")
-
-    def __init__(self, id: PlacementGroupID, bundle_cache: list[dict[str, float]]) -> None:
-        self.id = id
-        self._bundles = bundle_cache
+    __slots__ = ()
 
     @staticmethod
     def empty() -> PlacementGroup:
         return PlacementGroup(PlacementGroupID.nil(), [])
 
-    @property
-    def is_empty(self) -> bool:
-        return self.id.is_nil()
-
-    @property
-    def bundle_specs(self) -> list[dict[str, float]]:
-        """What each bundle holds."""
-        return [dict(bundle) for bundle in self._bundles]
-
-    @property
-    def bundle_count(self) -> int:
-        return len(self._bundles)
-
     def ready(self) -> ObjectRef[PlacementGroup]:
         """A ref that is ready when all bundles are reserved; its value is this group."""
         from hpcray.api import remote
-        from hpcray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         global _ready
         if _ready is None:
             _ready = remote(num_cpus=0)(_same)
         ref: ObjectRef[PlacementGroup] = _ready.options(
-            name="PlacementGroup.ready", scheduling_strategy=PlacementGroupSchedulingStrategy(self),
+            name="PlacementGroup.ready", placement_group=self,
         ).remote(self)
         return ref
 
@@ -81,12 +66,6 @@ class PlacementGroup:
             except TaskPlacementGroupRemoved:
                 raise ValueError(f"placement group {self.id.hex()} was removed") from None
         return bool(found)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, PlacementGroup) and other.id == self.id
-
-    def __hash__(self) -> int:
-        return hash(self.id)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (PlacementGroup, (self.id, self._bundles))
@@ -147,9 +126,6 @@ def placement_group(
 
 
 def _check_bundles(bundles: Any) -> list[dict[str, int]]:
-    from hpcray.config import check_resource_name
-    from hpcray.options import amount
-
     if not isinstance(bundles, list):
         raise ValueError(
             f"placement group bundles must be a list of dicts, not {type(bundles).__name__}")
@@ -189,14 +165,9 @@ def _add_selectors(units: list[dict[str, int]], selectors: Any) -> None:
 def remove_placement_group(placement_group: PlacementGroup) -> None:
     """Free the group's resources: its tasks and actors are killed, what waits for it fails with
     `TaskPlacementGroupRemoved`. Once more is no error."""
-    _check_group(placement_group)
+    check_group(placement_group)
     references.current_client().request(
         "remove_placement_group", {"group": placement_group.id.binary()})
-
-
-def _check_group(group: Any) -> None:
-    if not isinstance(group, PlacementGroup):
-        raise TypeError(f"this takes a PlacementGroup, not {type(group).__name__}")
 
 
 def get_placement_group(placement_group_name: str) -> PlacementGroup:
@@ -209,12 +180,7 @@ def get_placement_group(placement_group_name: str) -> PlacementGroup:
         raise ValueError("get_placement_group needs a non-empty name")
     [facts] = references.current_client().request("placement_groups", {
         "name": placement_group_name, "namespace": context.current().namespace})
-    return _from_facts(facts)
-
-
-def _from_facts(facts: dict[str, Any]) -> PlacementGroup:
-    return PlacementGroup(PlacementGroupID(facts["group"]), [
-        {name: amount / UNIT for name, amount in bundle.items()} for bundle in facts["bundles"]])
+    return PlacementGroup(*from_facts(facts))
 
 
 def get_current_placement_group() -> PlacementGroup | None:
@@ -223,7 +189,7 @@ def get_current_placement_group() -> PlacementGroup | None:
     if not group:
         return None
     found = references.current_client().request("placement_groups", {"group": group})
-    return _from_facts(found[0]) if found else None
+    return PlacementGroup(*from_facts(found[0])) if found else None
 
 
 def placement_group_table(placement_group: PlacementGroup | None = None) -> dict[str, Any]:
@@ -231,7 +197,7 @@ def placement_group_table(placement_group: PlacementGroup | None = None) -> dict
     about all groups, by their hexadecimal ids."""
     client = references.current_client()
     if placement_group is not None:
-        _check_group(placement_group)
+        check_group(placement_group)
         found = client.request("placement_groups", {"group": placement_group.id.binary()})
         return _row(found[0]) if found else {}
     return {facts["group"].hex(): _row(facts) for facts in client.request("placement_groups", {})}

@@ -6,13 +6,11 @@ Plain descriptions; `hpcray.options` turns them into ranks.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from hpcray.bundles import Bundles, check_group
 from hpcray.protocol import ids, labels
 from hpcray.protocol.labels import Condition
-
-if TYPE_CHECKING:
-    from hpcray.util.placement_group import PlacementGroup
 
 
 class NodeAffinitySchedulingStrategy:
@@ -78,19 +76,17 @@ class PlacementGroupSchedulingStrategy:
                  "placement_group_capture_child_tasks")
 
     def __init__(
-        self, placement_group: PlacementGroup | Literal["default"] | None,
+        self, placement_group: Bundles | Literal["default"] | None,
         placement_group_bundle_index: int = -1,
         placement_group_capture_child_tasks: bool | None = None,
     ) -> None:
-        from hpcray.util.placement_group import _check_group
-
         index = placement_group_bundle_index
         if isinstance(index, bool) or not isinstance(index, int) or index < -1:
             raise ValueError(f"placement group bundle index {index!r} is invalid: it must be an "
                              "int from 0 on, or -1 for any")
         if placement_group != "default":  # of which group is known later
             if placement_group is not None:
-                _check_group(placement_group)
+                check_group(placement_group)
             count = 0 if placement_group is None else placement_group.bundle_count
             if index >= count:
                 raise ValueError(f"placement group bundle index {index!r} is invalid: there are "

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpcray import exceptions
 from hpcray.client import context
-from hpcray.client.context import TaskContext
+from hpcray.client.context import ActorExitRequest, TaskContext
 from hpcray.protocol.messages import ActorExit, Failed, Run, Stop, Template
 from hpcray.transport.datagrams import ChannelClosed
 from hpcray.worker import generators, output
@@ -167,7 +167,7 @@ class HostedActor:
         return function(self.instance, *args, **kwargs)
 
     def _terminate(self) -> None:
-        raise _exit_request()
+        raise ActorExitRequest
 
     def enter(self, run: Run, template: Template) -> None:
         current = self.worker.context
@@ -188,8 +188,6 @@ class HostedActor:
 
     @staticmethod
     def is_exit(error: BaseException) -> bool:
-        from hpcray.actor import ActorExitRequest
-
         return isinstance(error, (ActorExitRequest, SystemExit))
 
     def on_exit(self) -> None:
@@ -570,12 +568,6 @@ def _bound(instance: Any, name: str) -> Any:
     member = inspect.getattr_static(kind, name)
     bind = getattr(type(member), "__get__", None)
     return member if bind is None else bind(member, instance, kind)
-
-
-def _exit_request() -> BaseException:
-    from hpcray.actor import ActorExitRequest
-
-    return ActorExitRequest()
 
 
 def _us(began_s: float) -> int:

@@ -28,9 +28,9 @@ FLOORS = (
     ("transport", "control"),
     ("protocol", "exceptions", "config"),
 )
-FACE = {"__init__", "absent", "api", "actor", "cloudpickle", "definition", "environment",
+FACE = {"__init__", "absent", "api", "actor", "bundles", "cloudpickle", "definition", "environment",
         "experimental", "futures", "internal", "job_config", "options", "remote_function",
-        "runtime_context", "runtime_env", "types", "util"}
+        "runtime_context", "runtime_env", "types", "util", "version"}
 NEIGHBOURS = {
     ("worker", "client"): "a worker is a client of its node",
     ("launch", "client"): "connecting a driver makes its client",
@@ -48,7 +48,6 @@ EXCEPTIONS = {
         "loads the handles of actors before the first fork; a worker has no face otherwise",
     ("worker.preload", "launch.progress"):
         "what the kernel says of another process; it imports nothing",
-    ("worker.hosting", "actor"): "ActorExitRequest, which should live below both",
 }
 # Of the worker's room a node may know this one module.
 NODE_KNOWS_OF_WORKER = {"worker", "worker.zygote"}
