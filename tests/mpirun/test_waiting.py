@@ -1,9 +1,12 @@
-"""What waits for 10 s says why: a rank that is stopped, a rank that comes late."""
+"""What waits for 10 s says why: a rank that is stopped, a rank that comes late. What has nothing to
+wait for takes no CPU."""
 
 from __future__ import annotations
 
 import os
 import signal
+import time
+from pathlib import Path
 
 from ..process.jobs import Start
 
@@ -72,3 +75,22 @@ def test_a_stopped_rank_0_is_told_by_another_process(start: Start):
         job.say("\n")
         job.finish()
         assert job.output.count("Warning") == 1, job.output
+
+
+def test_an_idle_node_looks_at_mpi_rarely(start: Start):
+    """Once in 10 ms, whatever the nodes tell each other to show that they are there. A look at
+    every millisecond would take 2 to 4 % of a core."""
+    def sleeps(pid: int) -> int:
+        status = Path(f"/proc/{pid}/status").read_text()
+        return int(status.split("\nvoluntary_ctxt_switches:")[1].split()[0])
+
+    job = start(UP, ranks=2, pty=True)
+    job.expect("up")
+    pids = [job.pid("node", rank) for rank in range(2)]
+    time.sleep(2.0)  # what has gone before is over
+    began = [sleeps(pid) for pid in pids]
+    time.sleep(3.0)
+    counts = [sleeps(pid) - before for pid, before in zip(pids, began, strict=True)]
+    job.say("\n")
+    job.finish()
+    assert all(20 < count < 450 for count in counts), counts
