@@ -22,14 +22,19 @@ and wait for grants like all others when there is none.
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import msgspec
 
+from hpcray.node.dispatch import Dispatcher, ShapeQueue
 from hpcray.node.ledger import Shape, is_group_shape
+from hpcray.node.memory import NodeMemory
 from hpcray.node.outbox import Outbox
-from hpcray.node.records import QUEUED, TaskRecord
+from hpcray.node.records import QUEUED, TaskRecord, is_here
 from hpcray.node.scheduler import GlobalScheduler, covers, may_run, rating, slots_of
+from hpcray.node.tables import Tables, unwired
+from hpcray.node.tasks import Tasks
 from hpcray.protocol import ids, labels, values, words
 from hpcray.protocol.messages import (
     ACTOR_CREATION,
@@ -45,10 +50,6 @@ from hpcray.protocol.messages import (
     Load,
     Template,
 )
-
-if TYPE_CHECKING:
-    from hpcray.node.dispatch import ShapeQueue
-    from hpcray.node.machine import Machine
 
 SCHEDULER_RANK = 0
 
@@ -95,11 +96,23 @@ class Turns:
 class Cluster:
     """This node's dealings with the rest. The global scheduler itself is `GlobalScheduler`."""
 
-    def __init__(self, machine: Machine, outbox: Outbox) -> None:
-        self._machine = machine
+    def __init__(
+        self, tables: Tables, outbox: Outbox, memory: NodeMemory, tasks: Tasks,
+        dispatcher: Dispatcher,
+    ) -> None:
+        self._tables = tables
+        self._objects = tables.objects
+        self._statistics = tables.statistics
         self._outbox = outbox
-        self._rank = machine.rank
-        self.nodes = machine.tables.nodes
+        self._memory = memory
+        self._tasks = tasks
+        self._dispatcher = dispatcher
+        self._rank = tables.rank
+        self.nodes = tables.nodes
+        # Ports: fail a task whose placement group was removed (and whether it was); an actor of
+        # this home can be created nowhere, by this error.
+        self.refuse_of_group: Callable[[TaskRecord], bool] = unwired
+        self.creation_failed: Callable[[TaskRecord, bytes], None] = unwired
         # What each node has in all, conditions on labels that it meets among it.
         self._totals: dict[int, dict[str, int]] = {}
         self._turns: dict[Shape, Turns] = {}
@@ -128,7 +141,7 @@ class Cluster:
                 if may_run(dict(self.nodes[rank].labels), name):
                     total[name] = labels.OFFERED
                     if rank == self._rank:
-                        self._machine.dispatcher.ledger.offer_without_limit(name)
+                        self._dispatcher.ledger.offer_without_limit(name)
 
     def totals(self) -> dict[int, dict[str, int]]:
         """What each node has in all. To be copied before it is changed."""
@@ -145,9 +158,9 @@ class Cluster:
                    else f"it can never hold {describe(template.resources)}")
             return self._place_elsewhere_or_fail(task, template.soft, why)
         if template.rank != self._rank:
-            self._machine.tasks.assign(task, template.rank)
+            self._tasks.assign(task, template.rank)
             return True
-        if template.unavailable != WAIT and not self._machine.dispatcher.has_room(template):
+        if template.unavailable != WAIT and not self._dispatcher.has_room(template):
             return self.unavailable(task)
         return False
 
@@ -158,7 +171,7 @@ class Cluster:
 
     def _place_elsewhere_or_fail(self, task: TaskRecord, elsewhere: bool, why: str) -> bool:
         template = task.template
-        tasks = self._machine.tasks
+        tasks = self._tasks
         if elsewhere:
             task.template = self._without_affinity(template)
             tasks.ready(task)
@@ -171,7 +184,7 @@ class Cluster:
             f"{template.name} asks for {node} and no other "
             f"(soft=False), but {why}"))
         if creation:
-            self._machine.actors.creation_failed_at_home(task, error)
+            self.creation_failed(task, error)
         else:
             tasks.fail(task, error)
         return True
@@ -184,7 +197,7 @@ class Cluster:
             other = msgspec.structs.replace(
                 template, template_id=name, rank=-1, soft=False, unavailable=WAIT)
             self._movable[template.template_id] = other
-            self._machine.tasks.define(other)
+            self._tasks.define(other)
         return other
 
     # --- dealing out ------------------------------------------------------------------------------
@@ -208,15 +221,15 @@ class Cluster:
                 lease = self._leases[(rank, shape)] = Lease(0)
             lease.open += 1
             lease.slots = max(lease.slots, min(lease.open, turns.slots[rank]))
-            self._machine.tasks.assign(task, rank)
+            self._tasks.assign(task, rank)
             return True
         return False
 
     def _deals_to(self, rank: int, shape: Shape, turns: Turns) -> bool:
         if rank == self._rank:
-            return self._machine.dispatcher.has_room_for(shape)
+            return self._dispatcher.has_room_for(shape)
         if rank in turns.rests:
-            if self._machine.now_s < turns.rests[rank]:
+            if self._tables.now_s < turns.rests[rank]:
                 return False
             del turns.rests[rank]
         lease = self._leases.get((rank, shape))
@@ -232,7 +245,7 @@ class Cluster:
             rated = {rank: rating(dict(self.nodes[rank].labels), soft) for rank in able}
             best = min(rated.values())
             able = {rank: slots for rank, slots in able.items() if rated[rank] == best}
-        size = self._machine.size
+        size = self._tables.size
         return dict(sorted(able.items(), key=lambda pair: (pair[0] - self._rank) % size))
 
     # --- binding what waits here ------------------------------------------------------------------
@@ -241,11 +254,11 @@ class Cluster:
         """Whether the task was bound to the node that has most of its input."""
         if not task.dep_count or task.template.kind == ACTOR_CREATION:
             return False
-        records = self._machine.directory.records
+        records = self._objects
         absent: dict[int, int] = {}
         for object_id in ids.split_ids(task.refs[: task.dep_count * 28]):
             record = records[object_id]
-            if record.value is None and record.location is None and record.extra is not None:
+            if record.extra is not None and not is_here(record):
                 for rank in record.extra.copies or record.extra.sources:
                     absent[rank] = absent.get(rank, 0) + record.nbytes
         if not absent:
@@ -256,12 +269,12 @@ class Cluster:
         shape = task.template.resources
         if not is_group_shape(shape) and not covers(self._totals[best], shape):
             return False
-        self._machine.tasks.assign(task, best)
+        self._tasks.assign(task, best)
         return True
 
     def place_actor(self, task: TaskRecord) -> None:
         """Ask the global scheduler where the actor should live."""
-        if task.template.group_id and self._machine.bundles.refuse(task):
+        if task.template.group_id and self.refuse_of_group(task):
             return
         waiting = self._actors_waiting.get(task.template.resources)
         if waiting is None:
@@ -285,9 +298,9 @@ class Cluster:
                 continue
             slots -= 1
             if message.rank == self._rank:
-                self._machine.dispatcher.enqueue(task)
+                self._dispatcher.enqueue(task)
             else:
-                self._machine.tasks.assign(task, message.rank)
+                self._tasks.assign(task, message.rank)
         if not waiting:
             self._actors_waiting.pop(message.shape, None)
         return slots < message.slots
@@ -297,7 +310,7 @@ class Cluster:
         for shape in [s for s in self._actors_waiting if any(group in name for name, _ in s)]:
             for task in self._actors_waiting.pop(shape):
                 if not task.cancelled:
-                    self._machine.bundles.refuse(task)
+                    self.refuse_of_group(task)
 
     def granted(self, message: Grant, now_s: float) -> None:
         if self._actors_granted(message) if message.actor else self._tasks_granted(message):
@@ -309,7 +322,7 @@ class Cluster:
 
     def _tasks_granted(self, message: Grant) -> bool:
         """Bind tasks to the granted node; whether there were any."""
-        queue = self._machine.dispatcher.queues.get((message.shape, False))
+        queue = self._dispatcher.queues.get((message.shape, False))
         if queue is None or not queue.tasks:
             return False
         if message.rank == self._rank:
@@ -332,7 +345,7 @@ class Cluster:
         room = lease.slots
         for task in queue.tasks:
             if task.state == QUEUED:
-                known = self._machine.tasks.statistics[task.template.template_id]
+                known = self._statistics[task.template.template_id]
                 if known.count and not known.singly:
                     room *= max(1, min(_AHEAD_US // (known.slow_us + 1), _AHEAD_MAX))
                     # A little more than runs: its next task is there when one ends. It comes
@@ -343,7 +356,7 @@ class Cluster:
         self._bind(rank, queue, room - lease.open, lease)
 
     def _bind(self, rank: int, queue: ShapeQueue, count: int, lease: Lease) -> None:
-        tasks = self._machine.tasks
+        tasks = self._tasks
         skipped = []
         while count > 0 and queue.tasks:
             task = queue.tasks.popleft()
@@ -364,7 +377,7 @@ class Cluster:
         if lease is None:
             return
         lease.open -= 1
-        queue = self._machine.dispatcher.queues.get((task.template.resources, False))
+        queue = self._dispatcher.queues.get((task.template.resources, False))
         if queue is not None and queue.tasks:
             self._refill(rank, queue, lease)
         elif lease.open < lease.slots:
@@ -374,7 +387,7 @@ class Cluster:
 
     def _ask_back(self, shape: Shape, idle_rank: int) -> None:
         """A slot is idle and nothing waits here: take back what waits elsewhere unstarted."""
-        now_s = self._machine.now_s
+        now_s = self._tables.now_s
         turns = self._turns.get(shape)
         for (rank, leased), lease in self._leases.items():
             # What was dealt to a node within its means runs there: nothing to take back.
@@ -396,7 +409,7 @@ class Cluster:
                 del self._leases[key]
         turns = self._turns.get(task.template.resources)
         if turns is not None:
-            turns.rests[rank] = self._machine.now_s + _REST_S
+            turns.rests[rank] = self._tables.now_s + _REST_S
 
     # --- end of turn and time ---------------------------------------------------------------------
 
@@ -415,7 +428,7 @@ class Cluster:
 
     def _use_idle_cpus(self) -> None:
         """This node could start more than waits here: its own tasks may wait elsewhere."""
-        dispatcher = self._machine.dispatcher
+        dispatcher = self._dispatcher
         for _, shape in list(self._leases):
             queue = dispatcher.queues.get((shape, False))
             if (queue is None or not queue.tasks) and dispatcher.ledger.fits(shape):
@@ -423,8 +436,8 @@ class Cluster:
                 return
 
     def _send_demands(self, now_s: float) -> None:
-        dispatcher = self._machine.dispatcher
-        statistics = self._machine.tasks.statistics
+        dispatcher = self._dispatcher
+        statistics = self._statistics
         cpus = max(dispatcher.ledger.total.get("CPU", 0) // 10_000, 1)
         for (shape, creation), queue in dispatcher.queues.items():
             if creation:
@@ -461,8 +474,8 @@ class Cluster:
                 self._to_scheduler(Demand(shape, count, actor, spread))
 
     def _send_load(self, now_s: float) -> None:
-        dispatcher = self._machine.dispatcher
-        facts = (dispatcher.ledger.free, dispatcher.queued(), len(self._machine.actors.hosted))
+        dispatcher = self._dispatcher
+        facts = (dispatcher.ledger.free, dispatcher.queued(), len(self._tables.hosted))
         same = self._last_load is not None and facts == self._last_load
         since_s = now_s - self._last_load_s
         if (same and since_s < _HEARTBEAT_S) or since_s < _LOAD_INTERVAL_S:
@@ -470,7 +483,7 @@ class Cluster:
         self._last_load = (dict(facts[0]), facts[1], facts[2])
         self._last_load_s = now_s
         # The store's room changes with every object: it is told along, and no reason to tell.
-        free = {**facts[0], STORE: self._machine.memory.free_units}
+        free = {**facts[0], STORE: self._memory.free_units}
         self._to_scheduler(Load(tuple(sorted(free.items())), facts[1], facts[2]))
 
     def load_changed(self) -> None:
@@ -484,16 +497,16 @@ class Cluster:
     @property
     def load_is_stale(self) -> bool:
         """A load worth telling waits for its interval: the loop should come round soon."""
-        if self._machine.size == 1:
+        if self._tables.size == 1:
             return False
         return bool(self._last_load is None
-                    or self._last_load[0] != self._machine.dispatcher.ledger.free)
+                    or self._last_load[0] != self._dispatcher.ledger.free)
 
     def _to_scheduler(self, message: Any) -> None:
         if self.scheduler is None:
             self._outbox.peers[SCHEDULER_RANK].append(message)
         elif type(message) is Load:
-            self.scheduler.load(self._rank, message, self._machine.now_s)
+            self.scheduler.load(self._rank, message, self._tables.now_s)
         elif type(message) is GrantUnused:
             self.scheduler.unused(self._rank, message)
         else:

@@ -61,10 +61,11 @@ class Machine:
         self.tasks = Tasks(self, outbox)
         self.dispatcher = Dispatcher(
             tables, outbox, ResourceLedger(resources), self.tasks, self.memory.lent)
+        self.cluster = Cluster(tables, outbox, self.memory, self.tasks, self.dispatcher)
+        self.bundles = Bundles(tables, outbox, self.tasks, self.dispatcher, self.cluster)
+        self.groups = Groups(
+            tables, outbox, self.dispatcher.ledger, self.cluster, self.bundles)
         self.actors = Actors(self, self.outbox)
-        self.cluster = Cluster(self, self.outbox)
-        self.bundles = Bundles(self, self.outbox, self.dispatcher.ledger)
-        self.groups = Groups(self, self.outbox)
         self.requests = Requests(self, self.outbox)
         self.inventory = Inventory(self, self.outbox)
         self.explain = Explain(self, self.outbox)
@@ -94,6 +95,9 @@ class Machine:
         dispatcher.actor_gone = actors.worker_gone
         dispatcher.actor_of_group = actors.group_removed
         dispatcher.worker_over = self.inventory.worker_gone
+        cluster.refuse_of_group = self.bundles.refuse
+        cluster.creation_failed = actors.creation_failed_at_home
+        self.bundles.creation_failed = actors.creation_failed_at_home
 
     @property
     def now_s(self) -> float:

@@ -19,12 +19,17 @@ PG-2  the names of a group that is not here are not in the ledger.
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
+from hpcray.node.cluster import Cluster
+from hpcray.node.dispatch import Dispatcher
 from hpcray.node.ledger import ResourceLedger, Shape
 from hpcray.node.names import RequestError
 from hpcray.node.outbox import Outbox
 from hpcray.node.records import TaskRecord
+from hpcray.node.tables import Tables, unwired
+from hpcray.node.tasks import Tasks
 from hpcray.protocol import labels, values
 from hpcray.protocol.messages import (
     ACTOR_CREATION,
@@ -36,9 +41,6 @@ from hpcray.protocol.messages import (
     ReleaseBundles,
     Template,
 )
-
-if TYPE_CHECKING:
-    from hpcray.node.machine import Machine
 
 GROUPS_RANK = 0
 # What a task without any resources takes of its bundle, so that it runs there.
@@ -62,10 +64,18 @@ def group_name(resource: str, group: bytes, index: int = -1) -> str:
 class Bundles:
     """This node's part."""
 
-    def __init__(self, machine: Machine, outbox: Outbox, ledger: ResourceLedger) -> None:
-        self._machine = machine
+    def __init__(
+        self, tables: Tables, outbox: Outbox, tasks: Tasks, dispatcher: Dispatcher,
+        cluster: Cluster,
+    ) -> None:
+        self._rank = tables.rank
         self._outbox = outbox
-        self._ledger = ledger
+        self._tasks = tasks
+        self._dispatcher = dispatcher
+        self._cluster = cluster
+        self._ledger = dispatcher.ledger
+        # Port: an actor of this home can be created nowhere, by this error.
+        self.creation_failed: Callable[[TaskRecord, bytes], None] = unwired
         # group -> [(index, shape, devices)]: held, offered once committed.
         self.held: dict[bytes, list[tuple[int, Shape, tuple[int, ...]]]] = {}
         self._committed: set[bytes] = set()
@@ -77,7 +87,7 @@ class Bundles:
         """Hold the bundles if there is room for all of them."""
         ledger = self._ledger
         for _, shape in message.bundles:
-            self._machine.cluster.learn(shape)
+            self._cluster.learn(shape)
         taken: list[tuple[int, Shape, tuple[int, ...]]] = []
         for index, shape in message.bundles:
             if message.group in self._removed or not ledger.fits(shape):
@@ -97,7 +107,7 @@ class Bundles:
                 offered = tuple(pair for pair in shape if not labels.is_condition(pair[0]))
                 self._ledger.offer(group_name("", group), index, (*offered, (MEMBER, _MEMBERS)),
                                    devices)
-            self._machine.dispatcher.resources_changed()
+            self._dispatcher.resources_changed()
 
     def release(self, group: bytes) -> None:
         """Prepared in vain."""
@@ -105,7 +115,7 @@ class Bundles:
             return
         for _, shape, devices in self.held.pop(group, ()):
             self._ledger.release(shape, devices)
-        self._machine.dispatcher.resources_changed()
+        self._dispatcher.resources_changed()
 
     def removed(self, group: bytes) -> None:
         """End what runs in the group and fail what waits for it."""
@@ -115,8 +125,8 @@ class Bundles:
             self.ending.add(group)
         else:
             self.release(group)
-        self._machine.dispatcher.end_group(group_name("", group))
-        self._machine.cluster.end_group(group_name("", group))
+        self._dispatcher.end_group(group_name("", group))
+        self._cluster.end_group(group_name("", group))
 
     def reason(self, template: Template) -> values.Failure | None:
         """Why what ran in a removed group has died."""
@@ -131,11 +141,11 @@ class Bundles:
         failure = self.reason(task.template)
         if failure is None:
             return False
-        tasks = self._machine.tasks
-        if task.home != self._machine.rank:
+        tasks = self._tasks
+        if task.home != self._rank:
             tasks.give_back(task)  # its home knows, or will
         elif task.template.kind == ACTOR_CREATION:
-            self._machine.actors.creation_failed_at_home(task, values.pack_failure(failure))
+            self.creation_failed(task, values.pack_failure(failure))
         else:
             tasks.fail(task, values.pack_failure(failure))
         return True
@@ -147,7 +157,7 @@ class Bundles:
                 self._committed.remove(group)
                 for _, shape, devices in self.held.pop(group):
                     self._ledger.release(shape, devices)
-                self._machine.dispatcher.resources_changed()
+                self._dispatcher.resources_changed()
 
     def held_shapes(self) -> list[Shape]:
         return [shape for bundles in self.held.values() for _, shape, _ in bundles]
@@ -180,9 +190,15 @@ class Group:
 class Groups:
     """Node 0's part: every group of the job, and where its bundles go."""
 
-    def __init__(self, machine: Machine, outbox: Outbox) -> None:
-        self._machine = machine
+    def __init__(
+        self, tables: Tables, outbox: Outbox, ledger: ResourceLedger, cluster: Cluster,
+        bundles: Bundles,
+    ) -> None:
+        self._rank = tables.rank
         self._outbox = outbox
+        self._ledger = ledger
+        self._cluster = cluster
+        self._bundles = bundles
         self.groups: dict[bytes, Group] = {}
         self.pending: dict[bytes, Group] = {}
         self._over: deque[bytes] = deque()  # removed ones, oldest first
@@ -197,9 +213,9 @@ class Groups:
             raise RequestError("ValueError", f"there is a placement group named {name!r} already")
         group = Group(arguments["group"], arguments)
         for bundle in group.bundles:
-            self._machine.cluster.learn(bundle)
-            if self._machine.cluster.scheduler is not None:
-                self._machine.cluster.scheduler.learn(bundle)
+            self._cluster.learn(bundle)
+            if self._cluster.scheduler is not None:
+                self._cluster.scheduler.learn(bundle)
         self.groups[group.group] = self.pending[group.group] = group
         self._changed = True
 
@@ -212,7 +228,7 @@ class Groups:
         if len(self._over) > _REMOVED_KEPT:
             del self.groups[self._over.popleft()]
         self.pending.pop(group.group, None)
-        for rank in self._machine.cluster.nodes:
+        for rank in self._cluster.nodes:
             self._send(rank, GroupRemoved(group.group))
 
     def table(self, arguments: Any) -> list[dict[str, Any]]:
@@ -255,7 +271,7 @@ class Groups:
         self._changed = True
 
     def end_turn(self) -> None:
-        free = self._machine.dispatcher.ledger.free
+        free = self._ledger.free
         if not self._changed and free == self._seen:
             return
         self._changed = False
@@ -269,7 +285,7 @@ class Groups:
         chosen = choose(group.bundles, group.strategy, free)
         if chosen is None:
             totals = {rank: dict(total)
-                      for rank, total in self._machine.cluster.totals().items()}
+                      for rank, total in self._cluster.totals().items()}
             if not group.reported and choose(group.bundles, group.strategy, totals) is None:
                 group.reported = True
                 self._outbox.notices.append(
@@ -287,9 +303,9 @@ class Groups:
                 if chosen[index] == rank)))
 
     def _free(self) -> dict[int, dict[str, int]]:
-        scheduler = self._machine.cluster.scheduler
-        own = self._machine.rank
-        found = {own: self._machine.dispatcher.ledger.free}
+        scheduler = self._cluster.scheduler
+        own = self._rank
+        found = {own: self._ledger.free}
         if scheduler is not None:
             found.update({rank: view.free for rank, view in scheduler.views.items()
                           if rank != own})
@@ -316,10 +332,10 @@ class Groups:
             self._send(other, ReleaseBundles(group.group))
 
     def _send(self, rank: int, message: Any) -> None:
-        if rank != self._machine.rank:
+        if rank != self._rank:
             self._outbox.peers[rank].append(message)
             return
-        bundles = self._machine.bundles
+        bundles = self._bundles
         if type(message) is PrepareBundles:
             self.prepared(rank, BundlesPrepared(message.group, bundles.prepare(message)))
         elif type(message) is CommitBundles:
