@@ -80,7 +80,7 @@ class Actors:
         self._machine = machine
         self._outbox = outbox
         self._rank = machine.rank
-        self.routes: dict[bytes, Route] = {}
+        self.routes = machine.tables.routes
         self.homes = machine.tables.homes
         self.hosted = machine.tables.hosted
         # Hosted actors that can be given calls at the end of the turn.

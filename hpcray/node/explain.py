@@ -15,11 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hpcray.node.actor_records import ActorState, Hosted, class_name, turn_of
+from hpcray.node.dispatch import Dispatcher
 from hpcray.node.ledger import Shape
-from hpcray.node.outbox import Outbox
+from hpcray.node.memory import NodeMemory
+from hpcray.node.placement import Bundles
 from hpcray.node.records import (
     ASSIGNED,
     FETCHING,
@@ -30,12 +32,11 @@ from hpcray.node.records import (
     ObjectRecord,
     TaskRecord,
     Worker,
+    is_here,
 )
+from hpcray.node.tables import Forward, Tables, unwired
 from hpcray.protocol import ids, labels, words
 from hpcray.protocol.messages import ACTOR_CREATION, METHOD, Template
-
-if TYPE_CHECKING:
-    from hpcray.node.machine import Machine
 
 # Objects explained for one request; a client asks about the first few.
 IDS_MAX = 16
@@ -62,10 +63,18 @@ class Asked:
 
 
 class Explain:
-    def __init__(self, machine: Machine, outbox: Outbox) -> None:
-        self._machine = machine
-        self._outbox = outbox
-        self._rank = machine.rank
+    def __init__(
+        self, tables: Tables, memory: NodeMemory, dispatcher: Dispatcher, bundles: Bundles
+    ) -> None:
+        self._tables = tables
+        self._tasks = tables.tasks
+        self._objects = tables.objects
+        self._memory = memory
+        self._dispatcher = dispatcher
+        self._bundles = bundles
+        self._rank = tables.rank
+        # Port: ask another node (rank, request, arguments, who hears the answer).
+        self.forward: Forward = unwired
         self.open: list[Asked] = []
         # The state of a process by its pid, as /proc names it ("T": stopped). The loop sets it.
         self.process_state: Callable[[int], str] = lambda pid: ""
@@ -78,10 +87,10 @@ class Explain:
         """`answer` is called with a sentence per object: now, or when other nodes have spoken."""
         object_ids = ids.split_ids(arguments["ids"])[:IDS_MAX]
         at_executor = bool(arguments.get("executor"))
-        now_s = self._machine.now_s
+        now_s = self._tables.now_s
         asked = Asked(len(object_ids), now_s + (_EXECUTOR_S if peer else _HOME_S), answer)
         for place, object_id in enumerate(object_ids):
-            task = self._machine.tasks.records.get(ids.task_of_object(object_id))
+            task = self._tasks.get(ids.task_of_object(object_id))
             home = ids.home_of_object(object_id)
             if task is None and home != self._rank and not at_executor:
                 self._ask(asked, place, home, object_id, self._foreign(object_id))
@@ -109,7 +118,7 @@ class Explain:
                     asked.answer(asked.sentences)
 
         at_home = rank == ids.home_of_object(object_id)
-        self._machine.requests.forward(
+        self.forward(
             rank, "explain", {"ids": object_id, "executor": not at_home},
             lambda reply: heard(reply.result))
 
@@ -132,7 +141,7 @@ class Explain:
 
     def _object(self, object_id: bytes) -> str:
         """One whose task is over, or that was put."""
-        record = self._machine.directory.records.get(object_id)
+        record = self._objects.get(object_id)
         what = ("object made by put()" if object_id[24:] == ids.PUT_INDEX
                 else "object whose task is over")
         if record is None:
@@ -140,7 +149,7 @@ class Explain:
         if record.state == PENDING:
             return f"{what}: not announced yet"
         extra = record.extra
-        if record.value is None and record.location is None and extra is not None:
+        if extra is not None and not is_here(record):
             copies = sorted(extra.copies or extra.sources)
             where = words.listed([f"rank {rank}" for rank in copies])
             return f"{what}: {words.size(record.nbytes)} on {where}"
@@ -148,7 +157,7 @@ class Explain:
 
     def _missing(self, record: ObjectRecord) -> str:
         """An object that a task waits for."""
-        task = self._machine.tasks.records.get(ids.task_of_object(record.object_id))
+        task = self._tasks.get(ids.task_of_object(record.object_id))
         if task is None:
             home = ids.home_of_object(record.object_id)
             return f"an object of rank {home}" if home != self._rank else "an object"
@@ -172,7 +181,7 @@ class Explain:
         if task.template.kind == METHOD:
             return self._call(task)
         if task.state == RUNNING:
-            worker = self._machine.dispatcher.workers.get(task.worker)
+            worker = self._tables.workers.get(task.worker)
             if worker is None:
                 return f"RUNNING {here}"
             first = worker.datagrams[0][0] if worker.datagrams else task
@@ -183,35 +192,34 @@ class Explain:
         return f"QUEUED {here}{self._why_queued(task)}"
 
     def _dependencies(self, task: TaskRecord) -> str:
-        records = self._machine.directory.records
+        records = self._objects
         missing = [records[object_id]
                    for object_id in ids.split_ids(task.refs[: task.dep_count * 28])
                    if object_id in records and records[object_id].state == PENDING]
         return words.listed([self._missing(record) for record in missing], 2) or "its arguments"
 
     def _inputs(self, task: TaskRecord) -> str:
-        directory = self._machine.directory
-        absent = [directory.records[i] for i in ids.split_ids(task.refs[: task.dep_count * 28])
-                  if i in directory.records and not directory.is_local(directory.records[i])]
+        records = self._objects
+        absent = [records[i] for i in ids.split_ids(task.refs[: task.dep_count * 28])
+                  if i in records and not is_here(records[i])]
         nbytes = sum(record.nbytes for record in absent)
         ranks = {rank for record in absent if record.extra is not None
                  for rank in record.extra.copies or record.extra.sources}
         where = words.listed([f"rank {rank}" for rank in sorted(ranks)])
-        full = self._machine.memory.awaits([record.object_id for record in absent])
+        full = self._memory.awaits([record.object_id for record in absent])
         return (f"{words.size(nbytes)} of arguments"
                 + (f" from {where}" if where else "")
                 + (" (the object store is full)" if full else ""))
 
     def _why_queued(self, task: TaskRecord) -> str:
         template = task.template
-        machine = self._machine
         shape = template.resources
-        if template.group_id and not any(name in machine.dispatcher.ledger.total
+        if template.group_id and not any(name in self._dispatcher.ledger.total
                                          for name, _ in shape):
             return ", waits for a slot of its placement group"
         lacking = self.lacking(shape)
         if not lacking:
-            queue = machine.dispatcher.queues.get((shape, template.kind == ACTOR_CREATION))
+            queue = self._dispatcher.queues.get((shape, template.kind == ACTOR_CREATION))
             behind = 0 if queue is None else next(
                 (n for n, other in enumerate(islice(queue.tasks, 1000)) if other is task), 0)
             others = f"{behind} other{'s'[:behind > 1]}"
@@ -220,16 +228,15 @@ class Explain:
 
     def _call(self, task: TaskRecord) -> str:
         """A call of an actor."""
-        actors = self._machine.actors
-        hosted = actors.hosted.get(task.actor_id)
+        hosted = self._tables.hosted.get(task.actor_id)
         if task.state in (ASSIGNED, RUNNING) and hosted is not None:
             return self._hosted_call(hosted, task)
-        route = actors.routes.get(task.actor_id)
+        route = self._tables.routes.get(task.actor_id)
         if route is None:
             return f"{_STATES[task.state]} on rank {self._rank}"
         if turn_of(task) in route.blocked:
             return "QUEUED behind a call whose arguments are not ready"
-        creation = self._machine.tasks.records.get(ids.creation_task_id(task.actor_id))
+        creation = self._tasks.get(ids.creation_task_id(task.actor_id))
         if creation is not None:
             return f"waits for its actor ({self.task(creation)})"
         state = "not known yet" if route.state is ActorState.UNKNOWN else route.state.name
@@ -237,7 +244,7 @@ class Explain:
 
     def _hosted_call(self, hosted: Hosted, task: TaskRecord) -> str:
         here = f"on rank {self._rank}"
-        worker = self._machine.dispatcher.workers.get(hosted.worker)
+        worker = self._tables.workers.get(hosted.worker)
         process = "" if worker is None else f" ({self._process(worker)})"
         if not hosted.alive:
             return f"waits for its actor's constructor, which runs {here}{process}"
@@ -263,7 +270,7 @@ class Explain:
 
     def lacking(self, shape: Shape) -> Shape:
         """What of a shape is not free here now."""
-        free = self._machine.dispatcher.ledger.free
+        free = self._dispatcher.ledger.free
         return tuple((name, value) for name, value in shape
                      if not labels.is_condition(name) and free.get(name, 0) < value)
 
@@ -274,7 +281,7 @@ class Explain:
 
     def holders(self, names: set[str]) -> list[str]:
         found = []
-        for worker in self._machine.dispatcher.workers.values():
+        for worker in self._tables.workers.values():
             if any(name in names and not (worker.blocked and name.startswith("CPU"))
                    for name, _ in worker.shape):
                 found.append(self.who(worker))
@@ -282,12 +289,12 @@ class Explain:
 
     def groups_with(self, names: set[str]) -> list[str]:
         """Placement groups that hold some of these resources here."""
-        return ["a placement group" for bundles in self._machine.bundles.held.values()
+        return ["a placement group" for bundles in self._bundles.held.values()
                 if any(name in names for _, shape, _ in bundles for name, _ in shape)]
 
     def who(self, worker: Worker) -> str:
         """What a worker is for."""
-        hosted = self._machine.actors.hosted.get(worker.actor_id)
+        hosted = self._tables.hosted.get(worker.actor_id)
         if hosted is not None:
             return f"actor {plain(class_name(hosted.template))}"
         if worker.datagrams:

@@ -23,13 +23,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from hpcray.node.actor_records import ActorHome, ActorState, class_name
+from hpcray.node.directory import Directory
 from hpcray.node.outbox import Outbox
 from hpcray.node.placement import MEMBER
 from hpcray.node.records import (
     ASSIGNED,
+    DRIVER,
     FAILED,
     FETCHING,
     FINISHED,
@@ -42,6 +44,8 @@ from hpcray.node.records import (
     Worker,
     WorkerState,
 )
+from hpcray.node.tables import Forward, Tables, unwired
+from hpcray.node.tasks import Tasks
 from hpcray.protocol import ids, labels, values
 from hpcray.protocol.messages import (
     ACTOR_CREATION,
@@ -56,9 +60,6 @@ from hpcray.protocol.messages import (
     Template,
 )
 from hpcray.protocol.sizes import ROWS_BYTES
-
-if TYPE_CHECKING:
-    from hpcray.node.machine import Machine
 
 # Records looked at per turn: under 1 ms. What runs meanwhile takes a few turns for a round trip.
 SLICE = 500
@@ -131,10 +132,16 @@ class Gather:
 
 
 class Inventory:
-    def __init__(self, machine: Machine, outbox: Outbox) -> None:
-        self._machine = machine
+    def __init__(
+        self, tables: Tables, outbox: Outbox, directory: Directory, tasks: Tasks
+    ) -> None:
+        self._tables = tables
         self._outbox = outbox
-        self._rank = machine.rank
+        self._directory = directory
+        self._home_tasks = tasks
+        self._rank = tables.rank
+        # Port: ask another node (rank, request, arguments, who hears the answer).
+        self.forward: Forward = unwired
         self.questions: deque[Question] = deque()
         self._gathers: dict[int, Gather] = {}
         # Tasks this home was given lately, and those of its tasks that failed: oldest first.
@@ -182,7 +189,7 @@ class Inventory:
         self.dead_actors.append(home)
 
     def worker_gone(self, worker: Worker, failure: values.Failure) -> None:
-        hosted = self._machine.actors.hosted.get(worker.actor_id)
+        hosted = self._tables.hosted.get(worker.actor_id)
         intended = worker.state is WorkerState.STOPPING or (
             hosted is not None and hosted.intended is not None)
         exit_type = "INTENDED_SYSTEM_EXIT" if intended else "SYSTEM_ERROR"
@@ -198,18 +205,17 @@ class Inventory:
         if error is not None:
             self._outbox.clients[client].append(Reply(message.request, None, error))
             return
-        requests = self._machine.requests
-        gather = Gather(client, message.request, query["limit"], self._machine.size)
-        for rank in range(self._machine.size):
+        gather = Gather(client, message.request, query["limit"], self._tables.size)
+        for rank in range(self._tables.size):
             if rank != self._rank:
-                number = requests.forward(
+                number = self.forward(
                     rank, "state", query, lambda _: self._answered(gather))
                 self._gathers[number] = gather
         self._begin(query, lambda rows: self._pass_on(gather, rows),
                     lambda: self._answered(gather))
 
     def _pass_on(self, gather: Gather, rows: list[Row]) -> None:
-        if gather.client not in self._machine.clients:
+        if gather.client not in self._tables.clients:
             return
         seen = gather.seen
         if len(seen) + len(rows) > gather.limit:
@@ -229,7 +235,7 @@ class Inventory:
         if gather.waiting == 0:
             for number in [n for n, g in self._gathers.items() if g is gather]:
                 del self._gathers[number]
-            if gather.client in self._machine.clients:
+            if gather.client in self._tables.clients:
                 self._outbox.clients[gather.client].append(Reply(gather.request))
 
     def peer_asked(self, rank: int, number: int, query: dict[str, Any]) -> None:
@@ -329,9 +335,8 @@ class Inventory:
 
     def _count_finished(self, question: Question, names: list[str]) -> None:
         """Successful runs here, and failures of this home's tasks, by function."""
-        tasks = self._machine.tasks
-        for template_id, statistics in tasks.statistics.items():
-            template = tasks.templates[template_id]
+        for template_id, statistics in self._tables.statistics.items():
+            template = self._tables.templates[template_id]
             if not template.events:
                 continue
             for state, number in (
@@ -347,38 +352,33 @@ class Inventory:
     # --- sources: where records come from ---------------------------------------------------------
 
     def _tasks(self, query: dict[str, Any]) -> Sources:
-        tasks = self._machine.tasks
-        live = self._live(tasks.records, query, "task_id")
+        live = self._live(self._tables.tasks, query, "task_id")
         if query.get("count"):
             return [live]  # what is over is counted by function
         return [live, self._over()]
 
     def _over(self) -> Iterable[TaskRecord]:
-        tasks = self._machine.tasks
         yield from [task for task, _ in self._failed.values()]
         lately = dict(self._remembered)
         if len(self._failed_since) < KEPT:
-            lately.update((t, template) for t, template, _ in tasks.lineage)
+            lately.update((t, template) for t, template, _ in self._home_tasks.lineage)
         for task_id, template_id in lately.items():
-            if task_id not in tasks.records and task_id not in self._failed:
-                yield _ended(task_id, tasks.templates[template_id], self._rank, FINISHED)
+            if task_id not in self._tables.tasks and task_id not in self._failed:
+                yield _ended(task_id, self._tables.templates[template_id], self._rank, FINISHED)
 
     def _objects(self, query: dict[str, Any]) -> Sources:
-        directory = self._machine.directory
-        live = self._live(directory.records, query, "object_id")
-        return [_homed(live, directory.is_home)]
+        live = self._live(self._tables.objects, query, "object_id")
+        return [_homed(live, self._directory.is_home)]
 
     def _actors(self, query: dict[str, Any]) -> Sources:
-        actors = self._machine.actors
-        live = self._live(actors.homes, query, "actor_id")
+        live = self._live(self._tables.homes, query, "actor_id")
         return [live, list(self.dead_actors)]
 
     def _workers(self, _: dict[str, Any]) -> Sources:
-        machine = self._machine
         found = [WorkerFacts(worker.number, worker.pid)
-                 for worker in machine.dispatcher.workers.values() if worker.pid]
-        if 0 in machine.clients:
-            found.append(WorkerFacts(0, machine.clients[0].pid))
+                 for worker in self._tables.workers.values() if worker.pid]
+        if DRIVER in self._tables.clients:
+            found.append(WorkerFacts(DRIVER, self._tables.clients[DRIVER].pid))
         return [found, list(self.gone_workers)]
 
     @staticmethod
@@ -420,12 +420,12 @@ class Inventory:
     def _is_running(self, task: TaskRecord) -> bool:
         """Whether it runs, and does not lie unread at its worker."""
         if task.template.kind != METHOD:
-            worker = self._machine.dispatcher.workers.get(task.worker)
+            worker = self._tables.workers.get(task.worker)
             datagrams = None if worker is None else worker.datagrams
             return bool(datagrams and datagrams[0][0] is task)
         running = self._running_calls.get(task.actor_id)
         if running is None:
-            hosted = self._machine.actors.hosted.get(task.actor_id)
+            hosted = self._tables.hosted.get(task.actor_id)
             running = set() if hosted is None else set(
                 islice(hosted.in_flight, hosted.template.max_concurrency))
             self._running_calls[task.actor_id] = running
@@ -442,12 +442,12 @@ class Inventory:
         if task.home != self._rank or task.client < 0:
             return None
         if task.client == 0:
-            return ids.driver_task_id(self._rank, self._machine.job_id).hex()
+            return ids.driver_task_id(self._rank, self._tables.job_id).hex()
         if self._parents is None:
             running = [worker.datagrams[0][0]
-                       for worker in self._machine.dispatcher.workers.values()
+                       for worker in self._tables.workers.values()
                        if worker.datagrams]
-            for hosted in self._machine.actors.hosted.values():
+            for hosted in self._tables.hosted.values():
                 running += hosted.in_flight.values()
             self._parents = {ids.task_prefix(t.task_id, t.attempt): t.task_id for t in running}
         parent = self._parents.get(task.task_id[:12])
@@ -469,30 +469,30 @@ class Inventory:
         """How long it has been running; a datagram's first task is known to the millisecond."""
         if task.state != RUNNING or task.template.kind == METHOD or not self._is_running(task):
             return None
-        worker = self._machine.dispatcher.workers[task.worker]
-        return (self._machine.now_s - worker.sent_s) * 1000
+        worker = self._tables.workers[task.worker]
+        return (self._tables.now_s - worker.sent_s) * 1000
 
     # --- columns: the others ----------------------------------------------------------------------
 
     def node_id(self, rank: int | None) -> str | None:
-        node_ids = self._machine.session.get("node_ids")
+        node_ids = self._tables.session.get("node_ids")
         return None if rank is None or rank < 0 or not node_ids else node_ids[rank]
 
     def address(self) -> str | None:
-        node = self._machine.cluster.nodes.get(self._rank)
+        node = self._tables.nodes.get(self._rank)
         return None if node is None else node.address
 
     def worker_id(self, number: int) -> str | None:
-        return None if number < 0 else ids.worker_id_hex(self._machine.job_id, self._rank, number)
+        return None if number < 0 else ids.worker_id_hex(self._tables.job_id, self._rank, number)
 
     def worker_pid(self, number: int) -> int | None:
-        worker = self._machine.dispatcher.workers.get(number)
+        worker = self._tables.workers.get(number)
         return None if worker is None else worker.pid
 
     def actor_state(self, home: ActorHome) -> str:
         if home.state is not ActorState.PENDING:
             return home.state.name
-        task = self._machine.tasks.records.get(ids.creation_task_id(home.actor_id))
+        task = self._tables.tasks.get(ids.creation_task_id(home.actor_id))
         return ("DEPENDENCIES_UNREADY" if task is not None and task.state == WAITING
                 else "PENDING_CREATION")
 
@@ -501,16 +501,16 @@ class Inventory:
             return None
         if home.rank != self._rank:
             return home.pid or None
-        hosted = self._machine.actors.hosted.get(home.actor_id)
+        hosted = self._tables.hosted.get(home.actor_id)
         return None if hosted is None else self.worker_pid(hosted.worker)
 
     def object_holder(self, record: ObjectRecord) -> ClientRecord | None:
         """A process here that holds a ref to it."""
-        return next((client for client in self._machine.clients.values()
+        return next((client for client in self._tables.clients.values()
                      if record.object_id in client.held), None)
 
     def object_status(self, record: ObjectRecord) -> str:
-        task = self._machine.tasks.records.get(ids.task_of_object(record.object_id))
+        task = self._tables.tasks.get(ids.task_of_object(record.object_id))
         if task is not None:
             return self.task_state(task)
         if ids.is_creation_object(record.object_id):
@@ -522,7 +522,7 @@ class Inventory:
         return "FAILED" if failed else "FINISHED"
 
     def object_attempt(self, record: ObjectRecord) -> int:
-        task = self._machine.tasks.records.get(ids.task_of_object(record.object_id))
+        task = self._tables.tasks.get(ids.task_of_object(record.object_id))
         return 1 if task is None else task.attempt + 1
 
     def object_reference(self, record: ObjectRecord) -> str:
@@ -546,7 +546,7 @@ class Inventory:
         """
         found: list[tuple[list[int], int | None] | None] = []
         for object_id in ids.split_ids(arguments["ids"]):
-            record = self._machine.directory.records.get(object_id)
+            record = self._tables.objects.get(object_id)
             if record is None:
                 found.append(None)
                 continue
@@ -613,7 +613,7 @@ COLUMNS: dict[str, dict[str, Column]] = {
         "attempt_number": lambda _, t: t.attempt,
         "name": lambda _, t: t.template.name,
         "state": Inventory.task_state,
-        "job_id": lambda i, _: i._machine.job_id.hex(),
+        "job_id": lambda i, _: i._tables.job_id.hex(),
         "actor_id": lambda _, t: t.actor_id.hex() or None,
         "type": lambda _, t: _TYPES[t.template.kind],
         "func_or_class_name": lambda _, t: t.template.function_name or t.template.name,
@@ -634,7 +634,7 @@ COLUMNS: dict[str, dict[str, Column]] = {
         "actor_id": lambda _, a: a.actor_id.hex(),
         "class_name": lambda _, a: class_name(a.template),
         "state": Inventory.actor_state,
-        "job_id": lambda i, _: i._machine.job_id.hex(),
+        "job_id": lambda i, _: i._tables.job_id.hex(),
         "name": lambda _, a: a.name,
         "node_id": lambda i, a: i.node_id(a.rank),
         "pid": Inventory.actor_pid,

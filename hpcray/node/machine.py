@@ -66,10 +66,13 @@ class Machine:
         self.groups = Groups(
             tables, outbox, self.dispatcher.ledger, self.cluster, self.bundles)
         self.actors = Actors(self, self.outbox)
-        self.requests = Requests(self, self.outbox)
-        self.inventory = Inventory(self, self.outbox)
-        self.explain = Explain(self, self.outbox)
-        self.waiting = Waiting(self, self.outbox)
+        self.inventory = Inventory(tables, outbox, self.directory, self.tasks)
+        self.explain = Explain(tables, self.memory, self.dispatcher, self.bundles)
+        self.requests = Requests(
+            tables, outbox, self.memory, self.directory, self.tasks, self.dispatcher, self.cluster,
+            self.actors, self.inventory, self.explain)
+        self.waiting = Waiting(
+            tables, outbox, self.memory, self.dispatcher, self.cluster, self.groups, self.explain)
         self._wire()
         self._foreign_since_s: float | None = None
         self._squeezed = False
@@ -95,6 +98,15 @@ class Machine:
         dispatcher.actor_gone = actors.worker_gone
         dispatcher.actor_of_group = actors.group_removed
         dispatcher.worker_over = self.inventory.worker_gone
+        forward = self.requests.forward
+        self.inventory.forward = self.explain.forward = self.waiting.forward = forward
+        self.waiting.collect_garbage = self.collect_garbage
+        serve = self.requests.serve
+        serve("create_placement_group", self.groups.create)
+        serve("remove_placement_group", self.groups.remove)
+        serve("placement_groups", self.groups.table)
+        serve("holdings", lambda arguments: self.waiting.holdings(arguments["names"]))
+        serve("statistics", lambda _: self.statistics())
         cluster.refuse_of_group = self.bundles.refuse
         cluster.creation_failed = actors.creation_failed_at_home
         self.bundles.creation_failed = actors.creation_failed_at_home

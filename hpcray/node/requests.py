@@ -26,11 +26,20 @@ node lets the home count the handle before it gives it out, and asks node 0 agai
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from hpcray.node.actors import Actors
+from hpcray.node.cluster import Cluster
+from hpcray.node.directory import Directory
+from hpcray.node.dispatch import Dispatcher
+from hpcray.node.explain import Explain
+from hpcray.node.inventory import Inventory
 from hpcray.node.keyvalue import KeyValue
+from hpcray.node.memory import NodeMemory
 from hpcray.node.names import Asker, Names, NotYet, RequestError, already_taken
 from hpcray.node.outbox import Outbox
+from hpcray.node.tables import Tables
+from hpcray.node.tasks import Tasks
 from hpcray.protocol import ids, labels
 from hpcray.protocol.messages import (
     STORE,
@@ -43,9 +52,6 @@ from hpcray.protocol.messages import (
 )
 from hpcray.protocol.sizes import ROWS_BYTES
 from hpcray.protocol.values import Failure
-
-if TYPE_CHECKING:
-    from hpcray.node.machine import Machine
 
 NAMES_RANK = 0
 
@@ -78,9 +84,23 @@ class LookUp:
 
 
 class Requests:
-    def __init__(self, machine: Machine, outbox: Outbox) -> None:
-        self._machine = machine
+    def __init__(
+        self, tables: Tables, outbox: Outbox, memory: NodeMemory, directory: Directory,
+        tasks: Tasks, dispatcher: Dispatcher, cluster: Cluster, actors: Actors,
+        inventory: Inventory, explain: Explain,
+    ) -> None:
+        self._tables = tables
+        self._clients = tables.clients
+        self._rank = tables.rank
         self._outbox = outbox
+        self._memory = memory
+        self._directory = directory
+        self._tasks = tasks
+        self._dispatcher = dispatcher
+        self._cluster = cluster
+        self._actors = actors
+        self._inventory = inventory
+        self._explain = explain
         # Forwarded: our number -> who asked or what to call, or None if nobody waits.
         self._forwarded: dict[int, Asker | Callable[[PeerReply], None] | None] = {}
         self._count = 0
@@ -102,38 +122,37 @@ class Requests:
             "kv_delete": facts.delete,
             "kv_list": facts.list,
             "actor_handle": self._actor_handle,
-            "hold_actor": lambda arguments: machine.actors.hold_for(
+            "hold_actor": lambda arguments: actors.hold_for(
                 arguments["actor_id"], arguments["rank"]),
             "kill_actor": self._kill_actor,
             "cancel": self._cancel,
-            "create_placement_group": machine.groups.create,
-            "remove_placement_group": machine.groups.remove,
-            "placement_groups": machine.groups.table,
-            "locations": lambda arguments: self._machine.inventory.locations(arguments),
-            "local_locations": lambda arguments: self._machine.inventory.locations(arguments),
-            "holdings": lambda arguments: self._machine.waiting.holdings(arguments["names"]),
-            "statistics": lambda _: self._machine.statistics(),
+            "locations": inventory.locations,
+            "local_locations": inventory.locations,
         }
+
+    def serve(self, name: str, handler: Callable[[Any], Any]) -> None:
+        """What another part answers: its result, or a RequestError."""
+        self._handlers[name] = handler
 
     # --- routing ----------------------------------------------------------------------------------
 
     def asked(self, client: int, message: Request) -> None:
         name, arguments = message.name, message.arguments
         if name == "state":
-            self._machine.inventory.asked(client, message)
+            self._inventory.asked(client, message)
             return
         if name == "explain":
-            asker = (self._machine.rank, client, message.request)
-            self._machine.explain.asked(
+            asker = (self._rank, client, message.request)
+            self._explain.asked(
                 arguments, lambda found: self._deliver(asker, found, None), peer=False)
             return
         if name in ("reserve_name", "get_actor"):
             self._look_ups[client, message.request] = LookUp(name, arguments)
-        self._ask(name, arguments, (self._machine.rank, client, message.request))
+        self._ask(name, arguments, (self._rank, client, message.request))
 
     def _ask(self, name: str, arguments: Any, asker: Asker) -> None:
         rank = self._rank_for(name, arguments)
-        if rank == self._machine.rank:
+        if rank == self._rank:
             self._answer(name, arguments, asker)
         else:
             self.forward(rank, name, arguments, asker)
@@ -156,14 +175,14 @@ class Requests:
         if name == "locations":
             return ids.home_of_object(arguments["ids"][:28])
         if name in ("statistics", "local_locations"):
-            return self._machine.rank
+            return self._rank
         return NAMES_RANK
 
     def peer_asked(self, rank: int, message: PeerRequest) -> None:
         if message.name == "state":
-            self._machine.inventory.peer_asked(rank, message.request, message.arguments)
+            self._inventory.peer_asked(rank, message.request, message.arguments)
         elif message.name == "explain":
-            self._machine.explain.asked(
+            self._explain.asked(
                 message.arguments,
                 lambda found: self._deliver((rank, -1, message.request), found, None), peer=True)
         else:
@@ -202,9 +221,9 @@ class Requests:
                 self._hold_actor(asker, look_up, result)
                 return
             look_up.granted = error is None
-            if error is not None or client not in self._machine.clients:
+            if error is not None or client not in self._clients:
                 self._give_up((client, number))
-        if client in self._machine.clients:
+        if client in self._clients:
             to_client = self._outbox.clients[client]
             if type(result) is list and len(encode(result)) > ROWS_BYTES:
                 to_client += [Rows(number, part) for part in parts(result)]
@@ -214,30 +233,30 @@ class Requests:
     # --- facts ------------------------------------------------------------------------------------
 
     def _nodes(self, _: Any) -> list[dict[str, Any]]:
-        session = self._machine.session
+        session = self._tables.session
         return [
             {
                 "rank": node.rank, "host": node.host, "address": node.address, "alive": True,
                 "pid": node.pid, "resources": dict(node.resources), "labels": dict(node.labels),
                 "node_id": session["node_ids"][node.rank],
             }
-            for _, node in sorted(self._machine.cluster.nodes.items())
+            for _, node in sorted(self._tables.nodes.items())
         ]
 
     def _cluster_resources(self, _: Any) -> dict[str, int]:
         total: dict[str, int] = {}
-        for node in self._machine.cluster.nodes.values():
+        for node in self._tables.nodes.values():
             for name, amount in node.resources:
                 total[name] = total.get(name, 0) + amount
         return total
 
     def _available_resources(self, _: Any) -> dict[str, int]:
-        free = {n: a for n, a in self._machine.dispatcher.ledger.free.items() if a > 0}
-        free[STORE] = self._machine.memory.free_units
-        scheduler = self._machine.cluster.scheduler
+        free = {n: a for n, a in self._dispatcher.ledger.free.items() if a > 0}
+        free[STORE] = self._memory.free_units
+        scheduler = self._cluster.scheduler
         if scheduler is not None:
             for rank, view in scheduler.views.items():
-                if rank != self._machine.rank:
+                if rank != self._rank:
                     for name, amount in view.reported.items():
                         free[name] = free.get(name, 0) + max(amount, 0)
         return {name: amount for name, amount in free.items()
@@ -269,7 +288,7 @@ class Requests:
         if not name:
             return
         arguments = {"actor_id": actor_id, "namespace": namespace, "name": name}
-        if self._machine.rank == NAMES_RANK:
+        if self._rank == NAMES_RANK:
             self._handlers[request](arguments)
         else:
             self.forward(NAMES_RANK, request, arguments, None)
@@ -292,18 +311,18 @@ class Requests:
             self._tell_names("release_name", look_up.arguments["actor_id"],
                              look_up.arguments["namespace"], look_up.arguments["name"])
         if look_up.held:
-            self._machine.directory.release(look_up.held)
+            self._directory.release(look_up.held)
 
     def _hold_actor(self, asker: Asker, look_up: LookUp, facts: dict[str, Any]) -> None:
         """Node 0 knows this actor by the name; its home is asked whether it can be given out."""
-        arguments = {"actor_id": facts["actor_id"], "rank": self._machine.rank}
-        worker = self._machine.dispatcher.workers.get(asker[1])
+        arguments = {"actor_id": facts["actor_id"], "rank": self._rank}
+        worker = self._tables.workers.get(asker[1])
         if worker is not None and worker.actor_id == facts["actor_id"]:
             # Of itself: its own handles do not count, and its end must not wait for its end.
             self._give_out(asker, look_up, facts)
             return
         rank = self._rank_for("hold_actor", arguments)
-        if rank == self._machine.rank:
+        if rank == self._rank:
             self._home_answered(asker, look_up, facts, self._handlers["hold_actor"](arguments))
         else:
             self.forward(rank, "hold_actor", arguments,
@@ -312,18 +331,18 @@ class Requests:
     def _home_answered(
         self, asker: Asker, look_up: LookUp, facts: dict[str, Any], counted: bool
     ) -> None:
-        if not counted and asker[1] in self._machine.clients:
+        if not counted and asker[1] in self._clients:
             look_up.arguments = {**look_up.arguments, "ending": facts["actor_id"]}
             self._ask(look_up.request, look_up.arguments, asker)
             return
         if counted:
             look_up.held = ids.creation_object_id(facts["actor_id"])
-            self._machine.directory.held_for_us(look_up.held)
+            self._directory.held_for_us(look_up.held)
         self._give_out(asker, look_up, facts)
 
     def _give_out(self, asker: Asker, look_up: LookUp, facts: dict[str, Any]) -> None:
         _, client, number = asker
-        alive = client in self._machine.clients
+        alive = client in self._clients
         if look_up.request == "get_actor" or look_up.arguments.get("get_if_exists"):
             held = ids.creation_object_id(facts["actor_id"])
             reply = Reply(number, facts, None, held)
@@ -339,21 +358,21 @@ class Requests:
     # --- acts -------------------------------------------------------------------------------------
 
     def _actor_handle(self, arguments: Any) -> dict[str, Any]:
-        home = self._machine.actors.homes.get(arguments["actor_id"])
+        home = self._tables.homes.get(arguments["actor_id"])
         if home is None:
             raise RequestError("ValueError", "there is no such actor (any more)")
         return {"actor_id": home.actor_id, "handle": home.handle, "name": home.name}
 
     def _kill_actor(self, arguments: Any) -> None:
-        self._machine.actors.kill(
+        self._actors.kill(
             arguments["actor_id"], no_restart=arguments.get("no_restart", True))
 
     def _cancel(self, arguments: Any) -> str:
         task_id = ids.task_of_object(arguments["object_id"])
-        task = self._machine.tasks.records.get(task_id)
+        task = self._tables.tasks.get(task_id)
         if arguments.get("force") and task is not None and task.actor_id:
             raise RequestError("ValueError", "force=True is not for calls of actors: it would end "
                                "the actor. To do that there is kill()")
-        return self._machine.tasks.cancel(
+        return self._tasks.cancel(
             task_id, force=bool(arguments.get("force")),
             recursive=bool(arguments.get("recursive")))

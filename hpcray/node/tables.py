@@ -5,16 +5,20 @@ So a part that only looks something up needs the table, and not the part that ke
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from hpcray.node.actor_records import ActorHome, Hosted
+from hpcray.node.actor_records import ActorHome, Hosted, Route
 from hpcray.node.records import ClientRecord, ObjectRecord, TaskRecord, TemplateStatistics, Worker
-from hpcray.protocol.messages import Joined, Template
+from hpcray.protocol.messages import Joined, PeerReply, Template
+
+# Ask another node: (rank, request, arguments, who hears the answer) -> the question's number.
+Forward = Callable[[int, str, Any, Callable[[PeerReply], None]], int]
 
 
 class Tables:
     __slots__ = ("clients", "homes", "hosted", "job_id", "nodes", "now_s", "objects", "rank",
-                 "session", "size", "statistics", "tasks", "templates", "workers")
+                 "routes", "session", "size", "statistics", "tasks", "templates", "workers")
 
     def __init__(self, rank: int, size: int, job_id: bytes, session: dict[str, Any]) -> None:
         self.rank = rank
@@ -31,6 +35,7 @@ class Tables:
         self.statistics: dict[bytes, TemplateStatistics] = {}  # by template (Tasks)
         self.homes: dict[bytes, ActorHome] = {}  # actors of this home (Actors)
         self.hosted: dict[bytes, Hosted] = {}  # actors that live here (Actors)
+        self.routes: dict[bytes, Route] = {}  # actors that somebody here calls (Actors)
 
 
 def unwired(*_: Any, **__: Any) -> Any:

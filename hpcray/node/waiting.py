@@ -18,19 +18,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from hpcray.node.explain import name_of
+from hpcray.node.cluster import Cluster
+from hpcray.node.dispatch import Dispatcher, ShapeQueue
+from hpcray.node.explain import Explain, name_of
 from hpcray.node.ledger import Shape, is_group_shape
+from hpcray.node.memory import NodeMemory
 from hpcray.node.outbox import Outbox
-from hpcray.node.placement import Group, choose
+from hpcray.node.placement import Group, Groups, choose
 from hpcray.node.records import DRIVER, QUEUED, TaskRecord, Worker
+from hpcray.node.tables import Forward, Tables, unwired
 from hpcray.protocol import ids, labels, words
 from hpcray.protocol.messages import CollectGarbage
-
-if TYPE_CHECKING:
-    from hpcray.node.dispatch import ShapeQueue
-    from hpcray.node.machine import Machine
 
 PATIENCE_S = 10.0
 # What is stuck for so long may be kept by refs or handles in cycles, which nobody uses any more.
@@ -67,10 +67,24 @@ class Candidate(NamedTuple):
 
 
 class Waiting:
-    def __init__(self, machine: Machine, outbox: Outbox) -> None:
-        self._machine = machine
+    def __init__(
+        self, tables: Tables, outbox: Outbox, memory: NodeMemory, dispatcher: Dispatcher,
+        cluster: Cluster, groups: Groups, explain: Explain,
+    ) -> None:
+        self._tables = tables
+        self._workers = tables.workers
+        self._hosted = tables.hosted
         self._outbox = outbox
-        self._rank = machine.rank
+        self._memory = memory
+        self._dispatcher = dispatcher
+        self._cluster = cluster
+        self._groups = groups
+        self._explain = explain
+        self._rank = tables.rank
+        # Ports: ask another node (rank, request, arguments, who hears the answer); have the
+        # processes here look for garbage.
+        self.forward: Forward = unwired
+        self.collect_garbage: Callable[[], None] = unwired
         self._waits: dict[Key, Wait] = {}
         self._last_s = 0.0
         # What each worker ran at the last look.
@@ -107,10 +121,10 @@ class Waiting:
         if not wait.collected:
             wait.collected = True
             wait.due_s = max(wait.since_s + PATIENCE_S, self._last_s + _COLLECT_S)
-            for rank in range(self._machine.size):
+            for rank in range(self._tables.size):
                 if rank != self._rank:
                     self._outbox.peers[rank].append(CollectGarbage())
-            self._machine.collect_garbage()
+            self.collect_garbage()
             return
         if not wait.said and any(other is wait for other in self._waits.values()):
             wait.said = True
@@ -118,24 +132,23 @@ class Waiting:
             (box.own_notices if alone else box.notices).append(f"Warning: {text}")
 
     def _candidates(self) -> Iterator[Candidate]:
-        machine = self._machine
-        for (shape, creation), queue in machine.dispatcher.queues.items():
+        for (shape, creation), queue in self._dispatcher.queues.items():
             task = self._first(queue.tasks)
             if task is not None and not queue.starved:
                 yield Candidate(("queue", shape, creation), task.task_id,
                                 partial(self._look_at_queue, queue))
-        for shape, tasks in machine.cluster.actors_to_place():
+        for shape, tasks in self._cluster.actors_to_place():
             task = self._first(tasks)
             if task is not None:
                 yield Candidate(("actors", shape), task.task_id,
                                 partial(self._look_at, shape, tasks))
         alike: dict[Key, list[Group]] = {}
-        for group in machine.groups.to_place():
+        for group in self._groups.to_place():
             alike.setdefault(("group", tuple(group.bundles), group.strategy), []).append(group)
         for key, groups in alike.items():
             yield Candidate(key, groups[0].group, partial(self._look_at_groups, groups))
-        if machine.memory.waiting:
-            yield Candidate(("store",), machine.memory.answered, self._say_full)
+        if self._memory.waiting:
+            yield Candidate(("store",), self._memory.answered, self._say_full)
         yield from self._stopped()
         yield from self._silent()
 
@@ -146,7 +159,7 @@ class Waiting:
     # --- tasks and actors -------------------------------------------------------------------------
 
     def _look_at_queue(self, queue: ShapeQueue, wait: Wait) -> None:
-        dispatcher = self._machine.dispatcher
+        dispatcher = self._dispatcher
         task = self._first(queue.tasks)
         if task is None or (task.home != self._rank and task.template.rank < 0):
             return  # others' tasks go back to their home
@@ -177,8 +190,7 @@ class Waiting:
                 self._say(wait, f"{_who(task, tasks)} waited for {PATIENCE_S:g} s for "
                           f"{words.amounts(lacking or needed)}{self._held(found, able)}")
 
-        cluster = self._machine.cluster
-        eligible = {rank for rank, total in cluster.totals().items()
+        eligible = {rank for rank, total in self._cluster.totals().items()
                     if (rank == self._rank or not bound)
                     and (is_group_shape(shape) or _covers(total, shape))}
         own = self.holdings([name for name, _ in needed], awaited)
@@ -188,7 +200,7 @@ class Waiting:
 
     def _waited_for(self, tasks: Iterable[TaskRecord]) -> set[int]:
         """Clients that wait in `get` for one of these tasks."""
-        records = self._machine.directory.records
+        records = self._tables.objects
         found: set[int] = set()
         for task in islice(tasks, _LOOKED_AT):
             record = records.get(task.task_id + ids.FIRST_RETURN)
@@ -203,23 +215,22 @@ class Waiting:
     ) -> tuple[dict[str, int], list[str]]:
         """Of these resources: what this node has when its running tasks have ended, and who keeps
         the rest. A task that waits for one of those in question (`awaited`) does not end."""
-        machine = self._machine
-        have = {name: machine.dispatcher.ledger.free.get(name, 0) for name in names}
+        have = {name: self._dispatcher.ledger.free.get(name, 0) for name in names}
         keepers = []
-        for worker in machine.dispatcher.workers.values():
+        for worker in self._workers.values():
             held = [(name, value) for name, value in worker.shape
                     if name in have and not (worker.blocked and name.startswith("CPU"))]
             if not held:
                 continue
-            hosted = machine.actors.hosted.get(worker.actor_id)
+            hosted = self._hosted.get(worker.actor_id)
             if hosted is not None and hosted.alive:
-                keepers.append(machine.explain.who(worker))
+                keepers.append(self._explain.who(worker))
             elif awaited and worker.blocked and worker.number in awaited:
-                keepers.append(f"{machine.explain.who(worker)}, which waits for it")
+                keepers.append(f"{self._explain.who(worker)}, which waits for it")
             else:
                 for name, value in held:
                     have[name] += value
-        keepers += machine.explain.groups_with(set(names))
+        keepers += self._explain.groups_with(set(names))
         return have, keepers
 
     def _ask(
@@ -238,7 +249,7 @@ class Waiting:
                 if not missing:
                     heard(found)
 
-            self._machine.requests.forward(rank, "holdings", {"names": names}, answered)
+            self.forward(rank, "holdings", {"names": names}, answered)
 
     def _held(
         self, found: dict[int, tuple[dict[str, int], list[str]]], able: list[int]
@@ -246,7 +257,7 @@ class Waiting:
         parts = []
         for rank in able:
             if found[rank][1]:
-                where = f" on rank {rank}" if self._machine.size > 1 else ""
+                where = f" on rank {rank}" if self._tables.size > 1 else ""
                 parts.append(f"{words.counted(found[rank][1], 3)}{where}")
         if not parts:
             return "."
@@ -274,10 +285,10 @@ class Waiting:
                           f"({count}, {group.strategy}){more} waited for "
                           f"{PATIENCE_S:g} s for {_names(bundles)}{self._held(found, list(found))}")
 
-        self._ask(self.holdings(names), set(self._machine.cluster.totals()), names, heard)
+        self._ask(self.holdings(names), set(self._cluster.totals()), names, heard)
 
     def _say_full(self, wait: Wait) -> None:
-        memory = self._machine.memory
+        memory = self._memory
         waits = memory.waits_for()
         if waits:
             capacity = words.size(memory.budget.capacity_bytes)
@@ -288,17 +299,16 @@ class Waiting:
 
     def _stopped(self) -> Iterator[Candidate]:
         """Workers that run the same as at the last look, and are stopped."""
-        machine = self._machine
         before, self._ran = self._ran, {}
-        for number, worker in machine.dispatcher.workers.items():
-            hosted = machine.actors.hosted.get(worker.actor_id)
+        for number, worker in self._workers.items():
+            hosted = self._hosted.get(worker.actor_id)
             task = (worker.datagrams[0][0] if worker.datagrams else
                     None if hosted is None else next(iter(hosted.in_flight.values()), None))
             if task is None:
                 continue
             self._ran[number] = task.task_id
             if (before.get(number) == task.task_id
-                    and machine.explain.process_state(worker.pid) == "T"):
+                    and self._explain.process_state(worker.pid) == "T"):
                 yield Candidate(
                     ("stopped", number), task.task_id,
                     partial(self._say_stopped, task, worker))
@@ -312,12 +322,12 @@ class Waiting:
         """On the scheduler's rank, which hears of every node once a second, and acknowledges it."""
         if self.heard_of_node0 is not None:
             yield Candidate(("silent", 0), self.heard_of_node0(), partial(self._say_silent, 0))
-        scheduler = self._machine.cluster.scheduler
+        scheduler = self._cluster.scheduler
         if scheduler is None:
             return
-        driver = self._machine.clients.get(DRIVER)
-        if driver is not None and self._machine.size > 1:
-            state = self._machine.explain.process_state(driver.pid)
+        driver = self._tables.clients.get(DRIVER)
+        if driver is not None and self._tables.size > 1:
+            state = self._explain.process_state(driver.pid)
             if state == "T":
                 yield Candidate(
                     ("stopped", DRIVER), None, partial(self._say_driver_stopped, driver.pid))
@@ -331,7 +341,7 @@ class Waiting:
                   f"{PATIENCE_S:g} s ago, and goes on after `kill -CONT {pid}`.", alone=True)
 
     def _say_silent(self, rank: int, wait: Wait) -> None:
-        node = self._machine.cluster.nodes[rank]
+        node = self._tables.nodes[rank]
         self._say(wait, f"nothing has been heard of rank {rank} ({node.host}, pid {node.pid}) for "
                   f"{PATIENCE_S:g} s: its process is stopped or its host is overloaded, and what "
                   "runs there is waited for.", alone=rank == 0)
