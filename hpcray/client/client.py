@@ -61,12 +61,12 @@ _EXPLAIN_S = 1.0
 
 
 class Client:
-    """See the module. Made once per process by `init` or the worker's start."""
+    """See the module. One per process: made by `init`, or by the zygote for all its workers."""
 
-    def __init__(self, sock: socket.socket, *, is_driver: bool) -> None:
+    def __init__(self, *, is_driver: bool) -> None:
         self.refs = ReferenceTable()
         self.core = Core(refs=self.refs, store=Store, wire=_wire)
-        self.link = Link(sock, self.core, is_driver=is_driver)
+        self.link = Link(self.core, is_driver=is_driver)
         self.is_driver = is_driver
         # Of each task; not methods: a call less.
         self.begin_task = self.core.begin_task
@@ -85,6 +85,10 @@ class Client:
         self.imports: Imports | None = None  # of a driver whose workers are to have them
 
     # --- connection -------------------------------------------------------------------------------
+
+    def open(self, sock: socket.socket) -> None:
+        """First of all: this is the channel. All that does not depend on it is made before."""
+        self.link.open(sock)
 
     def start(self, timeout_s: float, config: dict[str, Any] | None = None) -> None:
         """Introduce this process and wait for the node's welcome.

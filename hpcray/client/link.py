@@ -88,9 +88,9 @@ class Link:
         "sent", "socket",
     )
 
-    def __init__(self, sock: socket.socket, core: Core, *, is_driver: bool) -> None:
+    def __init__(self, core: Core, *, is_driver: bool) -> None:
+        """To be opened before it is used."""
         self.core = core
-        self.socket = sock
         self.lock = threading.RLock()
         # Of the main thread: something has struck while it was inside (see `deliver_interrupt`).
         self.interrupted = False
@@ -119,20 +119,24 @@ class Link:
         self._sleepers: list[tuple[Any, Waiter]] = []
         self._buffer = datagrams.receive_buffer()
         self._first_byte = bytearray(1)
-        self._received = datagrams.received(sock, self._buffer)
         self._taken: Any = None  # of the datagram that is in the buffer
         self._slot = [b""]
-        self._sends = datagrams.sent(sock, self._slot)
         self._sending: list[bytes] = []  # datagrams, encoded, for which there was no room
         self._noted: list[Any] = []  # but the first of them, if something is here
         # Messages of a datagram that a handler of the user's has interrupted, and its descriptors.
         self._unhandled: tuple[list[Any], list[int]] = _NOTHING
         self.sent = 0  # datagrams
         self._settling = threading.Lock()  # by the thread that carries out effects
-        self._main = threading.main_thread().ident
-        self._pid = os.getpid()
         core.on_ended = self._set_ended
         self.helper = Helper(self, is_driver=is_driver)
+
+    def open(self, sock: socket.socket) -> None:
+        """In the process that is to use it, which may be a fork of the one that has made it."""
+        self._main = threading.main_thread().ident
+        self._pid = os.getpid()
+        self.socket = sock
+        self._received = datagrams.received(sock, self._buffer)
+        self._sends = datagrams.sent(sock, self._slot)
         datagrams.enlarge_buffers(sock)
         sock.setblocking(True)
         # A thread that waits looks now and then whether the client was closed.

@@ -174,7 +174,8 @@ def connect(config: InitConfig, on_output: Callable[[Any], None]) -> Client:
         node = _start(launch, extra)
     # Jobs of one driver have numbers of their own, so that a ref of an earlier one is recognised.
     _session_count += 1
-    client = Client(node.socket.dup(), is_driver=True)
+    client = Client(is_driver=True)
+    client.open(node.socket.dup())
     if config.preload == "auto":
         from hpcray.client.imports import Imports
 

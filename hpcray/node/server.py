@@ -933,7 +933,7 @@ class NodeServer:
             "environ": session["environ"], "setup_hook": session["setup_hook"],
             "env_vars": config.get("runtime_env", {}).get("env_vars"),
             "cwd": config.get("cwd") or os.getcwd(),
-            "sys_path": config.get("sys_path"), "blas_threads": 1, "rank": self.rank,
+            "sys_path": config.get("sys_path"), "rank": self.rank,
             "host": self._me.host, "address": self._me.address,
             "namespace": config.get("namespace", ""), "packages": self._packages,
             "gpus": {"variable": self._me.gpus.variable, "ids": session["gpus"][self.rank]},

@@ -22,6 +22,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from types import GeneratorType
 from typing import Any
 
@@ -63,6 +64,7 @@ _WELCOME_S = 60.0
 _FLUSH_S = 0.001
 # An interrupt that a finaliser has swallowed comes again after this.
 _AGAIN_S = 0.002
+_SIG_IGN = int(signal.SIG_IGN)
 # A worker without work is shown as idle after this.
 _SHOWN_IDLE_MS = 1000
 # What a blocked worker waits for is told if it is at most so many objects.
@@ -79,19 +81,29 @@ class Loaded:
         self.function = function
 
 
-def run_worker(number: int, task_fd: int, client_fd: int, settings: dict[str, Any]) -> int:
-    """The worker's life; its exit status."""
-    # Ctrl-C at the terminal is for the driver; cancellation comes as a message.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _end_in_good_order)
-    output.open_streams()
+def prepare() -> Callable[[int, int, int, dict[str, Any]], int]:
+    """By the zygote, once: what its workers have in common. What a fork makes or changes costs it
+    a page fault per page, and those are most of a worker's start."""
     surroundings.take_notes()
+    output.make_streams()
+    return partial(run_worker, Worker(Client(is_driver=False)))
+
+
+def run_worker(
+    worker: Worker, number: int, task_fd: int, client_fd: int, settings: dict[str, Any]
+) -> int:
+    """The worker's life, from the fork on; its exit status."""
+    # Ctrl-C at the terminal is for the driver; cancellation comes as a message.
+    surroundings.set_handler(signal.SIGINT, _SIG_IGN)
+    surroundings.set_handler(signal.SIGTERM, _end_in_good_order)
+    output.open_streams()
     title.show("IDLE")
     os.register_at_fork(
         before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
-    client = Client(socket.socket(fileno=client_fd), is_driver=False)
+    client = worker.client
+    client.open(socket.socket(fileno=client_fd))
     references.set_client(client)
-    worker = Worker(client, socket.socket(fileno=task_fd), settings)
+    worker.open(socket.socket(fileno=task_fd), settings)
     try:
         client.start(_WELCOME_S)
         logging_config = client.session["config"].get("logging")
@@ -140,27 +152,20 @@ def _after_fork_in_child() -> None:
 
 
 class Worker:
-    def __init__(self, client: Client, tasks: socket.socket, settings: dict[str, Any]) -> None:
+    def __init__(self, client: Client) -> None:
+        """To be opened in the process that it is in."""
         self.client = client
-        self._tasks = tasks
-        self._settings = settings
         self._loaded: dict[bytes, Loaded] = {}
-        self._tasks_fd = tasks.fileno()
         self._queue: deque[Run | Stop] = deque()
         self._buffer = datagrams.receive_buffer()
         self._poller = select.poll()
-        self._poller.register(tasks, select.POLLIN)
-        self._poller.register(client.link.socket, select.POLLIN)
         self._main = threading.get_ident()
-        self.context = TaskContext(namespace=settings.get("namespace", ""))
-        context.set_process_context(self.context)
-        self.host = settings.get("host", "")
-        self.address = settings.get("address", "")
-        self.rank = settings.get("rank", 0)
+        self.context = TaskContext()
         self._retry_only: dict[bytes, tuple[type, ...]] = {}
         self._entered = False  # the environment of its first task, for good
         self._shown_idle = False
         self._streams = output.streams
+        self._around = surroundings.Surroundings()
         client.link.before_wait = self._before_wait
         client.link.after_wait = Unblocked
         self.cancelled = client.cancelled
@@ -169,13 +174,26 @@ class Worker:
         client.link.check_interrupt = self._check_interrupt
         client.link.on_interrupt = self._read_cancels
         client.on_cancel(self._on_cancel)
-        signal.signal(INTERRUPT_SIGNAL, self._on_interrupt)
-        self._around = surroundings.Surroundings()  # all handlers of ours are set
         self._struck = b""  # the task that a cancel has interrupted, until it is over
-        self._unraisable = sys.unraisablehook
-        sys.unraisablehook = self._on_unraisable
         self.signalled = -1  # readable after a signal; see `on_terminate`
         self.actor: Any = None  # worker.hosting.HostedActor, once created
+
+    def open(self, tasks: socket.socket, settings: dict[str, Any]) -> None:
+        """This process is the worker."""
+        self._tasks = tasks
+        self._settings = settings
+        self._tasks_fd = tasks.fileno()
+        self._poller.register(tasks, select.POLLIN)
+        self._poller.register(self.client.link.socket, select.POLLIN)
+        self.context.namespace = settings.get("namespace", "")
+        context.set_process_context(self.context)
+        self.host = settings.get("host", "")
+        self.address = settings.get("address", "")
+        self.rank = settings.get("rank", 0)
+        surroundings.set_handler(INTERRUPT_SIGNAL, self._on_interrupt)
+        surroundings.forget()  # what the zygote has done
+        self._unraisable = sys.unraisablehook
+        sys.unraisablehook = self._on_unraisable
 
     def on_terminate(self, end: Callable[[], None]) -> None:
         """What a SIGTERM does from now on, unless it is the end of the job."""

@@ -99,12 +99,17 @@ _pipes = (_MarkedPipe(1, "<stdout>"), _MarkedPipe(2, "<stderr>"))
 streams: dict[str, io.TextIOWrapper] = {}  # ours: what sys.stdout and sys.stderr are to be
 
 
-def open_streams() -> None:
-    """Make sys.stdout and sys.stderr the marked ones; once per worker."""
-    for pipe in _pipes:
-        pipe.open()
+def make_streams() -> None:
+    """Make sys.stdout and sys.stderr the marked ones; once, by the zygote."""
     for name in ("stdout", "stderr"):
         _open_stream(name)
+
+
+def open_streams() -> None:
+    """By a worker: the descriptors are its pipes."""
+    for pipe in _pipes:
+        pipe.open()
+    restore()  # an import may have put others in their place
 
 
 def _open_stream(name: str) -> None:

@@ -35,25 +35,27 @@ changed: set[str | int] = set()
 _handlers: dict[int, Any] = {}  # by signal: the one before the task's
 
 
+def forget() -> None:
+    """What was changed so far is not a task's doing."""
+    changed.clear()
+    _handlers.clear()
+
+
 class Surroundings:
-    """The state that every task of this process begins with."""
+    """The state that every task of this process begins with: `settle` before the first one."""
 
     __slots__ = ("_directory", "_umask", "_variables")
 
-    def __init__(self) -> None:
-        self._umask = os.umask(0o22)
-        os.umask(self._umask)
-        self.settle()
-
     def settle(self) -> None:
         """As it is now it is to stay: an environment has been entered."""
-        self._variables = dict(os.environb)
+        self._umask = os.umask(0o22)
+        os.umask(self._umask)
+        self._variables = os.environb._data.copy()  # type: ignore[attr-defined]  # of _Variables
         try:
             self._directory = os.getcwd()
         except OSError:
             self._directory = ""  # it has been removed
-        changed.clear()
-        _handlers.clear()
+        forget()
 
     def restore(self) -> None:
         """Put back what was changed since `settle`."""
@@ -68,7 +70,7 @@ class Surroundings:
             number, handler = _handlers.popitem()
             if number == signal.SIGALRM:
                 signal.setitimer(signal.ITIMER_REAL, 0)  # it would strike the next task
-            _set_handler(number, handler)
+            set_handler(number, handler)
         changed.clear()
         output.restore()
 
@@ -95,12 +97,12 @@ class _Variables(os._Environ[Any]):
         super().__delitem__(key)
 
 
-_set_handler = _signal.signal
+set_handler = _signal.signal  # without a note
 
 
 @functools.wraps(_signal.signal)
 def _signal_noted(number: int, handler: Any) -> Any:
-    before = _set_handler(number, handler)
+    before = set_handler(number, handler)
     if before is not None:  # else it is not Python's, and cannot be set again
         _handlers.setdefault(int(number), before)
         changed.add(number)
@@ -117,7 +119,7 @@ def _noted(function: Callable[..., Any], what: str) -> Callable[..., Any]:
 
 
 def take_notes() -> None:
-    """From now on, changes of this process are noted. Once per process, by a worker."""
+    """From now on, changes of this process are noted. Once, by the zygote for all its workers."""
     os.environ.__class__ = os.environb.__class__ = _Variables
     # Where signal.signal looks it up, whoever has imported that from there.
     _signal.signal = _signal_noted

@@ -29,6 +29,7 @@ imports this module for its messages, does not need.
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]
 import contextlib
 import gc
 import importlib
@@ -50,9 +51,10 @@ import msgspec
 # Rings a worker's bell. Ignored by default, so a worker that is not listening yet takes no harm.
 INTERRUPT_SIGNAL = signal.SIGURG
 
-DEFAULT_TARGET = "hpcray.worker.main:run_worker"
+DEFAULT_TARGET = "hpcray.worker.main:prepare"
 
-# What a worker runs: (number, task_fd, client_fd, settings) -> exit code, None is 0.
+# What a worker runs: (number, task_fd, client_fd, settings) -> exit code, None is 0. It comes from
+# the function that the zygote is told, which it calls once.
 Target = Callable[[int, int, int, dict[str, Any]], int | None]
 
 # Read by BLAS and OpenMP libraries when they are loaded, and never again.
@@ -64,6 +66,7 @@ BLAS_VARIABLES = frozenset((
     "NUMEXPR_NUM_THREADS",
     "VECLIB_MAXIMUM_THREADS",
 ))
+_BLAS_NAMES = frozenset(os.fsencode(name) for name in BLAS_VARIABLES)
 
 # Read by pyarrow's allocator when it is loaded: it would start a thread.
 _ARROW_VARIABLE, _ARROW_THREADLESS = "JE_ARROW_MALLOC_CONF", "background_thread:false"
@@ -94,6 +97,11 @@ _LOOKS_FOR_CHILDREN = 50
 # Names that PreloadRequests have put into sys.modules, in the zygote and its workers.
 preloaded: set[str] = set()
 
+# Those of `signal` make enum members, in some 25 pages of memory: a fork copies each of them.
+_set_handler = _signal.signal
+_SIG_DFL, _SIGINT = int(signal.SIG_DFL), int(signal.SIGINT)
+_DEFAULT_IN_FORKS = (int(signal.SIGCHLD), int(signal.SIGTERM), int(signal.SIGHUP))
+
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 
@@ -106,7 +114,6 @@ class WorkerSettings(TypedDict, total=False):
     sys_path: list[str]
     environ: dict[bytes, bytes | None]  # changes of the zygote's own; None takes one away
     env_vars: dict[str, str]  # on top of those, with ${NAME} in them replaced
-    blas_threads: int
     as_ray: bool  # `import ray` gives hpcray, from the first user code on
 
 
@@ -235,20 +242,23 @@ class Zygote:
         self._cleanup_paths: tuple[str, ...] = ()
         self._cleanup_folder = ""
         self._prctl = _load_prctl()
-        self._blas = _blas_controller()
+        self._take_stock()
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         # Shared with the workers: whether a SIGTERM is the end of the job.
         self._ending = mmap.mmap(-1, 1)
 
     def warm_up(self) -> None:
-        """Do once what workers do first: libraries import more at their first use.
-
-        numpy's first reseeding alone loads OpenSSL, 30 ms that every worker would pay.
-        """
-        reseed()
+        """Do once what workers do first: libraries import more at their first use."""
+        reseed(self._random)
         if self._blas is not None:
             self._blas.limit(limits=1)
         msgspec.msgpack.decode(msgspec.msgpack.encode({"": 0}), type=dict[str, Any])
+
+    def _take_stock(self) -> None:
+        """What imports have left behind, found out once so that a worker need not."""
+        self._blas = _blas_controller()
+        self._random = _numpy_words()
+        self._thread_limits = thread_limits()
 
     def serve(self) -> None:
         """Until the node says stop or is gone. Afterwards no worker is left."""
@@ -371,7 +381,7 @@ class Zygote:
                 self._report_exits()
             preloading.step()
         preloaded.update(sys.modules.keys() - before)
-        self._blas = _blas_controller()  # they may have loaded others
+        self._take_stock()
         gc.collect()
         gc.freeze()
         problems = sorted(preloading.problems, key=lambda problem: not problem.crashed)
@@ -483,17 +493,15 @@ class Zygote:
         task_fd, client_fd, stdout_fd, stderr_fd = descriptors
         os.dup2(stdout_fd, 1)  # stdin is /dev/null already.
         os.dup2(stderr_fd, 2)
-        for stream in (sys.stdout, sys.stderr):
-            stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         gc.enable()
         return task_fd, client_fd
 
     def _let_go(self) -> None:
         """Of the zygote's signals and descriptors."""
         signal.set_wakeup_fd(-1)
-        for signal_number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(signal_number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in _DEFAULT_IN_FORKS:
+            _set_handler(number, _SIG_DFL)
+        _set_handler(_SIGINT, signal.default_int_handler)
         # The zygote was started with no others, and what a preload has opened belongs to that
         # module: its objects would later close numbers that have been reused meanwhile.
         self._node.close()
@@ -502,13 +510,13 @@ class Zygote:
 
     def _take_settings(self, settings: dict[str, Any]) -> None:
         """Make the process look as if the job had started it, before any user code runs."""
-        reseed()
-        change_environment(settings.get("environ") or {}, settings.get("env_vars") or {})
-        threads = settings.get("blas_threads")
-        if threads:
-            for name in BLAS_VARIABLES:
-                os.environ.setdefault(name, str(threads))
-        limits = thread_limits()
+        reseed(self._random)
+        changes, env_vars = settings.get("environ") or {}, settings.get("env_vars") or {}
+        change_environment(changes, env_vars)
+        limits = self._thread_limits
+        if not (_BLAS_NAMES.isdisjoint(changes) and BLAS_VARIABLES.isdisjoint(env_vars)):
+            default_threads()
+            limits = thread_limits()
         if any(limit != 1 for limit in limits.values()):  # One is what they have: 3 ms saved.
             limit_threads(limits, self._blas)
         sys_path = settings.get("sys_path")
@@ -533,17 +541,37 @@ def thread_count() -> int:
     return os.stat("/proc/self/task").st_nlink - 2
 
 
-def reseed() -> None:
-    """Fresh random numbers: after a fork every worker would draw the same ones."""
-    import random
-
-    random.seed()
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        numpy.random.seed()
+def reseed(words: memoryview | None) -> None:
+    """Fresh random numbers: after a fork every worker would draw the same ones. `random` itself
+    sees to its own."""
+    if words is not None:
+        words[:] = os.urandom(len(words))
+    elif "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed()
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.default_generator.seed()  # a GPU's has the same seed in every process that is new
+
+
+def _numpy_words() -> memoryview | None:
+    """The state of numpy's global generator in memory, where new bytes are as good as a new seed.
+    In a fork `seed()` costs a hundred page faults, a tenth of a worker's start.
+
+    None: it is of a kind, or keeps its state in a way, that only numpy itself knows.
+    """
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return None
+    import ctypes
+
+    generator = numpy.random.get_bit_generator()
+    if generator.state["bit_generator"] != "MT19937":
+        return None
+    numpy.random.seed()  # nothing is left of what imports have drawn
+    known = generator.state["state"]["key"].tobytes()
+    words = memoryview(
+        (ctypes.c_char * len(known)).from_address(generator.ctypes.state_address)).cast("B")
+    return words if words == known else None
 
 
 def for_imports(environ: Mapping[str, str]) -> dict[str, str]:
@@ -553,6 +581,12 @@ def for_imports(environ: Mapping[str, str]) -> dict[str, str]:
         **dict.fromkeys(BLAS_VARIABLES, "1"),
         _ARROW_VARIABLE: f"{arrow},{_ARROW_THREADLESS}" if arrow else _ARROW_THREADLESS,
     }
+
+
+def default_threads() -> None:
+    """One thread for each kind of library that the environment says nothing of."""
+    for name in BLAS_VARIABLES:
+        os.environ.setdefault(name, "1")
 
 
 def thread_limits() -> dict[str, int]:
@@ -704,13 +738,14 @@ def import_always() -> list[str]:
 
 
 def load_target(name: str) -> Target | str:
-    """`module:function`, or why there is none."""
+    """What `module:function` returns, or why there is none."""
     module_name, _, function_name = name.partition(":")
     try:
-        target: Target = getattr(importlib.import_module(module_name), function_name)
-        return target
+        prepare: Callable[[], Target] = getattr(
+            importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
         return f"the worker's main function {name} cannot be imported: {error}"
+    return prepare()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -721,7 +756,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     title.prepare()
     parser = argparse.ArgumentParser(prog="hpcray.worker.zygote", description=__doc__)
     parser.add_argument("--fd", type=int, required=True, help="socket of the node")
-    parser.add_argument("--target", default=DEFAULT_TARGET, help="module:function of a worker")
+    parser.add_argument("--target", default=DEFAULT_TARGET, help="module:function, makes a Target")
     parser.add_argument("--sys-path", type=json.loads, help="JSON list: sys.path of the target")
     parser.add_argument("--restore", type=json.loads, default={}, help="JSON object: variables")
     parser.add_argument("--descriptor-limit", type=int, help="soft limit for workers")
@@ -761,6 +796,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         problems.append(target)
     changes = {**dict.fromkeys(os.environb.keys() - started.keys()), **started, **changes}
     change_environment(changes, {})
+    default_threads()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # the workers' too
     # User code must not find the zygote under the name of its own main module.
     sys.modules["__main__"] = types.ModuleType("__main__")
     sys.argv[:] = [""]

@@ -33,7 +33,8 @@ class Ends:
         self.core = Core(
             refs=ReferenceTable(_kinds(dropped)[0], dropped), store=Store,
             wire=lambda fd: socket.socket(fileno=fd))
-        self.link = Link(ours, self.core, is_driver=True)
+        self.link = Link(self.core, is_driver=True)
+        self.link.open(ours)
 
     def say(self, *batch: Any) -> None:
         self.node.send(m.encode(list(batch)))

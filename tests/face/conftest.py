@@ -80,7 +80,8 @@ def node() -> Iterator[ScriptedNode]:
     """A connected session of two nodes; this process is its driver, on rank 0."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     scripted = ScriptedNode(theirs, size=2)
-    client = Client(ours, is_driver=True)
+    client = Client(is_driver=True)
+    client.open(ours)
     client.start(timeout_s=10)
     driver = ids.driver_task_id(0, JOB)
     client.begin_task(driver, 0)

@@ -74,7 +74,7 @@ class Node:
 
 @pytest.fixture
 def node() -> Iterator[Node]:
-    pool = WorkerPool(os.environ, target="zygote_targets:run", sys_path=[TARGETS, *sys.path])
+    pool = WorkerPool(os.environ, target="zygote_targets:prepare", sys_path=[TARGETS, *sys.path])
     node = Node(pool)
     yield node
     node.close()

@@ -99,7 +99,7 @@ class Driver:
 @pytest.fixture
 def driver() -> Iterator[Driver]:
     before = descriptors()
-    pool = WorkerPool(os.environ, target="zygote_targets:run", sys_path=[TARGETS, *sys.path])
+    pool = WorkerPool(os.environ, target="zygote_targets:prepare", sys_path=[TARGETS, *sys.path])
     zygote_pid = pool.zygote_pid
     yield Driver(pool)
     pool.close(4)
@@ -411,8 +411,8 @@ def test_node_killed_with_workers_leaves_nothing(tmp_path: Path) -> None:
     script = (
         "import os, signal, sys, msgspec\n"
         "from hpcray.node.pool import WorkerPool\n"
-        "pool = WorkerPool(os.environ, target='zygote_targets:run', cleanup_paths=[sys.argv[1]],\n"
-        "                  sys_path=[sys.argv[2], *sys.path])\n"
+        "pool = WorkerPool(os.environ, target='zygote_targets:prepare',\n"
+        "                  cleanup_paths=[sys.argv[1]], sys_path=[sys.argv[2], *sys.path])\n"
         "client = pool.start(1, {'do': 'family'}).client_socket\n"
         "client.setblocking(True)\n"
         "pids = msgspec.msgpack.decode(client.recv(1000))\n"

@@ -51,7 +51,7 @@ class RawZygote:
     def __init__(self, **options: Any) -> None:
         environ = {**os.environ, **options.pop("environ", {})}
         environ.pop("PYTHONUNBUFFERED", None)  # Buffering is what one of the tests looks at.
-        options.setdefault("target", "zygote_targets:run")
+        options.setdefault("target", "zygote_targets:prepare")
         self.socket, self.process = spawn_zygote(environ, sys_path=[HERE, *sys.path], **options)
 
     def event(self, limit_s: float = LIMIT_S) -> zygote.Event:
@@ -146,8 +146,9 @@ def test_worker_is_a_process_of_its_own(raw: RawZygote, tmp_path: Path) -> None:
         "do": "describe", "cwd": str(tmp_path), "sys_path": path,
         "environ": {b"NEW": b"this", b"TZ": b"UTC", b"HOME": None},
         "env_vars": {"TOP": "${NEW}!"}}
-    workers = [raw.fork(3, do="describe"),
-               *(raw.fork(n, blas_threads=n, **settings) for n in (1, 2))]
+    two_threads = dict.fromkeys(zygote.BLAS_VARIABLES, "2")
+    workers = [raw.fork(3, do="describe"), raw.fork(1, **settings),
+               raw.fork(2, **{**settings, "env_vars": {"TOP": "${NEW}!", **two_threads}})]
     plain, one, two = (worker.hear() for worker in workers)
     assert one["pid"] == one["session"] != two["pid"]
     assert one["descriptors"][:3] == [0, 1, 2]
@@ -157,10 +158,8 @@ def test_worker_is_a_process_of_its_own(raw: RawZygote, tmp_path: Path) -> None:
     assert one["sys_path"] == path
     wanted = {**plain["environ"], "NEW": "this", "TZ": "UTC", "TOP": "this!"}
     del wanted["HOME"]
-    assert {k: two["environ"].pop(k) for k in zygote.BLAS_VARIABLES} == dict.fromkeys(
-        zygote.BLAS_VARIABLES, "2"
-    )
-    assert two["environ"] == wanted, "the zygote's own, changed"
+    assert one["environ"] == wanted, "the zygote's own, changed"
+    assert two["environ"] == {**wanted, **two_threads}
     assert one["random"] != two["random"]
     assert one["numpy_random"] != two["numpy_random"]
     assert set(one["blas_threads"]) <= {1}
@@ -393,7 +392,8 @@ os.environ["MARK"] = "set by it"
     worker = node.fork(1, do="look", look_for=modules.names, variables=variables)
     found, environ = worker.hear()
     assert found == modules.names
-    assert environ == {"MARK": "set by it", "JE_ARROW_MALLOC_CONF": "dirty_decay_ms:5"}
+    assert environ == {"MARK": "set by it", "JE_ARROW_MALLOC_CONF": "dirty_decay_ms:5",
+                       "NUMEXPR_NUM_THREADS": "1"}
     worker.task.send(b"go on")
     assert worker.output(worker.stdout) == worker.output(worker.stderr) == ""
     worker.close()
@@ -466,7 +466,8 @@ def test_libraries_imported_before_the_fork_work_after_it(
     there = [name for name in wanted if importlib.util.find_spec(name.split(".")[0])]
     preload(raw, {"modules": there, "sys_path": sys.path}, 60.0)
     assert preloaded(raw) == {}
-    workers = [raw.fork(number, do="use_libraries", folder=str(tmp_path), blas_threads=threads)
+    env_vars = dict.fromkeys(zygote.BLAS_VARIABLES, str(threads)) if threads > 1 else {}
+    workers = [raw.fork(number, do="use_libraries", folder=str(tmp_path), env_vars=env_vars)
                for number in (1, 2)]
     seeds = set()
     for worker in workers:
@@ -543,9 +544,36 @@ def test_environment_for_imports_is_not_the_workers(raw: RawZygote) -> None:
     worker = raw.fork(1, do="describe")
     seen = worker.hear()["environ"]
     # threadpoolctl sets the last one.
-    for name in (*zygote.BLAS_VARIABLES, "PYTHONPATH", "KMP_DUPLICATE_LIB_OK"):
+    for name in ("PYTHONPATH", "KMP_DUPLICATE_LIB_OK"):
         assert seen.get(name) == os.environ.get(name), name
     worker.close()
+
+
+def test_libraries_have_one_thread_unless_the_environment_says_more() -> None:
+    node = RawZygote(environ={"OPENBLAS_NUM_THREADS": "2"})
+    assert isinstance(node.event(), Ready)
+    for environ, number in (({}, 2), ({b"OPENBLAS_NUM_THREADS": None}, 1),
+                            ({b"OPENBLAS_NUM_THREADS": b"3"}, 3)):
+        worker = node.fork(number, do="describe", environ=environ)
+        found = worker.hear()
+        assert {name: found["environ"].get(name) for name in zygote.BLAS_VARIABLES} == {
+            **dict.fromkeys(zygote.BLAS_VARIABLES, "1"), "OPENBLAS_NUM_THREADS": str(number)}
+        assert found["blas_threads"] == [number], "numpy brings OpenBLAS along"
+        worker.close()
+    node.close()
+
+
+def test_workers_draw_random_numbers_of_their_own(raw: RawZygote, modules: Modules) -> None:
+    """Whatever an import has drawn: normal numbers come in pairs, and one is kept."""
+    modules.add("drawing", "import numpy, random\nnumpy.random.normal()\nrandom.gauss(0, 1)")
+    preload(raw, modules.settings())
+    assert preloaded(raw) == {}
+    found: list[Any] = []
+    for number in (1, 2, 3):
+        worker = raw.fork(number, do="draw")
+        found += worker.hear()
+        worker.close()
+    assert len(set(found)) == len(found)
 
 
 def test_module_is_light_for_the_node() -> None:

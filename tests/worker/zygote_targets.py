@@ -17,6 +17,10 @@ from typing import Any
 import msgspec
 
 
+def prepare() -> Any:
+    return run
+
+
 def run(number: int, task_fd: int, client_fd: int, settings: dict[str, Any]) -> int | None:
     tasks = socket.socket(fileno=task_fd)
     client = socket.socket(fileno=client_fd)
@@ -143,6 +147,13 @@ def describe(number: int, tasks: socket.socket, say: Any, settings: dict[str, An
         }
     )
     tasks.recv(1)
+
+
+def draw(number: int, tasks: socket.socket, say: Any, settings: dict[str, Any]) -> None:
+    import numpy as np
+
+    say([random.random(), random.gauss(0, 1), float(np.random.normal()), float(np.random.normal()),
+         float(np.random.random()), *np.random.random(700).tolist()])
 
 
 def chatter(number: int, tasks: socket.socket, say: Any, settings: dict[str, Any]) -> None:
