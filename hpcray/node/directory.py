@@ -3,7 +3,18 @@
 For objects whose home is this node it is the truth; for others it is what this node holds of
 them: its own uses, a copy, and the duty to tell the home.
 
-    submit/put/hold --> PENDING --resolve--> READY --last hold and pin gone--> (absent)
+    PENDING  nobody has made it yet
+               a value is made, put, or told by its home --> READY
+               a copy has come here --> READY
+               the last ref is gone --> FREED
+    READY    its value, or where it is, is known
+               a value is made, put, or told by its home --> READY
+               a copy has come here --> READY
+               the last ref is gone --> FREED
+    FREED    no ref is left; the record stays while a view or a pull uses its memory
+               the last ref is gone --> FREED
+
+It is absent when nobody uses it any more.
 
 Invariants, checked by `validate`:
 
@@ -23,16 +34,22 @@ from hpcray.node.memory import NodeMemory
 from hpcray.node.outbox import Outbox, StartPull
 from hpcray.node.records import (
     FREED,
+    OBJECT_FREED,
+    OBJECT_MADE,
+    OBJECT_PULLED,
     PENDING,
     READY,
+    UNKNOWN_OBJECT,
     WAIT_LOCAL,
     WAIT_VALUE,
     ClientRecord,
     ObjectExtra,
     ObjectRecord,
     TaskRecord,
+    in_store,
     is_here,
 )
+from hpcray.node.states import move
 from hpcray.node.tables import Tables, unwired
 from hpcray.protocol import ids, values
 from hpcray.protocol.messages import (
@@ -96,6 +113,7 @@ class Directory:
         if record is None:
             record = self.records[object_id] = ObjectRecord(object_id)
             if object_id[16:20] == self._rank_bytes:
+                record.story = UNKNOWN_OBJECT
                 record.state = READY
                 record.value = freed_value(object_id)
         return record
@@ -158,7 +176,7 @@ class Directory:
         # The copy stays until the home says so (the home counts on it); a bare record goes.
         # A client that gave up waiting and dropped its ref still gets its answer: it may meet the
         # ref again, and would not ask twice.
-        if (record.location is None and not record.pins and not (extra and extra.pulling)
+        if (not in_store(record) and not record.pins and not (extra and extra.pulling)
                 and not self._is_awaited(record)):
             del self.records[object_id]
 
@@ -193,10 +211,14 @@ class Directory:
         if record.value is not None and len(record.value) > _COUNTED_BYTES:
             self.inline_bytes -= len(record.value)
             record.value = None
-        if record.pins or (extra is not None and extra.pulling):
-            record.state = FREED
+        self._let_go(record)
+
+    def _let_go(self, record: ObjectRecord) -> None:
+        """Nobody needs the copy here: it goes, once no view or pull uses it (OD-3)."""
+        if record.pins or (record.extra is not None and record.extra.pulling):
+            move(record, OBJECT_FREED)
             return
-        if self.records.pop(object_id, None) is not None and record.location is not None:
+        if self.records.pop(record.object_id, None) is not None and record.location is not None:
             self._memory.free(record.location)
             record.location = None
 
@@ -207,7 +229,7 @@ class Directory:
         record = self.records.get(object_id)
         if record is None or record.state != PENDING:
             return  # nobody waits any more, or an earlier attempt delivered
-        record.state = READY
+        move(record, OBJECT_MADE)
         record.value = value
         if len(value) > _COUNTED_BYTES:
             self.inline_bytes += len(value)
@@ -230,7 +252,7 @@ class Directory:
         """A small value that a client here has put."""
         record = self.created(object_id)
         record.value = value
-        record.state = READY
+        move(record, OBJECT_MADE)
         if len(value) > _COUNTED_BYTES:
             self.inline_bytes += len(value)
         if contained:
@@ -260,7 +282,7 @@ class Directory:
             return
         record.location = location
         record.nbytes = location.nbytes
-        record.state = READY
+        move(record, OBJECT_MADE)
         extra = record.more()
         extra.copies = [self._rank]
         if contained:
@@ -283,7 +305,7 @@ class Directory:
         if not returned.nbytes:
             self.resolve_inline(object_id, returned.value)
             return barrier
-        record.state = READY
+        move(record, OBJECT_MADE)
         record.nbytes = returned.nbytes
         record.more().copies = [rank]
         self._announce_ready(record)
@@ -304,12 +326,12 @@ class Directory:
         record = self.records.get(object_id)
         if record is None:
             record = self.records[object_id] = ObjectRecord(object_id)
-        if record.location is not None:
+        if in_store(record):
             self._memory.free(location)  # an earlier attempt's copy is as good
             return
         record.location = location
         record.nbytes = location.nbytes
-        record.state = READY
+        move(record, OBJECT_MADE)
         if failed:
             record.more().failed = True
         if record.extra is not None or record.waiters is not None:
@@ -327,13 +349,13 @@ class Directory:
             extra.failed = value.failed
             record.nbytes = value.nbytes
             if record.state == PENDING:
-                record.state = READY
+                move(record, OBJECT_MADE)
         else:
             if record.value is not None:
                 return
             assert isinstance(value, bytes)
             record.value = value
-            record.state = READY
+            move(record, OBJECT_MADE)
         self._announce_ready(record)
         if record.count <= 0 and not self.is_home(object_id):
             self._unheld(record)  # it was kept for those who waited
@@ -419,7 +441,7 @@ class Directory:
                 self._outbox.clients[client].append(
                     ValueAt(record.object_id, record.location, failed))
                 return
-        elif how != WAIT_LOCAL or value is not None or record.location is not None:
+        elif how != WAIT_LOCAL or is_here(record):
             self._ready.setdefault((client, how == WAIT_LOCAL), []).append(record.object_id)
             return
         self._enqueue(record, code)
@@ -458,17 +480,9 @@ class Directory:
             return
         record.pins -= count
         if record.pins <= 0 and record.state == FREED:
-            self._finish_free(record)
+            self._let_go(record)
         elif record.pins <= 0 and record.count <= 0 and not self.is_home(object_id):
             self._unheld(record)
-
-    def _finish_free(self, record: ObjectRecord) -> None:
-        if record.pins or (record.extra is not None and record.extra.pulling):
-            return
-        self.records.pop(record.object_id, None)
-        if record.location is not None:
-            self._memory.free(record.location)
-            record.location = None
 
     # --- other nodes ------------------------------------------------------------------------------
 
@@ -591,9 +605,9 @@ class Directory:
         extra.pulling = False
         record.location = location
         if record.state == FREED:
-            self._finish_free(record)
+            self._let_go(record)
             return
-        record.state = READY
+        move(record, OBJECT_PULLED)
         if self.is_home(object_id):
             if extra.copies is None:
                 extra.copies = []
@@ -612,7 +626,7 @@ class Directory:
         extra = record.more()
         extra.pulling = False
         if record.state == FREED:
-            self._finish_free(record)
+            self._let_go(record)
         elif (record.count <= 0 and not self.is_home(object_id)
                 and not self._is_awaited(record)):
             self._unheld(record)  # who wanted it is gone: nobody here may ask for it any more
@@ -670,16 +684,7 @@ class Directory:
         for object_id in ids.split_ids(joined):
             record = self.records.get(object_id)
             if record is not None:
-                self._free_copy(record)
-
-    def _free_copy(self, record: ObjectRecord) -> None:
-        if record.pins or (record.extra is not None and record.extra.pulling):
-            record.state = FREED
-            return
-        self.records.pop(record.object_id, None)
-        if record.location is not None:
-            self._memory.free(record.location)
-            record.location = None
+                self._let_go(record)
 
     # --- end of turn ------------------------------------------------------------------------------
 

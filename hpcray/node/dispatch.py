@@ -4,6 +4,20 @@
                      ^                                                      |
                      +--- taken back (blocked, slow, died unread) ----------+--> finished
 
+Workers:
+
+    STARTING  forked, has not said hello
+                it has said hello --> IDLE
+    IDLE      waits for a lease
+                a queue leases it for its shape --> LEASED
+                there are more idle ones than needed --> STOPPING
+    LEASED    runs tasks
+                its lease has ended --> IDLE
+                it is given an actor's creation --> ACTOR
+                it has run max_calls of a function --> STOPPING
+    ACTOR     hosts an actor until it exits
+    STOPPING  told to exit
+
 A worker is leased for one shape (set of resources) and runs tasks of that shape one after
 another. A datagram holds as many tasks as fit into 1 ms; a second one is prefetched only for
 tasks known to be short. What a worker has not read can be taken back at any time, so one slow
@@ -35,7 +49,22 @@ from typing import Any
 
 from hpcray.node.ledger import ResourceLedger, Shape, cpu_part, is_group_shape, without_cpu
 from hpcray.node.outbox import KillWorker, Outbox, StartWorker, TakeBack
-from hpcray.node.records import QUEUED, WAITING, TaskRecord, Worker, WorkerState, is_here
+from hpcray.node.records import (
+    QUEUED,
+    WAITING,
+    WORKER_FREE,
+    WORKER_HELLO,
+    WORKER_HOSTS,
+    WORKER_LEASED,
+    WORKER_RETIRES,
+    WORKER_SPARE,
+    TaskRecord,
+    Worker,
+    WorkerState,
+    in_store,
+    is_here,
+)
+from hpcray.node.states import Edge, move
 from hpcray.node.tables import Tables, unwired
 from hpcray.node.tasks import Tasks
 from hpcray.protocol import ids, values
@@ -242,7 +271,7 @@ class Dispatcher:
         records = self._objects
         for object_id in ids.split_ids(task.refs[: task.dep_count * 28]):
             record = records.get(object_id)
-            if record is not None and record.location is not None:
+            if record is not None and in_store(record):
                 return True
         return False
 
@@ -284,10 +313,10 @@ class Dispatcher:
         self._starting -= 1
         self._stillborn = 0
         self._refused_since_s = now_s
-        self._make_idle(worker, now_s)
+        self._make_idle(worker, WORKER_HELLO, now_s)
 
-    def _make_idle(self, worker: Worker, now_s: float) -> None:
-        worker.state = WorkerState.IDLE
+    def _make_idle(self, worker: Worker, edge: Edge, now_s: float) -> None:
+        move(worker, edge)
         worker.idle_since_s = now_s
         self._idle.append(worker)
         self._dirty = True
@@ -477,7 +506,7 @@ class Dispatcher:
             self._idle.remove(worker)
         worker.devices = devices
         worker.shape = queue.shape
-        worker.state = WorkerState.LEASED
+        move(worker, WORKER_LEASED)
         worker.slow = False
         if not queue.creation:
             queue.leased[worker.number] = worker
@@ -487,7 +516,7 @@ class Dispatcher:
                 back_off.used(now_s)
         if not self._fill(queue, worker, now_s):
             self._unlease(worker)
-            self._make_idle(worker, now_s)
+            self._make_idle(worker, WORKER_FREE, now_s)
             return bool(queue.tasks)
         return True
 
@@ -581,7 +610,7 @@ class Dispatcher:
         self._outbox.tasks.append((worker.number, run))
         if queue.creation:
             self._created_s = now_s
-            worker.state = WorkerState.ACTOR
+            move(worker, WORKER_HOSTS)
             worker.actor_id = datagram[0].actor_id
             self.creating(datagram[0], worker.number, worker.devices)
         return True
@@ -620,10 +649,10 @@ class Dispatcher:
             return
         self._unlease(worker)
         if worker.retiring:
-            worker.state = WorkerState.STOPPING
+            move(worker, WORKER_RETIRES)
             self._outbox.tasks.append((worker.number, [Stop()]))
         else:
-            self._make_idle(worker, now_s)
+            self._make_idle(worker, WORKER_FREE, now_s)
 
     # --- outcomes ---------------------------------------------------------------------------------
 
@@ -794,7 +823,7 @@ class Dispatcher:
 
     def _stop_idle(self) -> None:
         worker = self._idle.popleft()  # idle for longest
-        worker.state = WorkerState.STOPPING
+        move(worker, WORKER_SPARE)
         self._outbox.tasks.append((worker.number, [Stop()]))
 
     def _prune(self) -> None:

@@ -43,6 +43,7 @@ from hpcray.node.records import (
     TaskRecord,
     Worker,
     WorkerState,
+    in_store,
 )
 from hpcray.node.tables import Forward, Tables, unwired
 from hpcray.node.tasks import Tasks
@@ -552,7 +553,7 @@ class Inventory:
                 continue
             extra = record.extra
             copies = set() if extra is None else {*(extra.copies or extra.sources)}
-            if record.location is not None:
+            if in_store(record):
                 copies.add(self._rank)
             nbytes = object_bytes(record)
             found.append((sorted(copies), None if nbytes < 0 else nbytes))

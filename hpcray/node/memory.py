@@ -28,7 +28,7 @@ from hpcray.node.outbox import (
     Outbox,
     StartPull,
 )
-from hpcray.node.records import ASSIGNED, DRIVER, FETCHING, QUEUED, ClientRecord, Worker
+from hpcray.node.records import ASSIGNED, DRIVER, FETCHING, QUEUED, ClientRecord, Worker, in_store
 from hpcray.node.tables import Tables, unwired
 from hpcray.objects.allocator import range_bytes
 from hpcray.objects.budget import NODE, SegmentBudget, SegmentGrant, StoreFull
@@ -234,7 +234,7 @@ class NodeMemory:
         records = self._objects
 
         def located(refs: Iterable[bytes]) -> bool:
-            return any(i in records and records[i].location is not None for i in refs)
+            return any(i in records and in_store(records[i]) for i in refs)
 
         busy = []
         runs = False
@@ -266,7 +266,7 @@ class NodeMemory:
         driver = self._clients.get(DRIVER)
         found: dict[str, int] = {}
         for record in islice(self._objects.values(), _LOOKED_AT):
-            if record.location is None:
+            if not in_store(record):
                 continue
             if driver is not None and record.object_id in driver.held:
                 keeper = "refs of the driver"

@@ -21,15 +21,40 @@ from typing import Any
 import msgspec
 
 from hpcray.node.ledger import Shape
+from hpcray.node.states import Edge, State, Story, Table
 from hpcray.protocol.messages import Located, Template
 
 DRIVER = 0  # its number among the clients of its node
 
 # --- objects ----------------------------------------------------------------------------------
 
-PENDING = 0  # nobody has made it yet
-READY = 1  # value, location or remote copies are known
-FREED = 2  # no ref is left; the record stays while a view of the memory lives
+
+class ObjectState(State):
+    PENDING = 0, "nobody has made it yet"
+    READY = 1, "its value, or where it is, is known"
+    FREED = 2, "no ref is left; the record stays while a view or a pull uses its memory"
+
+
+PENDING, READY, FREED = ObjectState
+
+OBJECT_MADE = Edge("a value is made, put, or told by its home", (PENDING, READY), READY)
+OBJECT_PULLED = Edge("a copy has come here", (PENDING, READY), READY)
+OBJECT_FREED = Edge("the last ref is gone", ObjectState, FREED)
+OBJECTS = Table("an object", ObjectState, (OBJECT_MADE, OBJECT_PULLED, OBJECT_FREED))
+_NEW_OBJECT = OBJECTS.story(PENDING)
+# Its home has no record of it: it was freed.
+UNKNOWN_OBJECT = OBJECTS.story(READY)
+
+
+class Where(enum.Enum):
+    """Where a node finds the value of an object it knows."""
+
+    NOWHERE = "nobody has made it, or its home has not said where it is"
+    INLINE = "in the record"
+    LOCAL = "in this host's shared memory"
+    REMOTE = "in the shared memory of other nodes"
+
+
 
 # How a client waits, in the low bits of a waiter code (client number * 4 + how).
 WAIT_VALUE = 0
@@ -64,7 +89,8 @@ class ObjectRecord(msgspec.Struct, gc=False):
     object_id: bytes
     # Local uses: processes that hold refs, tasks that take it, objects that contain it.
     count: int = 0
-    state: int = PENDING
+    state: ObjectState = PENDING
+    story: Story = _NEW_OBJECT
     value: bytes | None = None  # inline
     nbytes: int = 0
     location: Located | None = None  # in this host's shared memory
@@ -79,9 +105,22 @@ class ObjectRecord(msgspec.Struct, gc=False):
         return extra
 
 
+def whereabouts(record: ObjectRecord) -> Where:
+    if record.value is not None:
+        return Where.INLINE
+    if record.location is not None:
+        return Where.LOCAL
+    return Where.REMOTE if record.state is READY else Where.NOWHERE
+
+
 def is_here(record: ObjectRecord) -> bool:
-    """Whether this node can give its value at once: it is inline, or in this host's memory."""
+    """Whether this node can give its value at once."""
     return record.value is not None or record.location is not None
+
+
+def in_store(record: ObjectRecord) -> bool:
+    """Whether it takes memory of this node's store."""
+    return record.location is not None
 
 
 # --- tasks ------------------------------------------------------------------------------------
@@ -181,19 +220,32 @@ class ClientRecord:
 # --- workers ----------------------------------------------------------------------------------
 
 
-class WorkerState(enum.Enum):
-    STARTING = "forked, has not said hello"
-    IDLE = "waits for a lease"
-    LEASED = "runs tasks"
-    ACTOR = "hosts an actor until it exits"
-    STOPPING = "told to exit, or killed"
+class WorkerState(State):
+    STARTING = 0, "forked, has not said hello"
+    IDLE = 1, "waits for a lease"
+    LEASED = 2, "runs tasks"
+    ACTOR = 3, "hosts an actor until it exits"
+    STOPPING = 4, "told to exit"
+
+
+_STARTING, _IDLE, _LEASED, _ACTOR, _STOPPING = WorkerState
+
+WORKER_HELLO = Edge("it has said hello", (_STARTING,), _IDLE)
+WORKER_LEASED = Edge("a queue leases it for its shape", (_IDLE,), _LEASED)
+WORKER_FREE = Edge("its lease has ended", (_LEASED,), _IDLE)
+WORKER_HOSTS = Edge("it is given an actor's creation", (_LEASED,), _ACTOR)
+WORKER_RETIRES = Edge("it has run max_calls of a function", (_LEASED,), _STOPPING)
+WORKER_SPARE = Edge("there are more idle ones than needed", (_IDLE,), _STOPPING)
+WORKERS = Table("a worker", WorkerState, (
+    WORKER_HELLO, WORKER_LEASED, WORKER_FREE, WORKER_HOSTS, WORKER_RETIRES, WORKER_SPARE))
+_NEW_WORKER = WORKERS.story(_STARTING)
 
 
 class Worker:
     __slots__ = (
         "actor_id", "blocked", "bound_devices", "calls", "datagrams", "devices", "environment",
         "for_tasks", "idle_since_s", "number", "pid", "retiring", "sent_s", "shape", "slow",
-        "state",
+        "state", "story",
     )
 
     def __init__(self, number: int, for_tasks: bool) -> None:
@@ -201,6 +253,7 @@ class Worker:
         self.for_tasks = for_tasks  # what it was started for; it runs what comes
         self.pid = 0
         self.state = WorkerState.STARTING
+        self.story = _NEW_WORKER
         self.shape: Shape = ()
         self.devices: tuple[int, ...] = ()
         # Outstanding datagrams, oldest first, none empty; the head of the first is running.

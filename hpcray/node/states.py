@@ -92,12 +92,13 @@ class Table:
         return found
 
     def lines(self) -> Iterator[str]:
-        """The table for people, a line per state and edge."""
+        """The table for people: each state, and what leads on from it. Docstrings show it so."""
+        width = max(len(state.name) for state in self.states)
         for state in self.states:
-            yield f"{state.name}: {state.sentence}"
+            yield f"{state.name:{width}}  {state.sentence}"
             for edge in self.edges:
                 if state in edge.sources:
-                    yield f"    {edge.cause} --> {edge.target.name}"
+                    yield f"{'':{width}}    {edge.cause} --> {edge.target.name}"
 
 
 class Moving(Protocol):
