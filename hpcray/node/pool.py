@@ -194,6 +194,7 @@ class WorkerPool:
         self._unfit: set[str] = set()
         self._ready = False
         self._trial_pid = 0
+        self._zygote_pid = 0
         self._target = target
         self._sys_path = sys_path
         self._cleanup_paths = tuple(cleanup_paths)
@@ -221,7 +222,7 @@ class WorkerPool:
 
     @property
     def zygote_pid(self) -> int:
-        return 0 if self._process is None else self._process.pid
+        return self._zygote_pid
 
     def set_cleanup_paths(self, paths: Sequence[str]) -> None:
         """Files the zygote unlinks if this node vanishes: what its MPI library would leak."""
@@ -475,6 +476,7 @@ class WorkerPool:
             sys_path=self._sys_path,
             descriptor_limit=self._descriptor_limit,
         )
+        self._zygote_pid = self._process.pid
         if self._cleanup_paths or self._cleanup_folder:
             self.set_cleanup_paths(self._cleanup_paths)
         self._ready = False
@@ -510,9 +512,10 @@ class WorkerPool:
                 self._ready = True
             case Trying(pid):
                 self._trial_pid = pid
-            case Preloaded(_, problems):
+            case Preloaded(_, problems, _, pid):
                 self._asked.popleft()
                 self._trial_pid = 0
+                self._zygote_pid = pid
                 # A new zygote need not find out again.
                 self._unfit.update(problem.module for problem in problems)
 
@@ -523,6 +526,7 @@ class WorkerPool:
         _close_outgoing(self._outgoing)
         exit_code = self._end_process()
         self._process = None
+        self._zygote_pid = 0
         numbers = tuple(number for number, h in self._handles.items() if not h.dead)
         self._kill_orphans()
         for handle in self._handles.values():

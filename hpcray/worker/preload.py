@@ -1,16 +1,20 @@
-"""Imports in the zygote: each module is tried in a child first, for what it does to a process.
+"""Imports in advance: each module is tried in a child first, for what it does to a process.
 
     zygote                                trial, a fork of the zygote
       |------- fork ------------------------->|
       |<------ Verdict(1) --------------------|  modules[0] is fit; now it imports modules[1]
-      |  import modules[0]                    |
       |<------ Verdict(1, "starts a thread") -|  exits: nothing can be learned in it any more
+      |  import modules[0]                    |
       |------- fork: another trial ---------->|  modules[2] ...
+      |<------ Verdict(end) ------------------|  nothing was wrong: it can be the zygote as it is
+      |------- the node's socket ------------>|  and it is, if there are no workers yet
 
 Why a trial: a module that starts a thread, opens a GPU or calls MPI_Init as it is imported is of no
-use in a process that forks; one that crashes or hangs would take all workers of the node along. The
-zygote imports a module while the trial is at the next one, so where there are two CPUs the whole
-takes little longer than the imports do.
+use in a process that forks; one that crashes or hangs would take all workers of the node along.
+
+Workers are their zygote's children, so a zygote that has some keeps its place. It imports what is
+fit by itself, a module while the trial is at the next one: where there are two CPUs the whole takes
+little longer than the imports do.
 
 What must not go in here: the sockets of the zygote, what is done with the problems.
 """
@@ -31,7 +35,7 @@ from functools import partial
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
 import msgspec
 
@@ -66,15 +70,23 @@ class Verdict(msgspec.Struct, frozen=True, array_like=True):
 
 class Preloading:
     """One request's modules on their way into this process: `step` whenever `fileno` is readable,
-    and every `look_s`, until `done`."""
+    and every `look_s`, until `done`.
+
+    If `heir` is not 0 then, the process of that id serves the node now. In that process, which
+    comes out of `step` or the constructor as well, `inherited` is its socket.
+    """
 
     def __init__(
         self, modules: Sequence[str], settings: Mapping[str, Any], patience_s: float,
-        in_child: Callable[[], None],
+        in_child: Callable[[], None], node: socket.socket | None,
     ) -> None:
-        """`in_child` makes a fork of the zygote independent of it."""
+        """`in_child` makes a fork of the zygote independent of it. `node`: what a trial may
+        inherit; None if the zygote has to stay."""
         self.problems: list[Problem] = []
         self.done = False
+        self.heir = 0
+        self.inherited: socket.socket | None = None
+        self._node = node
         self._modules = [name for name in dict.fromkeys(modules) if name not in sys.modules]
         self._settings = settings
         self._patience_s = patience_s
@@ -90,6 +102,7 @@ class Preloading:
         self._begun = mmap.mmap(-1, _NAME_BYTES)  # what the trial has begun to import last
         self._trying = 0
         self._over = False  # the trial has said all
+        self._clean = True  # it has imported all that it has begun to
         self._go_on()
 
     @property
@@ -115,7 +128,10 @@ class Preloading:
             if verdict.problem:
                 self._drop(verdict.problem, culprit=verdict.culprit)
             self._over = bool(verdict.culprit) or verdict.index == len(self._modules)
-            self._import_to(verdict.index)
+            if self._node is None:
+                self._import_to(verdict.index)
+            elif self._over and self._clean:
+                self._hand_over(self._node)
             return
         said = self._last_words()
         status = self._end_trial()
@@ -135,8 +151,8 @@ class Preloading:
     def _go_on(self) -> None:
         """Another trial, if there is anything left to try."""
         index = self._trying
+        self._import_to(index)
         if index >= len(self._modules):
-            self._import_to(index)
             self.done = True
             return
         late = time.monotonic() - self._first_trial_s > _TRIALS_S
@@ -150,6 +166,7 @@ class Preloading:
         self._patience = Patience(self._patience_s)
         self._began_s = time.monotonic()
         self._over = False
+        self._clean = True
         self._begun[0] = 0
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._stderr = os.memfd_create("stderr", os.MFD_CLOEXEC)
@@ -163,8 +180,21 @@ class Preloading:
             return
         if self.pid == 0:
             self._socket.close()
-            self._try(theirs, index)
+            self._socket = theirs
+            self.inherited = self._try(index)
+            self._close()
+            self.done = True
+            return
         theirs.close()
+
+    def _hand_over(self, node: socket.socket) -> None:
+        """The trial is the zygote from here on; it needs no more than the node's socket."""
+        assert self._socket is not None
+        with contextlib.suppress(OSError):  # it is dead, as `step` will see
+            socket.send_fds(self._socket, [b"!"], [node.fileno()])
+            self.heir, self.pid = self.pid, 0
+            self._close()
+            self.done = True
 
     def _see_whether_it_hangs(self) -> None:
         now_s = time.monotonic()
@@ -182,6 +212,7 @@ class Preloading:
     def _drop(self, why: str, *, crashed: bool = False, culprit: str = "") -> None:
         """What is being tried is unfit, and so is what it has imported to its harm."""
         name = self._modules[self._trying]
+        self._clean = False
         self._unfit.add(name)
         self._trying += 1
         if culprit not in ("", name):
@@ -232,38 +263,47 @@ class Preloading:
 
     # --- the trial's side -------------------------------------------------------------------------
 
-    def _try(self, node: socket.socket, index: int) -> NoReturn:
-        def tell(verdict: Verdict) -> None:
-            node.send(msgspec.msgpack.encode(verdict))
-
+    def _try(self, index: int) -> socket.socket:
+        """Returns only in a process that is the zygote from here on, with the node's socket."""
+        code, inherited = 1, None
         try:
             self._in_child()
-            with surroundings(self._settings, self._stderr):
-                watch = _Watch(self._spoilers, self._begun)
-                sys.meta_path.insert(0, watch)
+            with surroundings(self._settings, self._stderr), _Watch(
+                    self._spoilers, self._begun) as watch:
                 for number in range(index, len(self._modules)):
                     name = self._modules[number]
                     if name in sys.modules or _below(name, self._unfit):
                         continue
-                    tell(Verdict(number))
+                    self._tell(Verdict(number))
                     watch.begin(name)
                     problem = _import(name)
                     harm = watch.end()
                     if harm:
-                        tell(Verdict(number, harm, watch.culprit))
+                        self._tell(Verdict(number, harm, watch.culprit))
                     elif watch.asked:
-                        tell(Verdict(number, f"needs {watch.asked}", watch.asked))
+                        self._tell(Verdict(number, f"needs {watch.asked}", watch.asked))
                     elif problem:
+                        self._clean = False
                         self._unfit.add(name)
-                        tell(Verdict(number, problem[:_TEXT_CHARS]))
+                        self._tell(Verdict(number, problem[:_TEXT_CHARS]))
                     if harm or watch.asked:
                         os._exit(0)
-                tell(Verdict(len(self._modules)))
-            os._exit(0)
+            self._tell(Verdict(len(self._modules)))
+            if self._node is not None and self._clean:
+                assert self._socket is not None
+                _, fds, _, _ = socket.recv_fds(self._socket, 1, 1, socket.MSG_CMSG_CLOEXEC)
+                inherited = socket.socket(fileno=fds[0])
+            code = 0
         except BaseException:  # the zygote is gone, or the surroundings cannot be entered
             traceback.print_exc()  # into its last words
         finally:
-            os._exit(1)
+            if inherited is None:
+                os._exit(code)
+        return inherited
+
+    def _tell(self, verdict: Verdict) -> None:
+        assert self._socket is not None
+        self._socket.send(msgspec.msgpack.encode(verdict))
 
 
 def _import(name: str) -> str:
@@ -295,11 +335,21 @@ class _Watch(MetaPathFinder):
     def __init__(self, spoilers: set[str], begun: mmap.mmap) -> None:
         self._spoilers = spoilers
         self._shared = begun
+        self._watching = True
         self._stack = [""]
         self.asked = ""  # a spoiler
-        self._handlers = _handlers()
+        self._before = _Process()
         self.harm = ""  # what has been done to this process
         self.culprit = ""  # by which module
+
+    def __enter__(self) -> _Watch:
+        sys.meta_path.insert(0, self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Loaders that nobody has used yet know this object for good."""
+        sys.meta_path.remove(self)
+        self._watching = False
 
     def begin(self, name: str) -> None:
         """Nothing else is being imported."""
@@ -324,13 +374,17 @@ class _Watch(MetaPathFinder):
         # frozen and builtin modules are shared classes.
         if hasattr(loader, "exec_module") and not isinstance(loader, type):
             with contextlib.suppress(AttributeError):  # it takes none
-                loader.exec_module = partial(self._execute, loader.exec_module, fullname)
+                loader.exec_module = partial(self._execute, loader, loader.exec_module, fullname)
                 self._share(fullname)
         return spec
 
     def _execute(
-        self, execute: Callable[[ModuleType], None], name: str, module: ModuleType
+        self, loader: Any, execute: Callable[[ModuleType], None], name: str, module: ModuleType
     ) -> None:
+        del loader.exec_module
+        if not self._watching:
+            execute(module)
+            return
         self._stack.append(name)
         self._share(name)
         try:
@@ -342,7 +396,7 @@ class _Watch(MetaPathFinder):
 
     def _look(self) -> None:
         if not self.harm:
-            self.harm = _what_it_did(self._handlers)
+            self.harm = self._before.harm()
             self.culprit = self._stack[-1]
 
     def end(self) -> str:
@@ -355,29 +409,53 @@ class _Watch(MetaPathFinder):
         self._shared[: len(data) + 1] = data + b"\0"
 
 
-def _handlers() -> tuple[object, ...]:
-    return tuple(signal.getsignal(number) for number in _SIGNALS)
+class _Process:
+    """This one as it was. It is looked at thousands of times, so each look is a few system calls
+    that read no directory."""
 
+    def __init__(self) -> None:
+        self._handlers = _handlers()
+        self._free_fd = _free_fd()
 
-def _what_it_did(handlers: tuple[object, ...]) -> str:
-    """To this process, so that no fork of it is as good as a new one; empty if nothing."""
-    threads = zygote.thread_count() - 1
-    if threads:
-        return f"starts {threads} thread{'s'[:threads > 1]}"
-    for number, before, now in zip(_SIGNALS, handlers, _handlers(), strict=True):
-        if now is not before:
+    def harm(self) -> str:
+        """What has been done to it, so that no fork of it is as good as a new one; empty if
+        nothing."""
+        threads = zygote.thread_count() - 1
+        if threads:
+            return f"starts {threads} thread{'s'[:threads > 1]}"
+        handlers = _handlers()
+        if handlers != self._handlers:
+            number = next(number for number, before, now in zip(
+                _SIGNALS, self._handlers, handlers, strict=True) if now is not before)
             return f"sets a handler of {signal.Signals(number).name}"
-    with contextlib.suppress(OSError), open(f"/proc/self/task/{os.getpid()}/children") as file:
-        if file.read():
+        with contextlib.suppress(ChildProcessError):  # there is none: what is expected
+            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             return "starts a process"
-    mpi = sys.modules.get("mpi4py.MPI")
-    if mpi is not None and mpi.Is_initialized():
-        return "calls MPI_Init"
-    for fd in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            if os.readlink(f"/proc/self/fd/{fd}").startswith(_GPU_DEVICES):
-                return "opens a GPU"
-    return ""
+        mpi = sys.modules.get("mpi4py.MPI")
+        if mpi is not None and mpi.Is_initialized():
+            return "calls MPI_Init"
+        free_fd = _free_fd()
+        if free_fd != self._free_fd:  # it has opened or closed something
+            self._free_fd = free_fd
+            for fd in os.listdir("/proc/self/fd"):
+                with contextlib.suppress(OSError):
+                    if os.readlink(f"/proc/self/fd/{fd}").startswith(_GPU_DEVICES):
+                        return "opens a GPU"
+        return ""
+
+
+def _handlers() -> list[object]:
+    return [signal.getsignal(number) for number in _SIGNALS]
+
+
+def _free_fd() -> int:
+    """The number that the next descriptor gets; -1 if there is none left."""
+    try:
+        fd = os.open("/", os.O_PATH | os.O_CLOEXEC)
+    except OSError:
+        return -1
+    os.close(fd)
+    return fd
 
 
 @contextlib.contextmanager

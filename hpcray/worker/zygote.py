@@ -10,7 +10,7 @@ called MPI_Init must not fork, so the node starts the zygote *before* that.
      |-------------- spawn ----------------->|  import, gc.freeze()
      |<------------- Ready ------------------|
      |-- PreloadRequest(modules) ----------->|  worker/preload.py; forks wait behind it
-     |<------------- Preloaded --------------|
+     |<------------- Preloaded(pid) ---------|  perhaps by a child that is the zygote from here on
      |-- ForkRequest(number) + 4 fds ------->|--- fork ------------------->| setsid, PDEATHSIG
      |<------------- Forked(number, pid) ----|                             | target(number, ...)
      |<------------- Exited(number, status) -|<-- SIGCHLD ------ exit -----|
@@ -212,6 +212,7 @@ class Preloaded(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=5):
     import_s: float
     problems: tuple[Problem, ...]
     quiet: bool
+    pid: int  # of the zygote from here on: a child of the former one, or still the same
 
 
 class Trying(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=6):
@@ -262,14 +263,13 @@ class Zygote:
 
     def serve(self) -> None:
         """Until the node says stop or is gone. Afterwards no worker is left."""
-        signal.signal(signal.SIGCHLD, _no_action)
-        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        self._listen()
         self._prctl(_PR_SET_PDEATHSIG, 0)  # From here on, EOF on the socket does it.
-        poller = select.poll()
-        poller.register(self._node, select.POLLIN)
-        poller.register(self._wake_read, select.POLLIN)
         try:
             while True:
+                poller = select.poll()  # anew: a heir has other descriptors
+                poller.register(self._node, select.POLLIN)
+                poller.register(self._wake_read, select.POLLIN)
                 ready = [fd for fd, _ in poller.poll(0 if self._burying else None)]
                 if not ready:
                     self._bury()
@@ -290,6 +290,12 @@ class Zygote:
                     os.unlink(path)
             if self._cleanup_folder:
                 shutil.rmtree(self._cleanup_folder, ignore_errors=True)
+
+    def _listen(self) -> None:
+        """To the ends of workers; what else is said by signals is not for a zygote."""
+        ignore_signals()
+        signal.signal(signal.SIGCHLD, _no_action)
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
 
     def _serve_one_request(self) -> StopRequest | None:
         try:
@@ -356,14 +362,21 @@ class Zygote:
         )
 
     def _preload(self, request: PreloadRequest, descriptors: list[int]) -> None:
-        """Forks wait meanwhile; deaths are reported, and a node that hangs up ends it."""
+        """Forks wait meanwhile; deaths are reported, and a node that hangs up ends it.
+
+        Afterwards another process may be the zygote: then that one returns from here, too, and
+        this one does not.
+        """
         from hpcray.worker.preload import Preloading
 
         started_s = time.monotonic()
         settings = _read_settings(request, descriptors)
-        preloading = Preloading(
-            settings["modules"], settings, request.patience_s, self._become_trial)
         before = set(sys.modules)
+        if self._burying:
+            self._bury()
+        preloading = Preloading(
+            settings["modules"], settings, request.patience_s, self._become_trial,
+            None if self._living or self._dead else self._node)
         trial = 0
         while not preloading.done:
             if preloading.pid != trial:
@@ -380,13 +393,18 @@ class Zygote:
             if self._wake_read in ready:
                 self._report_exits()
             preloading.step()
+        if preloading.heir:
+            self._end_with(preloading.heir)
+        if preloading.inherited is not None:
+            self._succeed(preloading.inherited)
         preloaded.update(sys.modules.keys() - before)
         self._take_stock()
-        gc.collect()
+        # Without a collection, which takes longer than a hundred forks and would tear holes in
+        # pages that are shared: imports leave hardly any garbage.
         gc.freeze()
         problems = sorted(preloading.problems, key=lambda problem: not problem.crashed)
         self._send(Preloaded(
-            time.monotonic() - started_s, tuple(problems[:_PROBLEMS]), request.quiet))
+            time.monotonic() - started_s, tuple(problems[:_PROBLEMS]), request.quiet, self._pid))
 
     def _become_trial(self) -> None:
         """In the child. It has no worker's descriptors: it keeps to its standard streams."""
@@ -396,6 +414,30 @@ class Zygote:
             os._exit(1)
         self._prctl(_PR_SET_NAME, b"hpcray:trial")
         self._let_go()
+
+    def _succeed(self, node: socket.socket) -> None:
+        """The trial is the zygote now. It stays a child of the former one, and dies with it."""
+        self._node = node
+        self._pid = os.getpid()
+        self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._listen()
+        self._prctl(_PR_SET_NAME, b"hpcray:zygote")
+
+    def _end_with(self, heir: int) -> NoReturn:
+        """The node knows this process as its child: it ends as its heir does, and after it. Until
+        then it keeps the node's socket, so that the node sees the end when its exit status is
+        there."""
+        self._prctl(_PR_SET_NAME, b"hpcray:elder")
+        _, status = os.waitpid(heir, 0)
+        code = os.waitstatus_to_exitcode(status)
+        if code < 0:
+            import resource
+
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # there is one already
+            with contextlib.suppress(OSError):  # SIGKILL has no handler
+                signal.signal(-code, signal.SIG_DFL)
+            os.kill(self._pid, -code)
+        os._exit(code)
 
     def _bury(self) -> None:
         """Kill what dead workers left in their sessions, then let go of their pids.
@@ -539,6 +581,13 @@ def thread_count() -> int:
     """Threads of this process, those of C libraries included."""
     # Its link count is 2 + the number of threads: one system call instead of a listing.
     return os.stat("/proc/self/task").st_nlink - 2
+
+
+def ignore_signals() -> None:
+    """The end comes with the node's. A batch system that sends SIGTERM to every process of the
+    job would otherwise take the one process away that can clean up."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def reseed(words: memoryview | None) -> None:
@@ -762,10 +811,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--descriptor-limit", type=int, help="soft limit for workers")
     options = parser.parse_args(arguments)
 
-    # The end comes with the node's. A batch system that sends SIGTERM to every process of
-    # the job would otherwise take the one process away that can clean up.
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+    ignore_signals()
     # The driver's affair, in workers as well (unless a task handles them), and not inherited by
     # what they start, unlike SIG_IGN.
     for number in (signal.SIGUSR1, signal.SIGUSR2):

@@ -342,13 +342,32 @@ def test_what_kills_the_zygote_itself_is_not_preloaded_again(
         tmp_path, fit="", harmless="",
         deadly="if open('/proc/self/comm').read() == 'hpcray:zygote\\n':\n"
                "    import os\n    os.abort()")
+    driver.pool.start(1, {"do": "echo"})  # a zygote with workers imports by itself
     driver.pool.preload(["fit"], settings)
     driver.pool.preload(["harmless", "deadly"], settings)
     lost = driver.wait_for(ZygoteLost)
     assert lost.dropped == ("harmless", "deadly")
     assert lost.exit_code == -signal.SIGABRT
     driver.pool.restart_zygote()
-    assert look(driver, 1, "fit", "harmless", "deadly") == ["fit"]
+    assert look(driver, 2, "fit", "harmless", "deadly") == ["fit"]
+
+
+@pytest.mark.parametrize("victim", ["heir", "elder"])
+def test_the_end_of_one_zygote_is_that_of_both(
+    driver: Driver, tmp_path: Path, victim: str
+) -> None:
+    elder = driver.pool.zygote_pid
+    driver.pool.preload(["fit"], preload_settings(tmp_path, fit=""))
+    family = driver.pool.start(1, {"do": "family"})
+    pids = hear(family)[:2]
+    heir = driver.wait_for(Preloaded).pid
+    assert heir == driver.pool.zygote_pid != elder
+    os.kill({"heir": heir, "elder": elder}[victim], signal.SIGSEGV)
+    assert driver.wait_for(ZygoteLost) == ZygoteLost((1,), -signal.SIGSEGV)
+    for pid in (*pids, heir, elder):
+        wait_gone(pid)
+    driver.pool.restart_zygote()
+    assert look(driver, 2, "fit") == ["fit"]
 
 
 def test_a_list_too_large_for_a_datagram_is_preloaded(driver: Driver, tmp_path: Path) -> None:
@@ -370,8 +389,10 @@ def test_the_end_does_not_wait_for_an_import(driver: Driver, tmp_path: Path) -> 
     settings = preload_settings(
         tmp_path, slow=f"if open('/proc/self/comm').read() == 'hpcray:zygote\\n':\n"
                        f"    open({str(gate)!r}).read()")
+    driver.pool.start(1, {"do": "echo"})
+    driver.pool.send_task(1, b"exit")
+    driver.wait_for(Exited)  # and is not forgotten: the zygote has to stay
     driver.pool.preload(["slow"], settings)
-    driver.pool.start(1, {"do": "stubborn"})
     with open(gate, "w"):
         started_s = time.monotonic()
         driver.pool.close(20)

@@ -53,6 +53,7 @@ class RawZygote:
         environ.pop("PYTHONUNBUFFERED", None)  # Buffering is what one of the tests looks at.
         options.setdefault("target", "zygote_targets:prepare")
         self.socket, self.process = spawn_zygote(environ, sys_path=[HERE, *sys.path], **options)
+        self.pid = self.process.pid
 
     def event(self, limit_s: float = LIMIT_S) -> zygote.Event:
         wait_readable(self.socket, limit_s)
@@ -115,11 +116,16 @@ class Worker:
         os.close(self.stderr)
 
 
-@pytest.fixture
-def raw() -> Iterator[RawZygote]:
+@pytest.fixture(params=["itself", "heir"])
+def raw(request: pytest.FixtureRequest) -> Iterator[RawZygote]:
+    """A zygote, and one that was the trial of another."""
     descriptors = os.listdir("/proc/self/fd")
     node = RawZygote()
-    assert isinstance(node.event(), Ready)
+    ready = node.event()
+    assert isinstance(ready, Ready)
+    if request.param == "heir":
+        preload(node, {"modules": ["this"]})
+        assert not preloaded(node) and node.pid != ready.pid
     yield node
     node.close()
     assert len(os.listdir("/proc/self/fd")) == len(descriptors)
@@ -264,6 +270,7 @@ def preloaded(node: RawZygote) -> dict[str, zygote.Problem]:
     while isinstance(event := node.event(3 * LIMIT_S), zygote.Trying):
         pass
     assert isinstance(event, zygote.Preloaded), event
+    node.pid = event.pid
     assert len({problem.module for problem in event.problems}) == len(event.problems)
     return {problem.module: problem for problem in event.problems}
 
@@ -433,6 +440,104 @@ if open("/proc/self/comm").read() == "hpcray:trial\\n":
     younger.close()
 
 
+def test_an_open_gpu_is_seen_by_its_descriptor() -> None:
+    code = """
+from hpcray.worker import preload
+preload._GPU_DEVICES = ("/dev/zero",)
+before = preload._Process()
+with open("/dev/full", "rb"):
+    assert before.harm() == ""
+with open("/dev/full", "rb"), open("/dev/zero", "rb"):
+    assert before.harm() == "opens a GPU"
+assert before.harm() == ""
+"""
+    subprocess.run([sys.executable, "-c", code], timeout=30, check=True)
+
+
+COUNTS = "import os\nopen(os.environ['COUNT'], 'a').write(f'{os.getpid()} ')"
+
+
+@pytest.mark.parametrize("workers", [False, True])
+def test_a_clean_trial_is_the_zygote_unless_there_are_workers(
+    raw: RawZygote, modules: Modules, workers: bool
+) -> None:
+    count = modules.folder / "count"
+    before = raw.pid
+    elder = raw.fork(1, do="echo")
+    assert elder.hear() == "up"
+    forked = raw.event()
+    assert isinstance(forked, Forked)
+    if not workers:
+        elder.task.send(b"exit")
+        assert isinstance(raw.event(), Exited)
+        raw.request(zygote.ReapRequest(1))
+        wait_gone([forked.pid])
+    modules.add("counted", COUNTS)
+    preload(raw, modules.settings(environ={b"COUNT": str(count).encode()}))
+    assert preloaded(raw) == {}
+    assert (raw.pid == before) == workers
+    pids = count.read_text().split()
+    assert len(pids) == 1 + workers, "imported once, if that is enough"
+    assert pids[-1] == str(raw.pid)
+    if workers:
+        elder.task.send(b"exit")
+        assert raw.event() == Exited(1, forked.pid, 0)
+    assert imported(raw, modules.names) == ["counted"]
+    elder.close()
+
+
+def test_a_trial_in_which_an_import_failed_is_not_the_zygote(
+    raw: RawZygote, modules: Modules
+) -> None:
+    """It has what that import left behind, and a new process has not."""
+    before = raw.pid
+    modules.add("fit")
+    modules.add("broken", "import csv, half_way\nraise ValueError('as asked')")
+    modules.add("half_way")
+    modules.names.remove("half_way")
+    preload(raw, modules.settings())
+    assert list(preloaded(raw)) == ["broken"]
+    assert raw.pid == before
+    assert imported(raw, [*modules.names, "half_way"]) == ["fit"]
+
+
+def test_another_trial_goes_on_with_what_was_fit_and_is_the_zygote(
+    raw: RawZygote, modules: Modules
+) -> None:
+    count = modules.folder / "count"
+    before = raw.pid
+    modules.add("fit", COUNTS)
+    modules.add("unfit", UNFIT["starts 1 thread"])
+    modules.add("after", COUNTS)
+    preload(raw, modules.settings(environ={b"COUNT": str(count).encode()}))
+    assert list(preloaded(raw)) == ["unfit"]
+    trial, *pids = map(int, count.read_text().split())
+    assert pids == [before, raw.pid] and trial not in pids
+    assert imported(raw, modules.names) == ["fit", "after"]
+
+
+def test_modules_see_the_loaders_that_they_have_in_a_worker(
+    raw: RawZygote, modules: Modules
+) -> None:
+    modules.add("lazy", "import sys\nassert 'lazily' in sys.modules")
+    modules.add("plain", """
+import importlib.util, sys
+lazy = importlib.util.find_spec("lazy")
+def load():
+    lazily = sys.modules["lazily"] = importlib.util.module_from_spec(lazy)
+    lazy.loader.exec_module(lazily)
+    assert not [name for loader in (lazy.loader, __spec__.loader) for name in vars(loader)
+                if name not in ("name", "path")]
+    assert not [finder for finder in sys.meta_path if "preload" in type(finder).__module__]
+""")
+    modules.names.remove("lazy")
+    preload(raw, modules.settings())
+    assert preloaded(raw) == {}
+    worker = raw.fork(1, do="load", module="plain")
+    assert worker.hear() == "loaded"
+    worker.close()
+
+
 @pytest.mark.parametrize("orderly", [False, True])
 def test_the_end_does_not_wait_for_a_preload(modules: Modules, orderly: bool) -> None:
     node = RawZygote()
@@ -485,7 +590,8 @@ def test_libraries_imported_before_the_fork_work_after_it(
     assert len(seeds) in (0, 2), "each as random as a new process"
 
 
-def test_end_of_node_ends_whole_sessions_and_unlinks_its_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize("heir", [False, True])
+def test_end_of_node_ends_whole_sessions_and_unlinks_its_files(tmp_path: Path, heir: bool) -> None:
     node = RawZygote()
     assert isinstance(node.event(), Ready)
     leaked = tmp_path / "mpi_library_file"
@@ -493,6 +599,9 @@ def test_end_of_node_ends_whole_sessions_and_unlinks_its_files(tmp_path: Path) -
     kept = tmp_path / "somebody_elses"
     kept.touch()
     node.request(zygote.CleanupRequest((str(leaked), str(tmp_path / "never_made"))))
+    if heir:
+        preload(node, {"modules": ["this"]})
+        assert not preloaded(node) and node.pid != node.process.pid
     family, stubborn = node.fork(1, do="family"), node.fork(2, do="stubborn")
     pids = family.hear()
     assert stubborn.hear() == "up"
@@ -534,7 +643,8 @@ def test_death_of_the_zygote_kills_its_workers(raw: RawZygote) -> None:
 
 def test_zygote_outlives_a_terminating_batch_system(raw: RawZygote) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        raw.process.send_signal(number)
+        for pid in {raw.pid, raw.process.pid}:
+            os.kill(pid, number)
     worker = raw.fork(1, do="leave", code=0)
     assert isinstance(raw.event(), Forked)
     worker.close()

@@ -47,6 +47,13 @@ def look(number: int, tasks: socket.socket, say: Any, settings: dict[str, Any]) 
     tasks.recv(1)
 
 
+def load(number: int, tasks: socket.socket, say: Any, settings: dict[str, Any]) -> None:
+    """Call the function `load` of a module that is imported already."""
+    sys.modules[settings["module"]].load()
+    say("loaded")
+    tasks.recv(1)
+
+
 def use_libraries(
     number: int, tasks: socket.socket, say: Any, settings: dict[str, Any]
 ) -> None:
