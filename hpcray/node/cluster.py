@@ -108,7 +108,7 @@ class Cluster:
         self._tasks = tasks
         self._dispatcher = dispatcher
         self._rank = tables.rank
-        self.nodes = tables.nodes
+        self._nodes = tables.nodes
         # Ports: fail a task whose placement group was removed (and whether it was); an actor of
         # this home can be created nowhere, by this error.
         self.refuse_of_group: Callable[[TaskRecord], bool] = unwired
@@ -127,10 +127,18 @@ class Cluster:
 
     def joined(self, node: Joined) -> None:
         """A node of the job, this one too."""
-        self.nodes[node.rank] = node
         self._totals[node.rank] = dict(node.resources)
         if self.scheduler is not None:
             self.scheduler.joined(node)
+
+    def node_lost(self, rank: int, _reason: str) -> None:
+        """Nothing is placed there any more."""
+        self._totals.pop(rank, None)
+        for key in [key for key in self._leases if key[0] == rank]:
+            del self._leases[key]
+        self._turns.clear()  # dealt out anew, among those that are left
+        if self.scheduler is not None:
+            self.scheduler.lost(rank)
 
     def learn(self, shape: Shape) -> None:
         """Conditions on labels in a shape: who meets them; if this node does, it says so."""
@@ -138,7 +146,7 @@ class Cluster:
             if not labels.is_condition(name):
                 continue
             for rank, total in self._totals.items():
-                if may_run(dict(self.nodes[rank].labels), name):
+                if may_run(dict(self._nodes[rank].labels), name):
                     total[name] = labels.OFFERED
                     if rank == self._rank:
                         self._dispatcher.ledger.offer_without_limit(name)
@@ -242,7 +250,7 @@ class Cluster:
                 if covers(total, shape)}
         soft = [name for name, _ in shape if labels.prefers(name)]
         if soft and able:
-            rated = {rank: rating(dict(self.nodes[rank].labels), soft) for rank in able}
+            rated = {rank: rating(dict(self._nodes[rank].labels), soft) for rank in able}
             best = min(rated.values())
             able = {rank: slots for rank, slots in able.items() if rated[rank] == best}
         size = self._tables.size

@@ -30,6 +30,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hpcray.node.holders import Holders
+from hpcray.node.membership import Membership
 from hpcray.node.memory import NodeMemory
 from hpcray.node.outbox import Outbox, StartPull
 from hpcray.node.records import (
@@ -68,20 +69,25 @@ from hpcray.protocol.messages import (
     Want,
 )
 
+HOME = ids.HOME
 _IDS_PER_MESSAGE = 2000
 # Inline values of this size and less cost about as much as their record: not counted.
 _COUNTED_BYTES = 1024
 
 
 class Directory:
-    def __init__(self, tables: Tables, outbox: Outbox, memory: NodeMemory) -> None:
+    def __init__(
+        self, tables: Tables, outbox: Outbox, membership: Membership, memory: NodeMemory
+    ) -> None:
         self._clients = tables.clients
         self._outbox = outbox
         self._memory = memory
         self._rank = tables.rank
-        self._rank_bytes = tables.rank.to_bytes(4, "big")
+        self.is_home = membership.is_home
+        self._home_of = membership.home_of
+        self._served = membership.served  # is_home without a call
         self.records = tables.objects
-        self.holders: Holders = Holders(outbox)
+        self.holders: Holders = Holders(outbox, membership.home_of)
         # Bytes of inline values that are worth counting.
         self.inline_bytes = 0
         # Clients' messages of this turn, coalesced: who became ready for whom.
@@ -98,9 +104,6 @@ class Directory:
         self.dependency_refused: Callable[[TaskRecord, ObjectRecord, bytes], None] = unwired
         self.creation_freed: Callable[[bytes], None] = unwired
 
-    def is_home(self, object_id: bytes) -> bool:
-        return object_id[16:20] == self._rank_bytes
-
     # --- records and counts -----------------------------------------------------------------------
 
     def record(self, object_id: bytes) -> ObjectRecord:
@@ -112,7 +115,7 @@ class Directory:
         record = self.records.get(object_id)
         if record is None:
             record = self.records[object_id] = ObjectRecord(object_id)
-            if object_id[16:20] == self._rank_bytes:
+            if object_id[HOME] in self._served:
                 record.story = UNKNOWN_OBJECT
                 record.state = READY
                 record.value = freed_value(object_id)
@@ -154,7 +157,7 @@ class Directory:
 
     def announce(self, record: ObjectRecord) -> int:
         """Make the home count this node as a holder; the barrier of what relies on it, or 0."""
-        if record.object_id[16:20] == self._rank_bytes:
+        if record.object_id[HOME] in self._served:
             return 0
         extra = record.more()
         if extra.added:
@@ -165,7 +168,7 @@ class Directory:
     def _unheld(self, record: ObjectRecord) -> None:
         object_id = record.object_id
         extra = record.extra
-        if object_id[16:20] == self._rank_bytes:
+        if object_id[HOME] in self._served:
             if extra is not None and extra.holders:
                 return
             self._free(record)
@@ -386,7 +389,7 @@ class Directory:
     def get(self, client: int, joined: bytes, how: int) -> None:
         code = client * 4 + how
         records = self.records
-        home = self._rank_bytes
+        served = self._served
         for object_id in ids.split_ids(joined):
             record = records.get(object_id)
             if record is None:
@@ -396,7 +399,7 @@ class Directory:
                     record.waiters = code
                 else:
                     self._enqueue(record, code)
-                if object_id[16:20] != home:
+                if object_id[HOME] not in served:
                     self.want(record)
             else:
                 self._serve(record, code)
@@ -489,12 +492,12 @@ class Directory:
     def want(self, record: ObjectRecord) -> None:
         """Ask the home of a foreign object to say when it is ready."""
         object_id = record.object_id
-        if object_id[16:20] == self._rank_bytes:
+        if object_id[HOME] in self._served:
             return
         extra = record.more()
         if not extra.wanted:
             extra.wanted = True
-            self._wants.setdefault(ids.home_of_object(object_id), []).append(object_id)
+            self._wants.setdefault(self._home_of(object_id), []).append(object_id)
 
     def wanted_by(self, rank: int, joined: bytes) -> None:
         for object_id in ids.split_ids(joined):
@@ -552,7 +555,7 @@ class Directory:
 
     def held_for_us(self, object_id: bytes) -> None:
         """The home has counted us already (`hold_for`): a local use, with nothing to announce."""
-        if object_id[16:20] == self._rank_bytes:
+        if object_id[HOME] in self._served:
             return
         extra = self.hold(object_id).more()
         if extra.added:
@@ -565,7 +568,7 @@ class Directory:
 
         Refs homed at the receiver need nothing: our own drop follows in the same channel.
         """
-        foreign = b"".join(i for i in ids.split_ids(joined) if ids.home_of_object(i) != to_rank)
+        foreign = b"".join(i for i in ids.split_ids(joined) if self._home_of(i) != to_rank)
         if not foreign:
             return 0
         self.hold_all(foreign)
@@ -613,7 +616,7 @@ class Directory:
                 extra.copies = []
             extra.copies.append(self._rank)
         else:
-            self._outbox.peers[ids.home_of_object(object_id)].append(CopyAdded(object_id))
+            self._outbox.peers[self._home_of(object_id)].append(CopyAdded(object_id))
         self._announce_ready(record)
 
     def pull_failed(
@@ -685,6 +688,24 @@ class Directory:
             record = self.records.get(object_id)
             if record is not None:
                 self._let_go(record)
+
+    # --- a node that is lost ----------------------------------------------------------------------
+
+    def node_lost(self, rank: int, _reason: str) -> None:
+        """What it held, had and asked for does not count any more."""
+        self.holders.node_lost(rank)
+        self._wants.pop(rank, None)
+        self._frees.pop(rank, None)
+        for record in list(self.records.values()):
+            extra = record.extra
+            if extra is None:
+                continue
+            for ranks in (extra.wanters, extra.copies, extra.holders):
+                while ranks and rank in ranks:
+                    ranks.remove(rank)
+            extra.sources = tuple(source for source in extra.sources if source != rank)
+            if record.count <= 0 and extra.holders == [] and self.is_home(record.object_id):
+                self._unheld(record)  # it was the last to hold it
 
     # --- end of turn ------------------------------------------------------------------------------
 

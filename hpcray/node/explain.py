@@ -20,6 +20,7 @@ from typing import Any
 from hpcray.node.actor_records import ActorState, Hosted, class_name, turn_of
 from hpcray.node.dispatch import Dispatcher
 from hpcray.node.ledger import Shape
+from hpcray.node.membership import Membership
 from hpcray.node.memory import NodeMemory
 from hpcray.node.placement import Bundles
 from hpcray.node.records import (
@@ -64,11 +65,13 @@ class Asked:
 
 class Explain:
     def __init__(
-        self, tables: Tables, memory: NodeMemory, dispatcher: Dispatcher, bundles: Bundles
+        self, tables: Tables, membership: Membership, memory: NodeMemory, dispatcher: Dispatcher,
+        bundles: Bundles,
     ) -> None:
         self._tables = tables
         self._tasks = tables.tasks
         self._objects = tables.objects
+        self._home_of = membership.home_of
         self._memory = memory
         self._dispatcher = dispatcher
         self._bundles = bundles
@@ -91,7 +94,7 @@ class Explain:
         asked = Asked(len(object_ids), now_s + (_EXECUTOR_S if peer else _HOME_S), answer)
         for place, object_id in enumerate(object_ids):
             task = self._tasks.get(ids.task_of_object(object_id))
-            home = ids.home_of_object(object_id)
+            home = self._home_of(object_id)
             if task is None and home != self._rank and not at_executor:
                 self._ask(asked, place, home, object_id, self._foreign(object_id))
             elif task is not None and not at_executor and self._executor(task) != self._rank:
@@ -117,7 +120,7 @@ class Explain:
                     self.open.remove(asked)
                     asked.answer(asked.sentences)
 
-        at_home = rank == ids.home_of_object(object_id)
+        at_home = rank == self._home_of(object_id)
         self.forward(
             rank, "explain", {"ids": object_id, "executor": not at_home},
             lambda reply: heard(reply.result))
@@ -137,7 +140,7 @@ class Explain:
     # --- objects ----------------------------------------------------------------------------------
 
     def _foreign(self, object_id: bytes) -> str:
-        return f"an object of rank {ids.home_of_object(object_id)}"
+        return f"an object of rank {self._home_of(object_id)}"
 
     def _object(self, object_id: bytes) -> str:
         """One whose task is over, or that was put."""
@@ -159,7 +162,7 @@ class Explain:
         """An object that a task waits for."""
         task = self._tasks.get(ids.task_of_object(record.object_id))
         if task is None:
-            home = ids.home_of_object(record.object_id)
+            home = self._home_of(record.object_id)
             return f"an object of rank {home}" if home != self._rank else "an object"
         rank = self._executor(task)
         where = "to" if task.state == ASSIGNED and rank != self._rank else "on"

@@ -22,8 +22,9 @@ from hpcray.node.dispatch import Dispatcher
 from hpcray.node.explain import Explain
 from hpcray.node.inventory import Inventory
 from hpcray.node.ledger import ResourceLedger
+from hpcray.node.membership import Membership
 from hpcray.node.memory import NodeMemory
-from hpcray.node.outbox import Outbox, Preload, ServePull, StopJob
+from hpcray.node.outbox import FailJob, Outbox, Preload, ServePull, StopJob
 from hpcray.node.placement import Bundles, Groups
 from hpcray.node.records import DRIVER, WAIT_LOCAL, WAIT_READY, WAIT_VALUE, ClientRecord
 from hpcray.node.requests import Requests
@@ -55,8 +56,9 @@ class Machine:
         # New functions, for the control store.
         self.new_functions: list[m.FunctionDef] = []
         tables, outbox = self.tables, self.outbox
+        self.membership = Membership(tables)
         self.memory = NodeMemory(tables, outbox, capacity_bytes)
-        self.directory = Directory(tables, outbox, self.memory)
+        self.directory = Directory(tables, outbox, self.membership, self.memory)
         self.streams = Streams(tables, outbox, self.memory, self.directory)
         self.tasks = Tasks(self, outbox)
         self.dispatcher = Dispatcher(
@@ -67,10 +69,11 @@ class Machine:
             tables, outbox, self.dispatcher.ledger, self.cluster, self.bundles)
         self.actors = Actors(self, self.outbox)
         self.inventory = Inventory(tables, outbox, self.directory, self.tasks)
-        self.explain = Explain(tables, self.memory, self.dispatcher, self.bundles)
+        self.explain = Explain(
+            tables, self.membership, self.memory, self.dispatcher, self.bundles)
         self.requests = Requests(
-            tables, outbox, self.memory, self.directory, self.tasks, self.dispatcher, self.cluster,
-            self.actors, self.inventory, self.explain)
+            tables, outbox, self.membership, self.memory, self.directory, self.tasks,
+            self.dispatcher, self.cluster, self.actors, self.inventory, self.explain)
         self.waiting = Waiting(
             tables, outbox, self.memory, self.dispatcher, self.cluster, self.groups, self.explain)
         self._wire()
@@ -107,6 +110,8 @@ class Machine:
         serve("placement_groups", self.groups.table)
         serve("holdings", lambda arguments: self.waiting.holdings(arguments["names"]))
         serve("statistics", lambda _: self.statistics())
+        self.membership.on_lost += [
+            directory.node_lost, cluster.node_lost, self.requests.node_lost, self._end_for]
         cluster.refuse_of_group = self.bundles.refuse
         cluster.creation_failed = actors.creation_failed_at_home
         self.bundles.creation_failed = actors.creation_failed_at_home
@@ -114,6 +119,17 @@ class Machine:
     @property
     def now_s(self) -> float:
         return self.tables.now_s
+
+    # --- other nodes come and go ------------------------------------------------------------------
+
+    def joined(self, node: m.Joined) -> None:
+        """A node of the job, this one too."""
+        self.membership.joined(node)
+        self.cluster.joined(node)
+
+    def node_lost(self, rank: int, reason: str) -> None:
+        """Everybody hears of it; then the job ends, for it cannot go on without a node yet."""
+        self.membership.lose(rank, reason)
 
     # --- clients ----------------------------------------------------------------------------------
 
@@ -262,6 +278,10 @@ class Machine:
     def _taken(self, client: ClientRecord, message: m.Taken) -> None:
         self.requests.taken(client.number, message.request)
 
+    def _end_for(self, rank: int, reason: str) -> None:
+        self.outbox.actions.append(FailJob(
+            f"rank {rank} is gone ({reason}), and it cannot yet go on without a rank"))
+
     def _end_job(self, client: ClientRecord, message: m.EndJob) -> None:
         self.outbox.actions.append(StopJob(message.park, message.status))
 
@@ -274,7 +294,7 @@ class Machine:
 
     def _holder_add(self, rank: int, message: m.HolderAdd) -> None:
         self.directory.holder_added(rank, message.ids)
-        self.outbox.peers[rank].append(m.HolderAdded())
+        self.outbox.peers[rank].append(m.HolderAdded(message.turn))
 
     def _pull_request(self, rank: int, message: m.PullRequest) -> None:
         location = self.directory.pull_asked(rank, message)
@@ -372,7 +392,7 @@ class Machine:
             asked = describe(shape)
             have = ", ".join(
                 f"rank {node.rank}: {describe(node.resources)}"
-                for _, node in sorted(self.cluster.nodes.items())[:8])
+                for _, node in sorted(self.membership.living.items())[:8])
             self.outbox.notices.append(
                 f"Warning: {name} asks for {asked}, which no node of this job can ever offer "
                 f"(it has {have}). It stays pending; cancel it, or start a larger job.")
@@ -407,6 +427,7 @@ class Machine:
         self.actors.validate()
         self.bundles.validate()
         self.memory.budget.validate()
+        self.membership.validate()
 
     def _client_handlers(self) -> dict[type, Callable[[ClientRecord, Any], None]]:
         return {
@@ -461,7 +482,8 @@ class Machine:
             m.TaskCrashed: self.tasks.peer_crashed,
             m.TaskReturned: self.tasks.peer_returned,
             m.HolderAdd: self._holder_add,
-            m.HolderAdded: lambda rank, _: self.directory.holders.acknowledged(rank),
+            m.HolderAdded: lambda rank, message: self.directory.holders.acknowledged(
+                rank, message.turn),
             m.HolderDrop: lambda rank, message: self.directory.holder_dropped(rank, message.ids),
             m.HandedOver: lambda _, message: self.directory.handed_over(message.handover),
             m.Want: lambda rank, message: self.directory.wanted_by(rank, message.ids),

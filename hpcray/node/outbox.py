@@ -99,9 +99,16 @@ class StopJob(msgspec.Struct, frozen=True):
     status: int = 0
 
 
+class FailJob(msgspec.Struct, frozen=True):
+    """The job cannot go on: end it, and tell why."""
+
+    why: str
+
+
 Action = (
     StartWorker | KillWorker | TakeBack | GrantSegment | OpenSegment | Introduce
     | IntroduceActor | CloseSegment | StartPull | ServePull | FreeNodeRange | Preload | StopJob
+    | FailJob
 )
 
 

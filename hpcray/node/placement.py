@@ -195,6 +195,7 @@ class Groups:
         bundles: Bundles,
     ) -> None:
         self._rank = tables.rank
+        self._nodes = tables.nodes
         self._outbox = outbox
         self._ledger = ledger
         self._cluster = cluster
@@ -228,7 +229,7 @@ class Groups:
         if len(self._over) > _REMOVED_KEPT:
             del self.groups[self._over.popleft()]
         self.pending.pop(group.group, None)
-        for rank in self._cluster.nodes:
+        for rank in list(self._nodes):
             self._send(rank, GroupRemoved(group.group))
 
     def table(self, arguments: Any) -> list[dict[str, Any]]:

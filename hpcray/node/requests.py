@@ -35,6 +35,7 @@ from hpcray.node.dispatch import Dispatcher
 from hpcray.node.explain import Explain
 from hpcray.node.inventory import Inventory
 from hpcray.node.keyvalue import KeyValue
+from hpcray.node.membership import Membership
 from hpcray.node.memory import NodeMemory
 from hpcray.node.names import Asker, Names, NotYet, RequestError, already_taken
 from hpcray.node.outbox import Outbox
@@ -85,14 +86,15 @@ class LookUp:
 
 class Requests:
     def __init__(
-        self, tables: Tables, outbox: Outbox, memory: NodeMemory, directory: Directory,
-        tasks: Tasks, dispatcher: Dispatcher, cluster: Cluster, actors: Actors,
-        inventory: Inventory, explain: Explain,
+        self, tables: Tables, outbox: Outbox, membership: Membership, memory: NodeMemory,
+        directory: Directory, tasks: Tasks, dispatcher: Dispatcher, cluster: Cluster,
+        actors: Actors, inventory: Inventory, explain: Explain,
     ) -> None:
         self._tables = tables
         self._clients = tables.clients
         self._rank = tables.rank
         self._outbox = outbox
+        self._membership = membership
         self._memory = memory
         self._directory = directory
         self._tasks = tasks
@@ -101,8 +103,8 @@ class Requests:
         self._actors = actors
         self._inventory = inventory
         self._explain = explain
-        # Forwarded: our number -> who asked or what to call, or None if nobody waits.
-        self._forwarded: dict[int, Asker | Callable[[PeerReply], None] | None] = {}
+        # Forwarded: our number -> to whom, and who asked or what to call, or None if nobody waits.
+        self._forwarded: dict[int, tuple[int, Asker | Callable[[PeerReply], None] | None]] = {}
         self._count = 0
         self.names = Names()  # used on node 0
         facts = KeyValue()  # used on node 0
@@ -163,17 +165,17 @@ class Requests:
     ) -> int:
         """Ask another node; the number its answer will carry."""
         self._count += 1
-        self._forwarded[self._count] = asker
+        self._forwarded[self._count] = (rank, asker)
         self._outbox.peers[rank].append(PeerRequest(self._count, name, arguments))
         return self._count
 
     def _rank_for(self, name: str, arguments: Any) -> int:
         if name in ("kill_actor", "actor_handle", "hold_actor"):
-            return ids.home_of_actor(arguments["actor_id"])
+            return self._membership.home_of_actor(arguments["actor_id"])
         if name == "cancel":
-            return ids.home_of_object(arguments["object_id"])
+            return self._membership.home_of(arguments["object_id"])
         if name == "locations":
-            return ids.home_of_object(arguments["ids"][:28])
+            return self._membership.home_of(arguments["ids"][:28])
         if name in ("statistics", "local_locations"):
             return self._rank
         return NAMES_RANK
@@ -189,11 +191,17 @@ class Requests:
             self._answer(message.name, message.arguments, (rank, -1, message.request))
 
     def peer_answered(self, message: PeerReply) -> None:
-        asker = self._forwarded.pop(message.request, None)
+        _, asker = self._forwarded.pop(message.request, (-1, None))
         if callable(asker):
             asker(message)
         elif asker is not None:
             self._deliver(asker, message.result, message.error)
+
+    def node_lost(self, rank: int, reason: str) -> None:
+        """It answers no more: who asked it is told so."""
+        for number in [n for n, (asked, _) in self._forwarded.items() if asked == rank]:
+            self.peer_answered(PeerReply(number, None, Failure(
+                "RaySystemError", f"rank {rank} is gone ({reason}) and answers no more")))
 
     def _answer(self, name: str, arguments: Any, asker: Asker) -> None:
         handler = self._handlers.get(name)

@@ -52,6 +52,12 @@ class GlobalScheduler:
     def joined(self, node: Joined) -> None:
         self.views[node.rank] = NodeView(node)
 
+    def lost(self, rank: int) -> None:
+        """A node is gone: it offers nothing, and asks for nothing."""
+        self.views.pop(rank, None)
+        for key in [key for key in self._demands if key[0] == rank]:
+            del self._demands[key]
+
     def learn(self, shape: Shape) -> None:
         for name, _ in shape:
             if labels.is_condition(name) and name not in self._learned:
@@ -88,7 +94,9 @@ class GlobalScheduler:
         """Add back what was granted for nothing; a load that came meanwhile has done so. The home
         asks again if it needs anything."""
         self._demands.pop((home, message.shape, message.actor), None)
-        view = self.views[message.rank]
+        view = self.views.get(message.rank)
+        if view is None:
+            return
         for name, amount in message.shape:
             have = view.met.get(name, view.reported.get(name, 0))
             view.free[name] = min(view.free.get(name, 0) + amount * message.slots, have)

@@ -794,9 +794,17 @@ class NodeServer:
             self._early.append((rank, rest))  # a peer was told to begin before us
 
     def _peer_lost(self, event: PeerLost) -> None:
-        self._tell_why(f"rank {event.rank} is gone ({event.reason}), and it cannot yet go on "
-                       "without a rank")
         self._ended.add(event.rank)
+        if self._machine is not None:
+            self._machine.node_lost(event.rank, event.reason)
+        else:
+            self._fail(f"rank {event.rank} is gone ({event.reason}) before the job had begun")
+
+    def _fail_job(self, _machine: Machine, action: out.FailJob) -> None:
+        self._fail(action.why)
+
+    def _fail(self, why: str) -> None:
+        self._tell_why(why)
         self.exit_status = 1
         self._end_job(park=False)
 
@@ -913,7 +921,7 @@ class NodeServer:
         public = {k: v for k, v in session.items() if k not in own}
         machine = Machine(self.rank, self.size, mine, capacity_bytes, job_id, public)
         for node in nodes:
-            machine.cluster.joined(node)
+            machine.joined(node)
         machine.explain.process_state = process_state
         if self.rank == 1 and self._transport is not None:
             machine.waiting.heard_of_node0 = partial(self._transport.heard, 0)
@@ -1147,4 +1155,5 @@ _ACTIONS: dict[type, Callable[[NodeServer, Machine, Any], None]] = {
     out.ServePull: NodeServer._serve_pull,
     out.Preload: NodeServer._preload,
     out.StopJob: NodeServer._stop_job,
+    out.FailJob: NodeServer._fail_job,
 }

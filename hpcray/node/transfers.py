@@ -150,7 +150,7 @@ class Transfers:
         # Those with receives posted; the others wait for PullMapped or are being copied.
         self._posted: set[int] = set()
         # Ranks of this host whose segments can be mapped.
-        nodes = machine.cluster.nodes
+        nodes = machine.membership.living
         mapping_off = os.environ.get("HPCRAY_MAP_PEERS") == "0"
         self._neighbours = {
             rank for rank, node in nodes.items()

@@ -98,6 +98,15 @@ def task_of_object(object_: ObjectID) -> TaskID:
     return object_[:24]
 
 
+# Where the home's rank lies in the id of a task or an object.
+HOME = slice(16, 20)
+
+
+def home_tag(rank: int) -> bytes:
+    """The rank as ids have it, at `HOME`."""
+    return rank.to_bytes(4, "big")
+
+
 def home_of_object(object_: ObjectID) -> int:
     return int.from_bytes(object_[16:20], "big")
 

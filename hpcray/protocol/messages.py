@@ -718,11 +718,16 @@ class TaskReturned(_Message, tag=14):
 
 
 class HolderAdd(_Message, tag=15):
+    """I hold refs of these objects of yours. `turn` names it in your answer (node/holders.py)."""
+
     ids: bytes
+    turn: int
 
 
 class HolderAdded(_Message, tag=16):
     """Answers one HolderAdd; they are answered in order."""
+
+    turn: int
 
 
 class HolderDrop(_Message, tag=17):

@@ -27,7 +27,7 @@ from hpcray.protocol import ids, messages, values
 from hpcray.protocol import messages as m
 from hpcray.protocol.sizes import parts
 from hpcray.testing.processes import DATAGRAM_BYTES, Arena, Process, Script, short
-from hpcray.transport.base import DataCancelled, DataReceived, DataSent, Received
+from hpcray.transport.base import DataCancelled, DataReceived, DataSent, PeerLost, Received
 from hpcray.transport.loopback import LoopbackNetwork
 
 ROUND_S = 0.0001
@@ -82,6 +82,7 @@ class SimulatedNode:
         self.sockets: dict[int, deque[bytes]] = {}
         self.inboxes = Inboxes(self._read, self.machine.client_messages)
         self.notices: list[str] = []
+        self.failed = ""  # why the job cannot go on, if it has said so
         self._dead: list[Process] = []
         self._to_kill: list[int] = []
         self._to_peers: dict[int, list[Any]] = {}
@@ -128,7 +129,8 @@ class SimulatedNode:
                 break
             progress = True
         for rank, batch in self._to_peers.items():
-            self.transport.send(rank, messages.encode(batch))
+            if rank not in machine.membership.lost:
+                self.transport.send(rank, messages.encode(batch))
         self._to_peers.clear()
         self.transport.flush()
         if cluster.validating:
@@ -182,6 +184,8 @@ class SimulatedNode:
             self.transfers.sent(event.rank, event.transfer)
         elif kind is DataCancelled:
             self.transfers.cancelled(event.transfer)
+        elif kind is PeerLost:
+            self.machine.node_lost(event.rank, event.reason)
         return True
 
     def _carry_out(self) -> bool:
@@ -280,6 +284,8 @@ class SimulatedNode:
             self.transfers.start(action)
         elif kind is out.ServePull:
             self.transfers.serve(action)
+        elif kind is out.FailJob:
+            self.failed = self.failed or action.why
 
     def leftovers(self) -> list[str]:
         """What should not be there once nobody refers to anything."""
@@ -366,7 +372,7 @@ class SimulatedCluster:
                   for rank in range(size)]
         for node in self.nodes:
             for one in joined:
-                node.machine.cluster.joined(one)
+                node.machine.joined(one)
             node.machine.dispatcher.start_workers(cpus)
         head = self.nodes[0]
         head.machine.connect(DRIVER)
@@ -444,6 +450,13 @@ class SimulatedCluster:
             self.rng.choice([p for p in busy if p.due or (p.run and p.run.sender >= 0)]
                             or busy).die()
             self.deaths += 1
+
+    def lose_node(self, rank: int) -> None:
+        """The node and its processes end at once; the others' transports find out."""
+        self.network.kill(rank)
+        self.nodes = [node for node in self.nodes if node.rank != rank]
+        for key in [key for key in self.processes if key[0] == rank]:
+            del self.processes[key]
 
     @property
     def idle(self) -> bool:

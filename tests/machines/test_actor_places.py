@@ -15,7 +15,7 @@ def node_zero() -> Machine:
     resources = {"CPU": m.UNIT}
     machine = Machine(0, 2, resources, 1 << 26, JOB, {"node_ids": ["a", "b"]})
     for rank in range(2):
-        machine.cluster.joined(
+        machine.joined(
             m.Joined(rank, "host", "127.0.0.1", 1, tuple(resources.items())))
     return machine
 

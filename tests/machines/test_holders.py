@@ -25,11 +25,13 @@ class HoldersMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.outbox = Outbox()
-        self.holders = Holders(self.outbox)
+        self.holders = Holders(self.outbox, ids.home_of_object)
         self.count = 0
         self.added: list[bytes] = []  # announced, not dropped
         self.known: set[bytes] = set()  # what homes have acknowledged
-        self.in_flight: dict[int, deque[bytes]] = {rank: deque() for rank in (1, 2, 3)}
+        self.in_flight: dict[int, deque[HolderAdd]] = {rank: deque() for rank in (1, 2, 3)}
+        self.lost: set[int] = set()
+        self.to: dict[int, int] = {}  # message number -> its receiver
         # message number -> ids that must be known when it leaves
         self.relies_on: dict[int, set[bytes]] = {}
         self.all_adds: set[bytes] = set()
@@ -42,13 +44,17 @@ class HoldersMachine(RuleBasedStateMachine):
         self.barrier = self.holders.add(object_)
         self.added.append(object_)
         self.all_adds.add(object_)
+        if home in self.lost:
+            self.known.add(object_)  # nobody counts it there
 
     @precondition(lambda self: self.added)
     @rule(to=ranks)
     def report(self, to: int) -> None:
         """A message that relies on every add so far."""
         self.count += 1
-        self.relies_on[self.count] = set(self.all_adds)
+        if to not in self.lost:
+            self.relies_on[self.count] = set(self.all_adds)
+            self.to[self.count] = to
         self.holders.release(self.barrier, to, self.count)
         self.take()
 
@@ -57,7 +63,8 @@ class HoldersMachine(RuleBasedStateMachine):
     def drop(self) -> None:
         object_ = self.added.pop(0)
         self.holders.drop(object_)
-        self.dropping[object_] = set(self.all_adds)
+        if ids.home_of_object(object_) not in self.lost:
+            self.dropping[object_] = set(self.all_adds)
 
     @rule()
     def end_turn(self) -> None:
@@ -68,9 +75,30 @@ class HoldersMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def acknowledge(self, data: st.DataObject) -> None:
         rank = data.draw(st.sampled_from([r for r, q in self.in_flight.items() if q]))
-        joined = self.in_flight[rank].popleft()
-        self.known |= set(ids.split_ids(joined))
-        self.holders.acknowledged(rank)
+        self.answer(rank)
+
+    def answer(self, rank: int) -> None:
+        add = self.in_flight[rank].popleft()
+        self.known |= set(ids.split_ids(add.ids))
+        self.holders.acknowledged(rank, add.turn)
+        self.take()
+
+    @precondition(lambda self: len(self.lost) < 2)
+    @rule(rank=ranks)
+    def lose(self, rank: int) -> None:
+        """What it would have acknowledged nobody waits for, whatever it says still."""
+        if rank in self.lost:
+            return
+        self.lost.add(rank)
+        self.relies_on = {n: need for n, need in self.relies_on.items() if self.to[n] != rank}
+        self.known |= {o for o in self.all_adds if ids.home_of_object(o) == rank}
+        late = self.in_flight[rank].popleft() if self.in_flight[rank] else None
+        self.in_flight[rank].clear()
+        self.holders.node_lost(rank)
+        self.dropping = {
+            o: need for o, need in self.dropping.items() if ids.home_of_object(o) != rank}
+        if late is not None:
+            self.holders.acknowledged(rank, late.turn)
         self.take()
 
     def take(self) -> None:
@@ -81,12 +109,14 @@ class HoldersMachine(RuleBasedStateMachine):
 
     def sent(self, rank: int, message: Any) -> None:
         if type(message) is HolderAdd:
-            self.in_flight[rank].append(message.ids)
+            assert rank not in self.lost
+            self.in_flight[rank].append(message)
         elif type(message) is HolderDrop:
             for object_ in ids.split_ids(message.ids):
                 assert ids.home_of_object(object_) == rank
                 assert self.dropping.pop(object_) <= self.known, "HO-1: a drop overtook an add"
         else:
+            assert rank not in self.lost
             assert self.relies_on.pop(message) <= self.known, "HO-1: a report overtook an add"
 
     @invariant()
@@ -100,9 +130,7 @@ class HoldersMachine(RuleBasedStateMachine):
         while any(self.in_flight.values()):
             for rank, queue in self.in_flight.items():
                 while queue:
-                    self.known |= set(ids.split_ids(queue.popleft()))
-                    self.holders.acknowledged(rank)
-                    self.take()
+                    self.answer(rank)
         assert self.holders.idle
         assert not self.relies_on
         assert not self.dropping

@@ -31,7 +31,7 @@ class Cluster:
         self.segments: dict[tuple[int, int], int] = {}  # (rank, client) -> its segment
         for machine in self.machines:
             for rank in range(2):
-                machine.cluster.joined(m.Joined(rank, "h", "h", rank, tuple(CPU)))
+                machine.joined(m.Joined(rank, "h", "h", rank, tuple(CPU)))
             machine.connect(0)
         self.largest = 0  # message between them
 

@@ -33,7 +33,7 @@ class Nodes:
                     {"node_ids": [str(r) for r in range(size)]}) for rank in range(size)]
         for machine in self.machines:
             for rank in range(size):
-                machine.cluster.joined(m.Joined(
+                machine.joined(m.Joined(
                     rank, "host", "1.2.3.4", 1, (("CPU", 2 * m.UNIT),), ()))
         self.machines[0].connect(0)
         self.now_s = 0.0
