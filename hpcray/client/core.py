@@ -359,7 +359,7 @@ class Core:
         self.effects.append(lambda: self.on_cancel(message.task_id))
 
     def _on_welcome(self, message: Welcome, _: list[Any]) -> None:
-        self.job_id = message.job_id
+        self.job_id = self.refs.job_id = message.job_id
         self.rank = message.rank
         self.size = message.size
         self.number = self.neighbours.number = message.client

@@ -198,6 +198,7 @@ class ReferenceTable:
         self._kind = kind
         self.dropped = dropped  # refs and generators that have died
         self.live: dict[bytes, weakref.ref[ObjectRef[Any]]] = {}
+        self.job_id = b""  # of the ids of this session, once it has one
         # First refs to objects from elsewhere: told before anything that relies on it.
         self.new_holds: dict[bytes, None] = {}
         # The creation object of the actor this process is; b"": none. Its refs here count for
@@ -220,10 +221,11 @@ class ReferenceTable:
         """Of refs met since the last time: before anything that relies on them."""
         holds = self.new_holds
         if holds:
+            # `_load_ref` adds to them without the lock: but no other thread runs between its look
+            # for the dict and the addition, so none is lost that comes while they are told.
+            self.new_holds = {}
             holds.pop(self.own, None)
-            found = []
-            while holds:  # one by one: `_load_ref` adds to them without the lock
-                found.append(holds.popitem()[0])
+            found = list(holds)
             for start in range(0, len(found), IDS_PER_MESSAGE):
                 outbox.append(Hold(b"".join(found[start : start + IDS_PER_MESSAGE])))
 
@@ -275,6 +277,7 @@ class ReferenceTable:
 
 
 _client: Client | None = None
+_table: ReferenceTable | None = None  # the client's
 _forked = False  # from a process that had a client
 # Names what children of the running task inherit (group, environment); b"": nothing.
 _inherited = b""
@@ -282,8 +285,9 @@ _connect: Callable[[], Client] | None = None
 
 
 def set_client(client: Client | None) -> None:
-    global _client
+    global _client, _table
     _client = client
+    _table = None if client is None else client.refs
 
 
 def forked() -> None:
@@ -324,18 +328,16 @@ def _load_ref(object_id: bytes) -> ObjectRef[Any]:
 
     Two threads that meet a ref at once get the same one: `setdefault` is one step.
     """
-    client = _client
-    if client is None:
+    table = _table
+    if table is None:
         if _forked:
             # What it is used for says why not; an error here would end, say, a worker of a Pool
             # that was sent it, while whoever sent it waits.
             return ReferenceTable().fresh(object_id)
-        client = current_client()
-    table = client.refs
+        table = current_client().refs
     live = table.live
-    entry = live.get(object_id)
-    if entry is None:
-        if object_id[20:24] != client.core.job_id:
+    if object_id not in live:
+        if object_id[20:24] != table.job_id:
             return _of_no_object(object_id)
         met: ObjectRef[Any] = _new(ObjectRef)
         met._id = object_id
@@ -343,9 +345,9 @@ def _load_ref(object_id: bytes) -> ObjectRef[Any]:
         met._ready = NOT_READY
         met._view = None
         weak = _ref(met)
-        entry = live.setdefault(object_id, weak)
-        if entry is weak:
+        if live.setdefault(object_id, weak) is weak:
             table.new_holds[object_id] = None
             return met
-    ref = entry()
-    return client.intern(object_id) if ref is None else ref
+    entry = live.get(object_id)
+    ref = None if entry is None else entry()
+    return current_client().intern(object_id) if ref is None else ref
