@@ -1,11 +1,15 @@
-"""The mutable records of actors: at a caller's node, at the home, at the host."""
+"""The mutable records of actors: at a caller's node, at the home, at the host.
+
+Their states and what leads from one to another: `node/actor_states.py`.
+"""
 
 from __future__ import annotations
 
-import enum
 from collections import deque
 
+from hpcray.node.actor_states import NEW_ACTOR, NEW_ROUTE, ActorState, RouteState
 from hpcray.node.records import TaskRecord
+from hpcray.node.states import Story
 from hpcray.protocol import values
 from hpcray.protocol.messages import CreateActor, Template
 
@@ -17,38 +21,36 @@ def turn_of(task: TaskRecord) -> Turn:
     return task.task_id if task.template.unordered else (task.home, task.client)
 
 
-class ActorState(enum.IntEnum):
-    """Travels in `ActorIs.state`; the order means nothing."""
-
-    UNKNOWN = 0  # a route that has not heard from the home
-    PENDING = 1
-    ALIVE = 2
-    RESTARTING = 3
-    DEAD = 4
-
-
 class Route:
-    __slots__ = ("actor_id", "blocked", "failure", "incarnation", "open_calls", "rank", "resend",
-                 "state", "waiting")
+    """An actor that somebody here calls."""
+
+    __slots__ = ("actor_id", "blocked", "called", "failure", "incarnation", "rank", "resend",
+                 "sent", "state", "story", "waiting")
 
     def __init__(self, actor_id: bytes) -> None:
         self.actor_id = actor_id
-        self.state = ActorState.UNKNOWN
+        self.state: RouteState = NEW_ROUTE.state  # type: ignore[assignment]
+        self.story: Story = NEW_ROUTE
+        # What the home said last.
         self.rank = -1
         self.incarnation = 0
         self.failure: values.Failure | None = None
-        # Calls whose turn it is, but the actor is not there (yet).
+        # Calls that are at the host (or on their way), all at this incarnation of it.
+        self.sent = 0
+        self.called = 0
+        # Calls whose turn it is, but the actor is not there (yet); those it gave back go first.
         self.resend: deque[TaskRecord] = deque()
         self.waiting: deque[TaskRecord] = deque()
         # Per caller: calls behind one whose dependencies are not ready.
         self.blocked: dict[Turn, deque[TaskRecord]] = {}
-        self.open_calls = 0
 
 
 class ActorHome:
+    """An actor whose home is here: what was asked for, and what has become of it."""
+
     __slots__ = ("actor_id", "args", "client", "dep_count", "detached", "ending", "failure",
                  "handle", "incarnation", "name", "namespace", "pid", "rank", "refs",
-                 "restarts_left", "state", "subscribers", "template")
+                 "restarts_left", "state", "story", "subscribers", "template")
 
     def __init__(self, message: CreateActor, template: Template, client: int) -> None:
         self.actor_id = message.actor_id
@@ -59,13 +61,15 @@ class ActorHome:
         self.dep_count = message.dep_count
         self.handle = message.handle
         self.detached = message.detached
-        self.pid = 0  # of its worker, if that is on another node
+        self.pid = 0  # of its worker
         self.name = message.name
         self.namespace = message.namespace
-        self.state = ActorState.PENDING
-        self.rank = -1
+        self.state: ActorState = NEW_ACTOR.state  # type: ignore[assignment]
+        self.story: Story = NEW_ACTOR
+        self.rank = -1  # ALIVE: of its host
         self.incarnation = 0
         self.restarts_left = template.max_restarts
+        # Ranks that are told of every change, from the first time they asked.
         self.subscribers: list[int] = []
         self.failure: values.Failure | None = None
         # ALIVE, but its host has been told to end it for good.
@@ -73,6 +77,8 @@ class ActorHome:
 
 
 class Hosted:
+    """An actor that lives in a worker of this node."""
+
     __slots__ = ("actor_id", "alive", "blocked", "calls", "devices", "home", "in_flight",
                  "incarnation", "intended", "template", "worker")
 
@@ -83,14 +89,28 @@ class Hosted:
         self.incarnation = task.attempt
         self.worker = worker
         self.devices = devices
-        self.alive = False
+        self.alive = False  # its constructor has returned
         # Its end is wanted (exit_actor, last handle gone, kill): the reason, or None.
         self.intended: str | None = None
-        self.calls: deque[TaskRecord] = deque()
+        # Calls on their way to the worker: whose dependencies come, whose turn it is, sent.
         self.blocked: dict[Turn, deque[TaskRecord]] = {}
+        self.calls: deque[TaskRecord] = deque()
         self.in_flight: dict[bytes, TaskRecord] = {}
 
 
 def class_name(template: Template) -> str:
     """The class an actor creation's template speaks of."""
     return template.name.removesuffix(".__init__")
+
+
+def killed_failure(actor_id: bytes) -> values.Failure:
+    return values.Failure(
+        "ActorDiedError", "The actor is dead because it was killed by `hpcray.kill`.",
+        actor_id.hex())
+
+
+def gone_failure(actor_id: bytes) -> values.Failure:
+    return values.Failure(
+        "ActorDiedError",
+        "The actor is dead: all handles to it went out of scope, or its job ended.",
+        actor_id.hex())

@@ -879,6 +879,13 @@ class Dispatcher:
         worker.datagrams.clear()
         self._dirty = True
 
+    def actor_failed(self, number: int) -> None:
+        """The constructor raised in this worker, which exits by itself: it hosts nobody."""
+        worker = self.workers.get(number)
+        if worker is not None:
+            worker.datagrams.clear()
+            worker.actor_id = b""
+
     def resources_changed(self) -> None:
         self._dirty = True
 

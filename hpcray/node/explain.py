@@ -17,7 +17,8 @@ from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
-from hpcray.node.actor_records import ActorState, Hosted, class_name, turn_of
+from hpcray.node.actor_records import Hosted, class_name, turn_of
+from hpcray.node.actor_states import UNKNOWN
 from hpcray.node.dispatch import Dispatcher
 from hpcray.node.ledger import Shape
 from hpcray.node.membership import Membership
@@ -242,7 +243,7 @@ class Explain:
         creation = self._tasks.get(ids.creation_task_id(task.actor_id))
         if creation is not None:
             return f"waits for its actor ({self.task(creation)})"
-        state = "not known yet" if route.state is ActorState.UNKNOWN else route.state.name
+        state = "not known yet" if route.state is UNKNOWN else route.state.name
         return f"waits for its actor ({state})"
 
     def _hosted_call(self, hosted: Hosted, task: TaskRecord) -> str:

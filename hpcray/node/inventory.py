@@ -25,7 +25,8 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any, NamedTuple
 
-from hpcray.node.actor_records import ActorHome, ActorState, class_name
+from hpcray.node.actor_records import ActorHome, class_name
+from hpcray.node.actor_states import ActorState
 from hpcray.node.directory import Directory
 from hpcray.node.outbox import Outbox
 from hpcray.node.placement import MEMBER
@@ -498,12 +499,7 @@ class Inventory:
                 else "PENDING_CREATION")
 
     def actor_pid(self, home: ActorHome) -> int | None:
-        if home.state is not ActorState.ALIVE:
-            return None
-        if home.rank != self._rank:
-            return home.pid or None
-        hosted = self._tables.hosted.get(home.actor_id)
-        return None if hosted is None else self.worker_pid(hosted.worker)
+        return home.pid or None if home.state is ActorState.ALIVE else None
 
     def object_holder(self, record: ObjectRecord) -> ClientRecord | None:
         """A process here that holds a ref to it."""

@@ -105,8 +105,8 @@ class Journal:
             for function in functions:
                 if writer is not None:
                     writer.write_function(function.function_id, function.name, function.blob)
-        if machine.actors.changes:
-            changes, machine.actors.changes = machine.actors.changes, []
+        if machine.actors.homes.changes:
+            changes, machine.actors.homes.changes = machine.actors.homes.changes, []
             for actor_id, facts in changes:
                 if writer is not None:
                     writer.write_actor(actor_id, ActorRecord(

@@ -67,13 +67,14 @@ class Machine:
         self.bundles = Bundles(tables, outbox, self.tasks, self.dispatcher, self.cluster)
         self.groups = Groups(
             tables, outbox, self.dispatcher.ledger, self.cluster, self.bundles)
-        self.actors = Actors(self, self.outbox)
+        self.actors = Actors(
+            tables, outbox, self.membership, self.directory, self.tasks, self.dispatcher)
         self.inventory = Inventory(tables, outbox, self.directory, self.tasks)
         self.explain = Explain(
             tables, self.membership, self.memory, self.dispatcher, self.bundles)
         self.requests = Requests(
             tables, outbox, self.membership, self.memory, self.directory, self.tasks,
-            self.dispatcher, self.cluster, self.actors, self.inventory, self.explain)
+            self.dispatcher, self.cluster, self.actors.homes, self.inventory, self.explain)
         self.waiting = Waiting(
             tables, outbox, self.memory, self.dispatcher, self.cluster, self.groups, self.explain)
         self._wire()
@@ -92,15 +93,18 @@ class Machine:
         memory.who = self.explain.who
         directory.dependency_ready = tasks.dependency_ready
         directory.dependency_refused = tasks.dependency_refused
-        directory.creation_freed = actors.last_handle_gone
+        directory.creation_freed = actors.homes.last_handle_gone
         dispatcher.refuse_of_group = self.bundles.refuse
         dispatcher.held_shapes = self.bundles.held_shapes
         dispatcher.demanded_shapes = cluster.demanded_shapes
         dispatcher.place_actor = cluster.place_actor
-        dispatcher.creating = actors.creating
-        dispatcher.actor_gone = actors.worker_gone
-        dispatcher.actor_of_group = actors.group_removed
+        dispatcher.creating = actors.hosts.creating
+        dispatcher.actor_gone = actors.hosts.worker_gone
+        dispatcher.actor_of_group = actors.hosts.group_removed
         dispatcher.worker_over = self.inventory.worker_gone
+        actors.homes.actor_created = self.requests.actor_created
+        actors.homes.actor_died = self.requests.actor_died
+        actors.homes.actor_forgotten = self.inventory.actor_forgotten
         forward = self.requests.forward
         self.inventory.forward = self.explain.forward = self.waiting.forward = forward
         self.waiting.collect_garbage = self.collect_garbage
@@ -113,8 +117,7 @@ class Machine:
         self.membership.on_lost += [
             directory.node_lost, cluster.node_lost, self.requests.node_lost, self._end_for]
         cluster.refuse_of_group = self.bundles.refuse
-        cluster.creation_failed = actors.creation_failed_at_home
-        self.bundles.creation_failed = actors.creation_failed_at_home
+        cluster.creation_failed = self.bundles.creation_failed = actors.homes.creation_failed
 
     @property
     def now_s(self) -> float:
@@ -153,6 +156,11 @@ class Machine:
         for message in batch:
             handlers[type(message)](client, message)
 
+    def may_have_called(self, worker: int) -> list[int]:
+        """The clients whose messages are to be heard before the end of this worker is: they may
+        have called the actor in it themselves, and then said so (`SubmitCall.worker`)."""
+        return [client.number for client in self.clients.values() if worker in client.actors]
+
     def worker_exited(self, number: int, failure: values.Failure) -> None:
         """The process is gone and its channel has been read dry."""
         client = self.clients.pop(number, None)
@@ -160,7 +168,7 @@ class Machine:
         self.dispatcher.worker_gone(number, failure)
         if client is not None:
             self.directory.answer_after_all(client.told)
-            self.actors.caller_died(client.called)
+            self.actors.hosts.caller_died(client.called)
             for other in self.clients.values():
                 if other.number in client.introduced or number in other.actors:
                     self.outbox.clients[other.number].append(m.ClientGone(number))
@@ -333,8 +341,8 @@ class Machine:
         if self.groups.pending:
             self.groups.end_turn()
         self.dispatcher.end_turn(now_s)
-        if self.actors.pump:
-            self.actors.end_turn()
+        if self.actors.hosts.pump:
+            self.actors.hosts.end_turn()
         if self.size > 1:
             self.cluster.end_turn(now_s)
         if self.memory.released:
@@ -413,7 +421,7 @@ class Machine:
             "rank": self.rank, "objects": len(self.directory.records),
             "tasks": len(self.tasks.records), "tasks_submitted": self.tasks.submitted,
             "tasks_finished": self.tasks.finished, "workers": len(self.dispatcher.workers),
-            "actors": len(self.actors.hosted), "queued": self.dispatcher.queued(),
+            "actors": len(self.tables.hosted), "queued": self.dispatcher.queued(),
             "store_capacity_bytes": budget.capacity_bytes, "store_used_bytes": budget.used_bytes,
             "object_bytes": self.memory.object_bytes,
         }
@@ -435,8 +443,8 @@ class Machine:
             m.DefineFunction: self._define_function,
             m.DefineTemplate: self._define_template,
             m.SubmitTask: self.tasks.submit,
-            m.SubmitCall: self.actors.call,
-            m.CreateActor: self.actors.create,
+            m.SubmitCall: self.actors.routes.call,
+            m.CreateActor: self.actors.homes.create,
             m.PutInline: self._put_inline,
             m.PutLocated: self._put_located,
             m.Hold: self._hold,
@@ -459,9 +467,9 @@ class Machine:
             m.Request: lambda client, message: self.requests.asked(client.number, message),
             m.Meanwhile: self._meanwhile,
             m.Untold: self._untold,
-            m.Unsent: lambda _, message: self.actors.call_unsent(message.task_id),
+            m.Unsent: lambda _, message: self.actors.hosts.call_unsent(message.task_id),
             m.EndJob: self._end_job,
-            m.ActorExit: lambda _, message: self.actors.exiting(message.actor_id),
+            m.ActorExit: lambda _, message: self.actors.hosts.exiting(message.actor_id),
             m.Yield: self.streams.yielded,
             m.StreamTaken: lambda _, message: self.streams.taken(message),
             m.StreamDropped: self.streams.dropped,
@@ -475,7 +483,7 @@ class Machine:
             m.FetchFunction: self._function_asked,
             m.FunctionDef: self._function_arrived,
             m.Assign: self.tasks.assigned,
-            m.AssignCall: self.actors.call_assigned,
+            m.AssignCall: self.actors.hosts.call_assigned,
             m.TaskDone: self.tasks.peer_done,
             m.TaskDoneMany: self.tasks.peer_done_many,
             m.TaskFailed: self.tasks.peer_failed,
@@ -497,14 +505,10 @@ class Machine:
             m.Demand: self._demand,
             m.GrantUnused: self._grant_unused,
             m.Grant: lambda _, message: self.cluster.granted(message, self.now_s),
-            m.ActorWhere: lambda rank, message: self.actors.where(rank, message.actor_id),
-            m.ActorIs: lambda _, message: self.actors.actor_is(message),
-            m.ActorStop: lambda _, message: self.actors.stop_hosted(message),
-            m.ActorDown: lambda _, message: self.actors.actor_down(message),
+            **self.actors.handlers,
             m.PeerRequest: self.requests.peer_asked,
             m.PeerReply: lambda _, message: self.requests.peer_answered(message),
             m.PeerRows: lambda _, message: self.inventory.peer_rows(message),
-            m.ActorAt: lambda _, message: self.actors.actor_at(message),
             m.Notice: self._notice,
             m.CollectGarbage: lambda *_: self.collect_garbage(),
             m.GiveBack: lambda rank, message: self.dispatcher.give_back_to(

@@ -101,7 +101,7 @@ class WorkerOutput:
         worker = machine.dispatcher.workers.get(number) if machine is not None else None
         if machine is None or worker is None:
             return "worker", 0
-        hosted = machine.actors.hosted.get(worker.actor_id) if worker.actor_id else None
+        hosted = machine.tables.hosted.get(worker.actor_id) if worker.actor_id else None
         if hosted is not None:
             return class_name(hosted.template).split(".")[-1], worker.pid
         if worker.datagrams:

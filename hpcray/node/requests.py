@@ -28,7 +28,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from hpcray.node.actors import Actors
+from hpcray.node.actor_homes import ActorHomes
 from hpcray.node.cluster import Cluster
 from hpcray.node.directory import Directory
 from hpcray.node.dispatch import Dispatcher
@@ -88,7 +88,7 @@ class Requests:
     def __init__(
         self, tables: Tables, outbox: Outbox, membership: Membership, memory: NodeMemory,
         directory: Directory, tasks: Tasks, dispatcher: Dispatcher, cluster: Cluster,
-        actors: Actors, inventory: Inventory, explain: Explain,
+        homes: ActorHomes, inventory: Inventory, explain: Explain,
     ) -> None:
         self._tables = tables
         self._clients = tables.clients
@@ -100,7 +100,7 @@ class Requests:
         self._tasks = tasks
         self._dispatcher = dispatcher
         self._cluster = cluster
-        self._actors = actors
+        self._homes = homes
         self._inventory = inventory
         self._explain = explain
         # Forwarded: our number -> to whom, and who asked or what to call, or None if nobody waits.
@@ -124,7 +124,7 @@ class Requests:
             "kv_delete": facts.delete,
             "kv_list": facts.list,
             "actor_handle": self._actor_handle,
-            "hold_actor": lambda arguments: actors.hold_for(
+            "hold_actor": lambda arguments: homes.hold_for(
                 arguments["actor_id"], arguments["rank"]),
             "kill_actor": self._kill_actor,
             "cancel": self._cancel,
@@ -372,7 +372,7 @@ class Requests:
         return {"actor_id": home.actor_id, "handle": home.handle, "name": home.name}
 
     def _kill_actor(self, arguments: Any) -> None:
-        self._actors.kill(
+        self._homes.kill(
             arguments["actor_id"], no_restart=arguments.get("no_restart", True))
 
     def _cancel(self, arguments: Any) -> str:

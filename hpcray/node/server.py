@@ -312,7 +312,7 @@ class NodeServer:
     @staticmethod
     def _journal_pending(machine: Machine) -> bool:
         return bool(
-            machine.tasks.lineage or machine.new_functions or machine.actors.changes
+            machine.tasks.lineage or machine.new_functions or machine.actors.homes.changes
             or machine.requests.names.changes)
 
     # --- carrying out -----------------------------------------------------------------------------
@@ -638,8 +638,8 @@ class NodeServer:
             f"the worker pid={event.pid} on {self._me.host} (rank {self.rank}) {how}")
 
     def _bury(self) -> None:
-        """Workers that have ended: what they still said is heard first, and then what those who may
-        have called their actors did (`Actors._sent_by_caller`)."""
+        """Workers that have ended: what they still said is heard first, and then what those did who
+        may have called their actors."""
         if not self._dead:
             return
         dead, self._dead = self._dead, []
@@ -649,9 +649,9 @@ class NodeServer:
                 continue
             if self._machine is not None:
                 self._read_dry(connection)
-                for client in list(self._machine.clients.values()):
-                    if number in client.actors and client.number in self._connections.clients:
-                        self._read_dry(self._connections.clients[client.number])
+                for caller in self._machine.may_have_called(number):
+                    if caller in self._connections.clients:
+                        self._read_dry(self._connections.clients[caller])
             self._connections.pop(number)
             self._detach(connection)
             self._pool.forget(number)

@@ -159,6 +159,20 @@ class Tasks:
             extra.dependents = []
         extra.dependents.append(task)
 
+    def restart(self, task: TaskRecord) -> None:
+        """An actor's constructor runs again: nobody submits it, and nobody holds its return."""
+        self.records[task.task_id] = task
+        if task.refs:
+            self.hold_arguments(task)
+        if task.missing == 0:
+            self.ready(task)
+
+    def drop(self, task: TaskRecord) -> None:
+        """Forget it without an outcome: another record takes its place."""
+        del self.records[task.task_id]
+        if task.refs:
+            self._machine.directory.release_all(task.refs)
+
     def dependency_ready(self, task: TaskRecord, record: ObjectRecord) -> None:
         """An object the task waits for is ready (somewhere), or has arrived here."""
         if task.cancelled:

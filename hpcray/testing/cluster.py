@@ -154,10 +154,9 @@ class SimulatedNode:
             if self.sockets[number]:
                 still.append(process)
                 continue
-            for client in list(self.machine.clients.values()):
-                if number in client.actors:
-                    while self._read(client.number):
-                        self.inboxes.handle_all(client.number)
+            for caller in self.machine.may_have_called(number):
+                while self._read(caller):
+                    self.inboxes.handle_all(caller)
             del self.processes[number], self.sockets[number], self.inboxes.of[number]
             self.cluster.forget(process)
             self.machine.worker_exited(number, values.Failure(
@@ -305,11 +304,11 @@ class SimulatedNode:
         check("transfers", self.transfers.active)
         check("queued", machine.dispatcher.queued())
         check("piled", machine.dispatcher.piled)
-        check("hosted actors", list(machine.actors.hosted))
+        check("hosted actors", list(machine.tables.hosted))
         check("actor homes", [(h.actor_id.hex(), h.state.name)
-                              for h in machine.actors.homes.values()])
-        check("routes", [(r.actor_id.hex(), r.state.name, r.open_calls)
-                         for r in machine.actors.routes.values()])
+                              for h in machine.tables.homes.values()])
+        check("routes", [(r.actor_id.hex(), r.state.name, r.sent)
+                         for r in machine.tables.routes.values()])
         check("leases", machine.cluster._leases)
         check("bundles", machine.bundles.held)
         check("streams", list(machine.streams.records))

@@ -26,7 +26,7 @@ import pytest
 
 from hpcray.launch.identity import LAUNCH_PREFIXES
 from hpcray.node import records
-from hpcray.node.actor_records import ActorState
+from hpcray.node.actor_states import ActorState
 from hpcray.node.records import WorkerState
 from hpcray.protocol import messages
 

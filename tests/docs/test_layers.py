@@ -69,6 +69,7 @@ PURE = ("protocol.", "objects.allocator", "objects.budget", "transport.peers", "
         "transport.transfers", "transport.base", "control.schema", "control.address",
         *(f"node.{name}" for name in (
             "machine", "directory", "holders", "tasks", "dispatch", "ledger", "actors", "cluster",
+            "actor_routes", "actor_homes", "actor_hosts", "actor_records", "actor_states",
             "scheduler", "inventory", "keyvalue", "memory", "names", "placement", "requests",
             "explain", "waiting", "records", "outbox", "streams")),
         *(f"client.{name}" for name in (

@@ -7,11 +7,16 @@ from types import ModuleType
 import msgspec
 import pytest
 
-from hpcray.node import directory, dispatch, records
+from hpcray.node import actor_homes, actor_routes, actor_states, directory, dispatch, records
 from hpcray.node.states import Edge, InvalidMoveError, State, Story, Table, move
 
 # Each table, and the module whose docstring shows it.
-SHOWN = [(records.OBJECTS, directory), (records.WORKERS, dispatch)]
+SHOWN = [
+    (records.OBJECTS, directory),
+    (records.WORKERS, dispatch),
+    (actor_states.ACTORS, actor_homes),
+    (actor_states.ROUTES, actor_routes),
+]
 
 
 class Light(State):
