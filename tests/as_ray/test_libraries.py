@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from ..process.jobs import Job
+
 try:
     importlib.metadata.distribution("ray")
     MISSING = ""
@@ -169,15 +171,18 @@ assert (result.metrics["score"], result.metrics["begun"]) == (6, 3), result.metr
 """)
 
 
-def test_restore_goes_on_after_everything_was_killed(tuned: Tuned) -> None:
-    source = """
-ray.init(num_cpus=2)
+@pytest.mark.parametrize("everything", [False, True])
+def test_restore_goes_on_after_a_job_was_killed(tmp_path: Path, everything: bool) -> None:
+    """The driver alone, or every process of two ranks at once: nobody is left to clean up."""
+    source = "import hpcray; hpcray.as_ray()\n" + HEAD + """
+os.chdir(sys.argv[1])
+ray.init(num_cpus=int(sys.argv[2]))
 
 def trial(config):
-    begun = resumed()
+    begun = resumed() % 100
     for step in range(begun + 1, 9):
         report("mine", step + 100 * config["a"], begun=begun)
-        if step == 4 and not os.path.exists("killed"):
+        if step == 4 and not os.path.exists(config["killed"]):
             time.sleep(1000)
 
 class Said(tune.Callback):
@@ -185,36 +190,50 @@ class Said(tune.Callback):
         if trial.last_result.get("training_iteration") == 4:
             print("half", flush=True)
 
-def resumed(old=resumed):
-    return old() % 100
-
 path = os.path.join(os.getcwd(), "restored")
 if tune.Tuner.can_restore(path):
     tuner = tune.Tuner.restore(path, trial, resume_unfinished=True)
 else:
-    tuner = tune.Tuner(trial, param_space={"a": tune.grid_search([1, 2])},
+    space = {"a": tune.grid_search([1, 2]), "killed": os.path.join(os.getcwd(), "killed")}
+    tuner = tune.Tuner(trial, param_space=space,
                        run_config=run_config("restored", callbacks=[Said()]))
 results = tuner.fit()
 assert sorted(r.metrics["score"] for r in results) == [108, 208], results
 assert all(r.metrics["begun"] == 4 for r in results), results
-"""
-    process = tuned.start(source)
-    assert process.stdout is not None
-    seen = 0
-    while seen < 2:
-        line = process.stdout.readline()
-        assert line, "it ended"
-        seen += "half" in line
-    half_s = time.time()
-    deadline_s = time.monotonic() + 60
-    while not any(state.stat().st_mtime > half_s  # What Tune knows when it comes back.
-                  for state in (tuned.folder / "restored").glob("experiment_state-*.json")):
-        assert time.monotonic() < deadline_s
-        time.sleep(0.1)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    (tuned.folder / "killed").touch()
-    tuned.run(source)
+""" + TAIL
+
+    ranks = 2 if everything else 0
+    program = () if everything else ("-m", "hpcray", "run")
+
+    def begin(**environ: str) -> Job:
+        jobs.append(Job(source, str(tmp_path), "1" if everything else "2", ranks=ranks,
+                        own_mpirun=True, program=program, TUNE_GLOBAL_CHECKPOINT_S="0", **environ))
+        return jobs[-1]
+
+    jobs: list[Job] = []
+    try:
+        job = begin()
+        for _ in range(2):
+            job.expect("half", 100)
+        half_s = time.time()
+        deadline_s = time.monotonic() + 60
+        while not any(state.stat().st_mtime > half_s  # What Tune knows when it comes back.
+                      for state in (tmp_path / "restored").glob("experiment_state-*.json")):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.1)
+        if everything:
+            roles = {member.role for member in job.members()}
+            assert {"driver", "keeper", "node", "zygote", "worker", "server"} <= roles
+            job.kill_all()
+        else:
+            job.kill("driver")
+            job.finish(status=-signal.SIGKILL)
+        (tmp_path / "killed").touch()
+        again = begin(TMPDIR=str(job.directory))  # with what the other has left there
+        assert "well\n" in again.finish(150)
+    finally:
+        for job in reversed(jobs):
+            job.close()
 
 
 def test_trials_run_on_all_ranks(tuned: Tuned) -> None:

@@ -240,6 +240,16 @@ class Job:
         os.kill(pid, number)
         return pid
 
+    def kill_all(self) -> None:
+        """SIGKILL to every process of it, of which none acts on the end of another."""
+        stopped: set[int] = set()
+        while new := {member.pid for member in self.members()} - stopped:
+            for pid in new:
+                os.kill(pid, signal.SIGSTOP)
+            stopped |= new
+        self._kill_members()
+        self.process.wait()
+
     def close(self) -> None:
         """For the fixture: whatever the test did, nothing stays."""
         self._kill_members()
