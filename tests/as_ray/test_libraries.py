@@ -254,6 +254,52 @@ assert len(ray.nodes()) == 2
 """, "-n", "2")
 
 
+def test_parts_of_gpus_over_ranks_and_a_killed_worker(tuned: Tuned) -> None:
+    """Four halves of two GPUs at once, never more; who is killed goes on from its checkpoint, with
+    the half that has become free."""
+    tuned.run("""
+ray.init(num_cpus=4, num_gpus=1)
+
+def trial(config):
+    begun = resumed()
+    node, device = ray.get_runtime_context().get_node_id(), os.environ["CUDA_VISIBLE_DEVICES"]
+    assert [str(number) for number in ray.get_gpu_ids()] == [device]
+    using = os.path.join(config["folder"], "gpu-" + device)
+    os.makedirs(using, exist_ok=True)
+    mine = os.path.join(using, str(config["number"]))
+    open(mine, "w").close()
+    open(os.path.join(config["folder"], f"begun-{config['number']}"), "w").close()
+    while sum(name.startswith("begun-") for name in os.listdir(config["folder"])) < 4:
+        time.sleep(0.05)
+    for step in range(begun + 1, 5):
+        assert len(os.listdir(using)) <= 2
+        report("mine", step, begun=begun, node=node, device=device)
+        if config["number"] == 1 and step == 2:
+            while not os.path.exists(os.path.join(config["folder"], "saved")):
+                time.sleep(0.05)
+            os.unlink(mine)
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.unlink(mine)
+
+class Saved(tune.Callback):
+    def on_checkpoint(self, iteration, trials, trial, checkpoint, **info):
+        if trial.config["number"] == 1 and trial.last_result.get("score") == 2:
+            open("saved", "w").close()
+
+results = tune.Tuner(
+    tune.with_resources(trial, {"cpu": 1, "gpu": 0.5}),
+    param_space={"number": tune.grid_search(list(range(7))), "folder": os.getcwd()},
+    run_config=run_config("gpus", failure_config=tune.FailureConfig(max_failures=1),
+                          callbacks=[Saved()])).fit()
+assert not results.errors
+metrics = [result.metrics for result in results]
+assert [found["score"] for found in metrics] == [4] * 7
+assert {found["config"]["number"]: found["begun"] for found in metrics if found["begun"]} == {1: 2}
+assert len({(found["node"], found["device"]) for found in metrics}) == 2, metrics
+assert {found["device"] for found in metrics} == {"0", "1"}, metrics
+""", "-n", "2")
+
+
 def test_the_example_runs(tuned: Tuned) -> None:
     process = subprocess.run(
         [sys.executable, "-m", "hpcray", "run", "--as-ray",
