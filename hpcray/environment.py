@@ -54,13 +54,12 @@ def with_parents(client: Client, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def inherited(client: Client, options: options_.Options) -> options_.Options:
     """The options with what the running task hands on: its environment, and its group if that
-    captures children."""
+    captures children, or if the child says so."""
     parent = context.current()
     if parent.env_vars or parent.packages or options.get("runtime_env"):
         options = with_parents(client, options)
-    if not parent.captures:
+    if not parent.group_id:
         return options
-    # What does not say whether it captures its children does as its parent.
     given = options.get("scheduling_strategy")
     if given is None:
         group = options.get("placement_group", "default")
@@ -75,13 +74,14 @@ def inherited(client: Client, options: options_.Options) -> options_.Options:
     from hpcray.bundles import Bundles, from_facts
     from hpcray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    if group == "default" and captures is not False:
+    if captures is None:  # its own children, too: as its parent
+        captures = parent.captures
+    if group == "default" and captures:
         found = client.request("placement_groups", {"group": parent.group_id})
         group = Bundles(*from_facts(found[0])) if found else None
     if group in (None, "default"):
         return options
-    strategy = PlacementGroupSchedulingStrategy(
-        group, index, True if captures is None else captures)
+    strategy = PlacementGroupSchedulingStrategy(group, index, captures)
     return {**options, "placement_group": "default", "scheduling_strategy": strategy}
 
 

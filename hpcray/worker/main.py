@@ -400,7 +400,7 @@ class Worker:
         current.captures = template.captures
         current.env_vars = template.env_vars
         current.packages = template.packages
-        hands_on = template.captures or template.env_vars or template.packages
+        hands_on = template.group_id or template.env_vars or template.packages
         references._inherited = template.template_id if hands_on else b""
 
     def _enter_environment(self, run: Run, template: Template) -> None:

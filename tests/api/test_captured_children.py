@@ -130,6 +130,8 @@ def test_children_of_an_actor(ray6, group, inside, make_class, kind, captures):
     ("default", {True: ("in", True), False: ("out", False)}),
     ("default, and not its children", {True: ("out", False), False: ("out", False)}),
     ("older, and not its children", {True: ("out", False), False: ("out", False)}),
+    ("default, and its children", {True: ("in", True), False: ("in", True)}),
+    ("older, and its children", {True: ("in", True), False: ("in", True)}),
     ("none", {True: ("out", False), False: ("out", False)}),
     ("the group", {True: ("in", True), False: ("in", False)}),
     ("the group, older", {True: ("in", True), False: ("in", False)}),
@@ -147,6 +149,8 @@ def test_what_a_child_says_itself(
             "default, and not its children":
                 lambda: {"scheduling_strategy": In("default", -1, False)},
             "older, and not its children": lambda: {"placement_group_capture_child_tasks": False},
+            "default, and its children": lambda: {"scheduling_strategy": In("default", -1, True)},
+            "older, and its children": lambda: {"placement_group_capture_child_tasks": True},
             "none": lambda: {"scheduling_strategy": In(None)},
             "the group": lambda: {"scheduling_strategy": In(group)},
             "the group, older": lambda: {"placement_group": group},
