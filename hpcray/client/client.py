@@ -49,6 +49,7 @@ from hpcray.protocol.messages import (
     Stop,
     Template,
     TemplateIs,
+    Yield,
 )
 from hpcray.protocol.sizes import check_refs, check_request
 
@@ -576,24 +577,28 @@ class Client:
         """The ref of the stream's next item, waited for; None at the end."""
         core = self.core
         stream = generator._stream
-        with self.link as link:
-            while not generator._ready:
-                link.check()
+        link = self.link
+        link.enter()
+        try:
+            while stream.known == stream.taken and not stream.ended:
+                if link.lost is not None:
+                    link.check()
                 waiter = Waiter(1)
-                object_id = generator._id
-                waiters.add(core.objects.ready_waiters, object_id, waiter)
+                object_id = stream.next_id
+                table = core.objects.ready_waiters
+                waiters.add(table, object_id, waiter)
                 try:
                     link.flush()
                     link.wait(waiter, None)
                 finally:
                     if waiter.remaining > 0:
-                        waiters.remove(core.objects.ready_waiters, object_id, waiter)
-            if stream.known == stream.taken and not stream.ended:
-                link.check()
+                        waiters.remove(table, object_id, waiter)
             ref = core.streams.take_item(stream)
             if stream.windowed and core.outbox:
                 link.flush()  # the task may wait for that
             return ref
+        finally:
+            link.leave()
 
     def item_future(self, generator: ObjectRefGenerator[Any]) -> Future[None]:
         """Completed when the stream has another item or its end."""
@@ -788,7 +793,7 @@ class Client:
 
     def report(self, message: Any, reply_to: int = -1) -> None:
         """Queue a task's outcome; `flush` sends it, and the value of a Done to `reply_to`."""
-        if type(message) is Done:
+        if type(message) is Done or (type(message) is Yield and not message.returned.contained):
             self.core.notes.append((message, reply_to))
         else:  # it may name refs, which die only when the lock is free again
             with self.link:

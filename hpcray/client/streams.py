@@ -42,19 +42,16 @@ T_co = TypeVar("T_co", covariant=True)
 class Stream:
     """What the client knows of a stream; guarded by its lock."""
 
-    __slots__ = ("ended", "known", "taken", "task_id", "values", "windowed")
+    __slots__ = ("ended", "known", "next_id", "taken", "task_id", "values", "windowed")
 
     def __init__(self, task_id: bytes, windowed: bool) -> None:
         self.task_id = task_id
         self.windowed = windowed  # the task waits for us: tell what was taken
         self.known = 0
         self.taken = 0
+        self.next_id = ids.return_id(task_id, 1)  # of the item to be taken next
         self.ended = False
         self.values: dict[int, bytes] = {}  # small ones not taken yet
-
-    @property
-    def next_id(self) -> bytes:
-        return ids.return_id(self.task_id, self.taken + 1)
 
 
 class ObjectRefGenerator(Generic[T_co]):
@@ -191,11 +188,13 @@ class Streams:
 
     def take_item(self, stream: Stream) -> ObjectRef[Any] | None:
         """The ref of the next item, which is there; None at the end."""
-        if stream.known == stream.taken:
+        taken = stream.taken
+        if stream.known == taken:
             return None
-        value = stream.values.pop(stream.taken, None)
-        stream.taken += 1
-        ref = self._refs.fresh(ids.return_id(stream.task_id, stream.taken))
+        value = stream.values.pop(taken, None)
+        ref = self._refs.fresh(stream.next_id)
+        stream.taken = taken + 1
+        stream.next_id = ids.return_id(stream.task_id, taken + 2)
         ref._ready = READY
         if value is not None:
             ref._value = value
