@@ -354,6 +354,11 @@ class Peers:
                     for p in self._peers.values())
         )
 
+    @property
+    def restless(self) -> bool:
+        """A poll would send something or give something out, even if nothing comes."""
+        return bool(self._owing or self._to_self_flushed)
+
     def statistics(self) -> dict[int, PeerStatistics]:
         return {rank: peer.statistics() for rank, peer in self._peers.items()}
 

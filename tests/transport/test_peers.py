@@ -160,6 +160,25 @@ def test_without_reverse_traffic_the_debt_is_paid_a_poll_later() -> None:
     assert a.end_poll(events) == []
 
 
+def test_who_owes_or_speaks_to_itself_is_restless() -> None:
+    """It has to be polled again, though nothing comes."""
+    a, b = Peers(A, 2), Peers(B, 2)
+    events: list[TransportEvent] = []
+    assert not b.restless
+    a.send(B, b"x")
+    [(_, frame)] = a.flush()
+    b.arrived(A, frame, events)
+    b.end_poll(events)
+    assert b.restless
+    b.end_poll(events)
+    assert not b.restless
+    b.send(B, b"y")
+    b.flush()
+    assert b.restless
+    b.end_poll(events)
+    assert not b.restless
+
+
 def test_a_full_window_is_acknowledged_at_once() -> None:
     a = Peers(A, 2)
     events: list[TransportEvent] = []
