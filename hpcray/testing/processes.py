@@ -67,7 +67,7 @@ class TaskFailed(Exception):
     """A value was an ERROR: the body raised; the text is its own."""
 
 
-def _kinds(dropped: deque[bytes]) -> tuple[type[Any], type[Any]]:
+def reference_kinds(dropped: deque[bytes]) -> tuple[type[Any], type[Any]]:
     """Refs and generators of one process: their deaths are its drops."""
 
     class SimulatedRef(ObjectRef[Any]):
@@ -240,7 +240,7 @@ class Process:
         self._began_s = 0.0
         self._cancelled = False
         self._dropped: deque[bytes] = deque()
-        kind, generator = _kinds(self._dropped)
+        kind, generator = reference_kinds(self._dropped)
         self.arena = Arena()
         self.core = Core(
             refs=ReferenceTable(kind, self._dropped),
