@@ -67,6 +67,7 @@ _SAY_AFTER_S = 10.0
 _SHORT_S = 5.0
 _NO_WAIT_S = 3600.0
 _LOOK_US = 500_000
+_LOOK = struct.pack("ll", 0, _LOOK_US)
 
 _CLIENT = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _PACKAGE = os.path.dirname(os.path.dirname(_CLIENT)) + os.sep
@@ -127,12 +128,12 @@ class Link:
         self._unhandled: tuple[list[Any], list[int]] = _NOTHING
         self.sent = 0  # datagrams
         self._settling = threading.Lock()  # by the thread that carries out effects
+        self._main = threading.main_thread().ident  # a fork's is the same
         core.on_ended = self._set_ended
         self.helper = Helper(self, is_driver=is_driver)
 
     def open(self, sock: socket.socket) -> None:
         """In the process that is to use it, which may be a fork of the one that has made it."""
-        self._main = threading.main_thread().ident
         self._pid = os.getpid()
         self.socket = sock
         self._received = datagrams.received(sock, self._buffer)
@@ -140,7 +141,7 @@ class Link:
         datagrams.enlarge_buffers(sock)
         sock.setblocking(True)
         # A thread that waits looks now and then whether the client was closed.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, _LOOK_US))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _LOOK)
 
     # --- the door ---------------------------------------------------------------------------------
 
