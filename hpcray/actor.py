@@ -34,7 +34,7 @@ import msgspec
 
 from hpcray import environment
 from hpcray import options as options_
-from hpcray.client import context, references
+from hpcray.client import context, process
 from hpcray.client.context import ActorExitRequest
 from hpcray.client.identifiers import ActorID
 from hpcray.client.references import ObjectRef
@@ -359,9 +359,9 @@ class ActorClass(Generic[T]):
           TypeError: the arguments do not fit the constructor or cannot be pickled.
           ValueError: the name is taken.
         """
-        client = references._client
+        client = process.client
         if (client is None or client is not self._client
-                or references._inherited is not self._inherited):
+                or context.inherited is not self._inherited):
             client = self._prepare()
         options = self._options
         name: str = options.get("name") or ""
@@ -390,10 +390,10 @@ class ActorClass(Generic[T]):
         return _new_handle(self._kind, actor, ref, client)
 
     def _prepare(self) -> Client:
-        client = references.current_client()
+        client = process.current_client()
         template = self._template
-        if references._inherited is not self._inherited:
-            self._inherited = references._inherited
+        if context.inherited is not self._inherited:
+            self._inherited = context.inherited
             template = None
         if template is None:
             definition = self._definition
@@ -589,7 +589,7 @@ class ActorMethod:
         """
         method = self._method
         handle = self._handle
-        client = references._client
+        client = process.client
         if client is None or client is not handle._hpcray_client:
             raise_stale("actor handle")
         if client is not method.client:
@@ -649,7 +649,7 @@ class ActorMethod:
 
 def raise_stale(what: str) -> NoReturn:
     """Why a ref or handle does not go with the client of now."""
-    if references._client is None:
+    if process.client is None:
         raise RuntimeError(
             f"this {what} is of a session that has ended (shutdown, or a fork of its process)")
     error = ActorHandleNotFoundError if what == "actor handle" else ValueError
@@ -670,7 +670,7 @@ def _new_handle(
 def _load_handle(encoded: bytes, ref: ObjectRef[Any]) -> ActorHandle[Any]:
     # In a fork of a process that has a session there is none: calls say so (`raise_stale`).
     return _new_handle(_kind_of(encoded), ids.actor_of_object(ref.binary()), ref,
-                       references.client_or_none())
+                       process.client)
 
 
 def _load_method(handle: ActorHandle[Any], name: str, options: options_.Options) -> ActorMethod:
@@ -702,7 +702,7 @@ def get_actor(name: str, namespace: str | None = None) -> ActorHandle[Any]:
         raise TypeError(f"an actor's name is a string, not {name!r}")
     if namespace is not None:
         check_namespace(namespace)
-    client = references.current_client()
+    client = process.current_client()
     where = context.current().namespace if namespace is None else namespace
     found, held = client.look_up("get_actor", {"name": name, "namespace": where})
     assert held is not None
@@ -711,7 +711,7 @@ def get_actor(name: str, namespace: str | None = None) -> ActorHandle[Any]:
 
 def list_named_actors(all_namespaces: bool = False) -> list[Any]:
     """Names of the living named actors of this namespace, or {"name", "namespace"} of all."""
-    client = references.current_client()
+    client = process.current_client()
     found: list[dict[str, str]] = client.request(
         "list_named_actors", {"all_namespaces": all_namespaces,
                               "namespace": context.current().namespace})
@@ -729,7 +729,7 @@ def current_actor() -> ActorHandle[Any]:
     actor = context.current().actor_id
     if not actor:
         raise RuntimeError("no actor is running here; there is one inside an actor's methods only")
-    client = references.current_client()
+    client = process.current_client()
     # Of itself: an actor's refs to itself count for nothing.
     return _handle_of(client, client.request("actor_handle", {"actor_id": actor}),
                       client.intern(ids.creation_object_id(actor)))

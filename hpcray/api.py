@@ -25,7 +25,7 @@ import msgspec
 
 from hpcray import options as options_
 from hpcray.actor import ActorClass, ActorHandle, raise_stale
-from hpcray.client import context, logs, references
+from hpcray.client import context, logs, process
 from hpcray.client.interrupts import raised_by_handler
 from hpcray.client.references import ObjectRef
 from hpcray.client.streams import ObjectRefGenerator
@@ -191,7 +191,7 @@ def init(
     if logging_config is not None and not isinstance(logging_config, LoggingConfig):
         raise TypeError(f"logging_config must be a LoggingConfig, not {logging_config!r}")
     with _starting:
-        client = references.client_or_none()
+        client = process.client
         if client is not None:
             if not ignore_reinit_error:
                 where = "" if client.is_driver else " (this process is a worker)"
@@ -220,7 +220,7 @@ def init(
             client.begin_task(driver, 0)
         context.set_process_context(
             context.TaskContext(task_id=driver, namespace=config.namespace))
-        references.set_client(client)
+        process.set_client(client)
         if config.logging:
             logs.configure(**config.logging)
         if set(config.runtime_env) - {"env_vars"}:
@@ -254,14 +254,14 @@ def end_session(status: int, *, for_good: bool = False) -> None:
     """`shutdown` by a driver that knows how it ends: `status` is its exit status, and `for_good`
     says that it begins no other session."""
     with _starting:
-        client = references.client_or_none()
+        client = process.client
         if client is None:
             return
         if not client.is_driver:
             raise RuntimeError("shutdown() ends the whole job: only the driver may call it")
         # The node hangs up in a moment, as it should.
         client.on_lost(_lost_silently)
-        references.set_client(None)
+        process.set_client(None)
         context.set_process_context(context.TaskContext())
         from hpcray.launch import start
 
@@ -270,12 +270,12 @@ def end_session(status: int, *, for_good: bool = False) -> None:
 
 def is_initialized() -> bool:
     """Whether this process has a session; always true inside tasks and actors."""
-    return references.client_or_none() is not None
+    return process.client is not None
 
 
 def _connect_implicitly() -> Client:
     with _starting:
-        client = references.client_or_none()
+        client = process.client
         if client is not None:
             return client  # another thread was quicker
         if _forked_while_connected:
@@ -283,14 +283,14 @@ def _connect_implicitly() -> Client:
                 "this process was forked from one that uses hpcray and has no session of its own: "
                 "call hpcray from the parent, or start children by 'spawn'")
         init()
-        client = references.client_or_none()
+        client = process.client
         assert client is not None
         return client
 
 
 def _before_fork() -> None:
     global _forked_while_connected
-    _forked_while_connected = references.client_or_none() is not None
+    _forked_while_connected = process.client is not None
 
 
 def _after_fork_in_parent() -> None:
@@ -306,7 +306,7 @@ def _after_fork_in_child() -> None:
 
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent,
                     after_in_child=_after_fork_in_child)
-references.set_connector(_connect_implicitly)
+process.set_connector(_connect_implicitly)
 
 
 def _end_with_interpreter() -> None:
@@ -317,7 +317,7 @@ def _end_with_interpreter() -> None:
 
 
 def _at_exit() -> None:
-    client = references.client_or_none()
+    client = process.client
     if client is None or not client.is_driver:
         return
     try:
@@ -435,7 +435,7 @@ def get(object_refs: Any, *, timeout: float | None = None) -> Any:
       GetTimeoutError: not all of them were there in time.
       TaskError: the task raised; an instance of the exception's own type too.
     """
-    client = references._client
+    client = process.client
     if type(object_refs) is ObjectRef:
         if client is None:
             raise_stale("ref")
@@ -480,9 +480,9 @@ def put(value: R, *, _owner: Any = None, _tensor_transport: Any = None) -> Objec
                         "or put([ref]) to store a value that holds it")
     if _owner is not None or _tensor_transport not in (None, "object_store"):
         raise NotImplementedError("put() supports neither _owner nor _tensor_transport")
-    client = references._client
+    client = process.client
     if client is None:
-        client = references.current_client()
+        client = process.current_client()
     try:
         return client.put(value)
     except (RayError, MemoryError, RuntimeError):
@@ -535,7 +535,7 @@ def wait(
     count = len(ray_waitables)
     if not count:
         return [], []
-    client = references._client
+    client = process.client
     # What an earlier wait left need not be checked again: a loop of waits would be quadratic.
     known = 0 if client is None else client.known_part(ray_waitables, fetch=bool(fetch_local))
     if known < count:
@@ -577,7 +577,7 @@ def kill(actor: ActorHandle[Any] | Any, *, no_restart: bool = True) -> None:
         raise ValueError(
             f"kill() takes an actor handle, not {type(actor).__name__}; "
             "for tasks there is cancel()")
-    client = references._client
+    client = process.client
     if client is None or client is not actor._hpcray_client:
         raise_stale("actor handle")
     client.request("kill_actor", {"actor_id": actor._hpcray_id, "no_restart": bool(no_restart)})
@@ -601,7 +601,7 @@ def cancel(
         raise TypeError(
             f"cancel() takes an ObjectRef, not {type(ray_waitable).__name__}; "
             "for actors there is kill()")
-    client = references._client
+    client = process.client
     if client is None:
         raise_stale("ref")
     client.request("cancel", {"object_id": ray_waitable.binary(), "force": bool(force),
@@ -625,7 +625,7 @@ def _in_units(amounts: Mapping[str, int]) -> dict[str, float]:
 
 def nodes() -> list[dict[str, Any]]:
     """Every node of the job, dead ones too: one dictionary each, with Ray's keys and "Rank"."""
-    client = references.current_client()
+    client = process.current_client()
     return [
         {
             "NodeID": node.get("node_id") or _node_id(client, node["rank"]),
@@ -644,9 +644,9 @@ def nodes() -> list[dict[str, Any]]:
 
 def cluster_resources() -> dict[str, float]:
     """What all living nodes have together."""
-    return _in_units(references.current_client().request("cluster_resources"))
+    return _in_units(process.current_client().request("cluster_resources"))
 
 
 def available_resources() -> dict[str, float]:
     """What of it is free. Another node's share is as it last reported."""
-    return _in_units(references.current_client().request("available_resources"))
+    return _in_units(process.current_client().request("available_resources"))

@@ -15,6 +15,7 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from hpcray.client.streams import STREAMED, WINDOWED
 from hpcray.exceptions import RayError
 from hpcray.protocol import ids, values
 from hpcray.protocol.messages import STREAM, DefineFunction, Template
@@ -222,15 +223,13 @@ def submitted_returns(template: Template) -> int:
     """The `return_count` of `Client.submit`."""
     if template.stream != STREAM:
         return template.return_count
-    from hpcray.client.client import STREAMED, WINDOWED
-
     return WINDOWED if template.stream_window else STREAMED
 
 
 def pack_call(
     client: Client, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[bytes, bytes, int, Any]:
-    """`Client.pack_arguments`, whose failures name the argument.
+    """`client/arguments.py:Arguments.pack`, whose failures name the argument.
 
     Raises:
       TypeError: an argument cannot be pickled.

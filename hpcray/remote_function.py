@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec, TypeVar
 
 from hpcray import environment
 from hpcray import options as options_
-from hpcray.client import references
+from hpcray.client import context, process
 from hpcray.client.references import ObjectRef
 from hpcray.definition import Definition, pack_call, submitted_returns
 from hpcray.protocol.messages import NO_ARGS, Template
@@ -72,9 +72,9 @@ class RemoteFunction(Generic[P, R]):
           TypeError: the arguments do not fit the signature or cannot be pickled.
           RaySystemError: the connection to the node is gone.
         """
-        client = references._client
+        client = process.client
         if (client is None or client is not self._client
-                or references._inherited is not self._inherited):
+                or context.inherited is not self._inherited):
             client = self._prepare()
         returns = self._return_count
         if args or kwargs:
@@ -94,10 +94,10 @@ class RemoteFunction(Generic[P, R]):
 
     def _prepare(self) -> Client:
         """Connect if nobody has, and make our template known. Safe to repeat."""
-        client = references.current_client()
+        client = process.current_client()
         template = self._template
-        if references._inherited is not self._inherited:
-            self._inherited = references._inherited
+        if context.inherited is not self._inherited:
+            self._inherited = context.inherited
             template = None
         if template is None:
             definition = self._definition

@@ -10,7 +10,7 @@ import json
 import tempfile
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hpcray.client import context, references
+from hpcray.client import context, process
 from hpcray.client.identifiers import ActorID, BaseID, JobID, NodeID, PlacementGroupID, TaskID
 from hpcray.protocol import ids, labels
 from hpcray.protocol.messages import PY_MODULE, UNIT, WORKING_DIR
@@ -28,10 +28,10 @@ class RuntimeContext:
     __slots__ = ()
 
     def get_job_id(self) -> str:
-        return references.current_client().job_id.hex()
+        return process.current_client().job_id.hex()
 
     def get_node_id(self) -> str:
-        client = references.current_client()
+        client = process.current_client()
         known = client.session.get("node_ids")
         if known:
             return str(known[client.rank])
@@ -39,26 +39,26 @@ class RuntimeContext:
 
     def get_rank(self) -> int:
         """The MPI rank of this process's node (hpcray's own; Ray has no ranks)."""
-        return references.current_client().rank
+        return process.current_client().rank
 
     def get_worker_id(self) -> str:
         """Of this process: the driver has one too."""
-        client = references.current_client()
+        client = process.current_client()
         return ids.worker_id_hex(client.job_id, client.rank, client.number)
 
     def get_task_id(self) -> str | None:
         """Of the task running here; None in the driver."""
-        client = references.current_client()
+        client = process.current_client()
         return None if client.is_driver else context.current().task_id.hex() or None
 
     def get_task_name(self) -> str | None:
-        references.current_client()
+        process.current_client()
         template = context.current().template
         return template.name if template else None
 
     def get_task_function_name(self) -> str | None:
         """Name of the function or method, whatever name the task was given."""
-        references.current_client()
+        process.current_client()
         template = context.current().template
         return (template.function_name or template.name) if template else None
 
@@ -69,7 +69,7 @@ class RuntimeContext:
         Raises:
           RuntimeError: in the driver, or in an async actor.
         """
-        client = references.current_client()
+        client = process.current_client()
         here = context.current()
         if here.template is None or here.is_async:
             raise RuntimeError(
@@ -79,7 +79,7 @@ class RuntimeContext:
 
     def get_actor_id(self) -> str | None:
         """Of the actor this process is; None elsewhere."""
-        references.current_client()
+        process.current_client()
         return context.current().actor_id.hex() or None
 
     def get_actor_name(self) -> str | None:
@@ -87,7 +87,7 @@ class RuntimeContext:
         actor = context.current().actor_id
         if not actor:
             return None
-        found = references.current_client().request("actor_handle", {"actor_id": actor})
+        found = process.current_client().request("actor_handle", {"actor_id": actor})
         return str(found.get("name") or "")
 
     @property
@@ -115,7 +115,7 @@ class RuntimeContext:
 
     @property
     def namespace(self) -> str:
-        references.current_client()
+        process.current_client()
         return context.current().namespace
 
     def get_assigned_resources(self) -> dict[str, float]:
@@ -138,7 +138,7 @@ class RuntimeContext:
 
     def get_node_labels(self) -> dict[str, str]:
         """Of the node this runs on."""
-        client = references.current_client()
+        client = process.current_client()
         [mine] = [node for node in client.request("nodes") if node["rank"] == client.rank]
         return dict(mine["labels"])
 
@@ -147,7 +147,7 @@ class RuntimeContext:
         """What `init` was given; in tasks and actors with what they and their parents add.
         Directories are named there by the package that was made of them."""
         here = context.current()
-        env = dict(references.current_client().session["config"].get("runtime_env") or {})
+        env = dict(process.current_client().session["config"].get("runtime_env") or {})
         env_vars = {**env.get("env_vars", {}), **dict(here.env_vars)}
         if env_vars:
             env["env_vars"] = env_vars
@@ -167,11 +167,11 @@ class RuntimeContext:
 
     def get_session_name(self) -> str:
         """The same in all processes of the session, and of no other."""
-        return f"session_{references.current_client().session['job_key']}"
+        return f"session_{process.current_client().session['job_key']}"
 
     def get_temp_dir(self) -> str:
         """Where this node keeps files, such as unpacked working directories."""
-        references.current_client()
+        process.current_client()
         return tempfile.gettempdir()
 
     def get_placement_group_id(self) -> str | None:
@@ -235,5 +235,5 @@ def get_gpu_ids() -> list[int] | list[str]:
 
     Text if the environment of the node names its devices (indices, UUIDs, MIG), else numbers.
     """
-    references.current_client()
+    process.current_client()
     return list(context.current().devices)  # type: ignore[return-value]

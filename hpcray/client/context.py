@@ -41,6 +41,9 @@ class ActorExitRequest(BaseException):
     """
 
 
+# Names what children of the running task inherit (group, environment); b"": nothing.
+inherited = b""
+
 # What `exit_actor` calls before it raises; set by the worker that hosts an actor.
 on_exit: Callable[[], None] | None = None
 

@@ -29,7 +29,7 @@ from hpcray.client.objects import Objects
 from hpcray.client.references import LOCAL, ObjectRef, ReferenceTable
 from hpcray.client.requests import Requests
 from hpcray.client.store import Store
-from hpcray.client.streams import ObjectRefGenerator, Rooms, Streams
+from hpcray.client.streams import WINDOWED, ObjectRefGenerator, Rooms, Streams
 from hpcray.client.waiters import Waiter
 from hpcray.protocol import ids, values
 from hpcray.protocol.messages import (
@@ -74,10 +74,6 @@ from hpcray.protocol.messages import (
     Yielded,
 )
 
-# Instead of a number of returns: a stream, without and with a window.
-STREAMED = -1
-WINDOWED = -2
-
 # Cancelled tasks of this worker that are remembered; the newest ones are enough.
 _CANCELLED_MAX = 1000
 
@@ -117,10 +113,8 @@ class Core:
         self.inline_max_bytes = values.INLINE_MAX_BYTES
         self.welcomed = Waiter(1)
         self.ended = Waiter(1)
-        # Set by Welcome.
-        self.job_id = b""
+        # Set by Welcome, as are `refs.job_id` and `refs.size`.
         self.rank = 0
-        self.size = 1
         self.number = 0
         self.session: dict[str, Any] = {}
         self.tail = b""
@@ -181,6 +175,15 @@ class Core:
     def has_more(self, now_s: float) -> bool:
         """Whether something waits to be sent, be it only drops."""
         return bool(self.outbox or self.objects.unpins or self.objects.drops_are_due(now_s))
+
+    def close(self) -> None:
+        """The session is over."""
+        self.neighbours.close()
+        self.objects.close()
+
+    def forked(self) -> None:
+        """In a child of this process: the refs are its parent's, but the channels are closed."""
+        self.neighbours.close()
 
     # --- children ---------------------------------------------------------------------------------
 
@@ -359,9 +362,9 @@ class Core:
         self.effects.append(lambda: self.on_cancel(message.task_id))
 
     def _on_welcome(self, message: Welcome, _: list[Any]) -> None:
-        self.job_id = self.refs.job_id = message.job_id
+        self.refs.job_id = message.job_id
+        self.refs.size = message.size
         self.rank = message.rank
-        self.size = message.size
         self.number = self.neighbours.number = message.client
         self.session = message.session
         self.tail = ids.id_tail(message.rank, message.job_id)

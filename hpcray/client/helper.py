@@ -16,12 +16,9 @@ import select
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
+from hpcray.client.link import Link
 from hpcray.exceptions import RaySystemError
-
-if TYPE_CHECKING:
-    from hpcray.client.link import Link
 
 _TICK_MS = 2
 _BUSY_TICK_MS = 5
@@ -37,13 +34,14 @@ def _never() -> bool:
 class Helper:
     def __init__(self, link: Link, *, is_driver: bool) -> None:
         self._link = link
+        link.arm = self.arm
+        link.wake = self.wake
         self._is_driver = is_driver
         # Futures are completed here; while some wait, the helper reads too.
         self.complete: Callable[[], None] = lambda: None
         self.has_futures: Callable[[], bool] = _never
         self._thread: threading.Thread | None = None
         self._wake_fd = -1
-        self.armed = False
         self._stopping = False
 
     def start(self) -> None:
@@ -54,8 +52,8 @@ class Helper:
 
     def arm(self) -> None:
         """Something lingers in the outbox."""
-        if not self.armed:
-            self.armed = True
+        if not self._link.armed:
+            self._link.armed = True
             if self._thread is None:
                 self.start()
             self.wake()
@@ -88,11 +86,12 @@ class Helper:
         quiet_since_s = time.monotonic()
         while not self._stopping and link.lost is None:
             try:
-                if link.is_read():
+                # Futures need it, though a thread that waits may have read just now.
+                if link.is_read(lately=not self.has_futures()):
                     # Whoever reads also sends: ticks only catch what it leaves behind.
-                    events = wake_only.poll(_BUSY_TICK_MS if self.armed else _READER_TICK_MS)
+                    events = wake_only.poll(_BUSY_TICK_MS if link.armed else _READER_TICK_MS)
                 else:
-                    events = both.poll(_TICK_MS if self.armed else asleep_ms)
+                    events = both.poll(_TICK_MS if link.armed else asleep_ms)
                 if events:
                     quiet_since_s = time.monotonic()
                     for descriptor, _ in events:
@@ -103,8 +102,8 @@ class Helper:
                             link.read_idle()
                 if link.flush_lingering():
                     quiet_since_s = time.monotonic()
-                elif self.armed and time.monotonic() - quiet_since_s > _QUIET_S:
-                    self.armed = False
+                elif link.armed and time.monotonic() - quiet_since_s > _QUIET_S:
+                    link.armed = False
                 self.complete()
             except RaySystemError:
                 break

@@ -44,7 +44,6 @@ import msgspec
 
 from hpcray import exceptions
 from hpcray.client.core import Core
-from hpcray.client.helper import Helper
 from hpcray.client.interrupts import raised_by_handler
 from hpcray.client.waiters import Waiter
 from hpcray.protocol import messages
@@ -84,12 +83,12 @@ class Link:
         "_buffer", "_collecting", "_effects", "_first_byte", "_handlers", "_last_flush_s",
         "_main", "_noted", "_notes", "_pid", "_read_lately", "_reader", "_received",
         "_sending", "_sends", "_settling", "_sleepers", "_slot", "_taken", "_unhandled",
-        "after_wait", "autopsy", "before_wait", "check_interrupt", "core", "ended",
-        "helper", "inside", "interrupted", "lock", "lost", "on_interrupt", "on_lost",
-        "sent", "socket",
+        "after_wait", "arm", "armed", "autopsy", "before_wait", "check_interrupt", "core",
+        "ended", "inside", "interrupted", "lock", "lost", "on_interrupt", "on_lost",
+        "sent", "socket", "wake",
     )
 
-    def __init__(self, core: Core, *, is_driver: bool) -> None:
+    def __init__(self, core: Core) -> None:
         """To be opened before it is used."""
         self.core = core
         self.lock = threading.RLock()
@@ -105,6 +104,11 @@ class Link:
         # A worker gives its CPU back around a wait: what to say then, None if it need not.
         self.before_wait: Callable[[Waiter], Any] | None = None
         self.after_wait: Callable[[], Any] | None = None
+        # The helper thread's (helper.py): something lingers and somebody has to send it soon; and
+        # something has changed. `armed`: it knows, and looks every few milliseconds.
+        self.arm: Callable[[], None] = _nothing
+        self.wake: Callable[[], None] = _nothing
+        self.armed = False
         self.lost: str | None = None
         # Why is `lost`, and the node has told it to whoever reads the job's output.
         self.ended = False
@@ -130,7 +134,6 @@ class Link:
         self._settling = threading.Lock()  # by the thread that carries out effects
         self._main = threading.main_thread().ident  # a fork's is the same
         core.on_ended = self._set_ended
-        self.helper = Helper(self, is_driver=is_driver)
 
     def open(self, sock: socket.socket) -> None:
         """In the process that is to use it, which may be a fork of the one that has made it."""
@@ -259,8 +262,8 @@ class Link:
         if (now_s - self._last_flush_s > _LINGER_S or nbytes > _LARGE_BYTES
                 or len(self.core.outbox) >= _BATCH_MESSAGES):
             self.flush(False, now_s)
-        elif not self.helper.armed:
-            self.helper.arm()
+        elif not self.armed:
+            self.arm()
 
     def flush(self, drain: bool = False, now_s: float = 0.0) -> None:
         """Send what is queued; with `drain` (before a process idles) dropped refs too.
@@ -394,8 +397,8 @@ class Link:
             self._read_lately = True
             if self._sleepers:
                 self._wake_sleepers()
-            if self.core.outbox and not self.helper.armed:
-                self.helper.arm()  # an answer to what was read, or memory given back
+            if self.core.outbox and not self.armed:
+                self.arm()  # an answer to what was read, or memory given back
         return found
 
     def _look(self) -> bool:
@@ -453,7 +456,7 @@ class Link:
                 lock.release()
             self._sleepers.clear()
             self.core.effects.append(lambda: self.on_lost(f"{reason}{self.autopsy()}"))
-            self.helper.wake()
+            self.wake()
 
     # --- waiting (inside) -------------------------------------------------------------------------
 
@@ -601,11 +604,11 @@ class Link:
             self.flush()
             return True
 
-    def is_read(self) -> bool:
-        """Whether waiting threads read, or have since this was asked last: then the helper keeps
-        away, unless futures need it."""
-        lately, self._read_lately = self._read_lately, False
-        return bool(self._reader) or (lately and not self.helper.has_futures())
+    def is_read(self, *, lately: bool) -> bool:
+        """Whether waiting threads read, or (`lately`) have since this was asked last: then the
+        helper keeps away."""
+        since, self._read_lately = self._read_lately, False
+        return bool(self._reader) or (lately and since)
 
     # --- the end ----------------------------------------------------------------------------------
 
@@ -614,14 +617,12 @@ class Link:
         if signal.getsignal(signal.SIGINT) == self._on_sigint:
             with contextlib.suppress(ValueError):  # not in the main thread
                 signal.signal(signal.SIGINT, signal.default_int_handler)
-        self.helper.stop()
         with self:
             self.on_lost = lambda reason: None
             self.autopsy = lambda: ""
             self.set_lost(reason)
             self.socket.close()
-            self.core.neighbours.close()
-            self.core.objects.close()
+            self.core.close()
 
     def forked(self) -> None:
         """In a child of this process: the channel is its parent's."""
@@ -632,7 +633,11 @@ class Link:
             self.lock = threading.RLock()
             self.inside = self._collecting = False
         self.socket.close()
-        self.core.neighbours.close()
+        self.core.forked()
+
+
+def _nothing() -> None:
+    """There is no helper: whoever enters next, sends."""
 
 
 def _is_ours(frame: FrameType) -> bool:

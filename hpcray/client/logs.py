@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from hpcray.client import context, references
+from hpcray.client import context, process
 from hpcray.protocol import ids
 
 _TEXT = "%(asctime)s\t%(levelname)s %(filename)s:%(lineno)s -- %(message)s"
@@ -59,7 +59,7 @@ class _Formatter(logging.Formatter):
 
 
 def _where() -> dict[str, str]:
-    client = references.client_or_none()
+    client = process.client
     if client is None:
         return {}
     found = {"job_id": client.job_id.hex(),

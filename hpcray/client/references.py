@@ -19,23 +19,20 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast
+from typing import Any, Generic, Self, TypeVar, cast
 
 from hpcray.client.identifiers import JobID, TaskID, check_bytes
 from hpcray.protocol import ids, values
 from hpcray.protocol.messages import Hold
 from hpcray.protocol.sizes import IDS_PER_MESSAGE
 
-if TYPE_CHECKING:
-    from hpcray.client.client import Client
-
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 _dropped: deque[bytes] = deque()
-_drop = _dropped.append
+drop = _dropped.append  # what finalisers call
 
 NOT_READY = 0
 READY = 1  # somewhere
@@ -52,6 +49,7 @@ class ObjectRef(Generic[T_co]):
     is made of any other id (`nil()`, `from_random()`) compares and hashes, and `get` refuses it.
     """
 
+    # Attributes with an underscore are hpcray's own: the client's parts read and write them.
     __slots__ = ("__weakref__", "_id", "_ready", "_value", "_view")
 
     _id: bytes
@@ -62,18 +60,18 @@ class ObjectRef(Generic[T_co]):
     def __new__(cls, id: bytes) -> Self:
         # Not in __init__: there would be a ref without an id, and `__del__` would meet it.
         check_bytes(cls, ids.OBJECT_ID_BYTES, id)
-        client = _client
-        if client is None or client.job_id != id[20:24]:
+        table = _table
+        if table is None or table.job_id != id[20:24]:
             return cast("Self", _of_no_object(id))
         home = ids.home_of_object(id)
-        if home >= client.size:
+        if home >= table.size:
             ref = _of_no_object(id)
             ref._value = values.pack_failure(values.Failure(
                 "ObjectLostError", f"this job has no rank {home}, which would have made it",
                 id.hex()))
             ref._ready = LOCAL
             return cast("Self", ref)
-        return cast("Self", client.intern(id))
+        return cast("Self", table.intern_locked(id))
 
     @classmethod
     def from_binary(cls, id: bytes) -> Self:
@@ -119,7 +117,7 @@ class ObjectRef(Generic[T_co]):
     def future(self) -> Future[T_co]:
         """A `concurrent.futures.Future` of the value (or of the task's exception). It knows this
         ref as `object_ref` and keeps it."""
-        return current_client().future(self)
+        return current_table().future(self)
 
     def _on_completed(self, py_callback: Callable[[Any], Any]) -> None:
         """Call it with the value, or with the exception that `get` would raise, when there is
@@ -142,12 +140,12 @@ class ObjectRef(Generic[T_co]):
         return f"ObjectRef({self._id.hex()})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        collected = getattr(_collecting, "ids", None)
+        collected = getattr(collecting, "ids", None)
         if collected is None:
             # Pickled by the user's own means: it leaves our sight, so the object stays for the job.
-            if self._id in _of_none:
+            if self._id in of_none:
                 return (ObjectRef, (self._id,))
-            current_client().pin_for_job(self._id)
+            current_table().pin_for_job(self._id)
         else:
             collected.append(self._id)
         return (_load_ref, (self._id,))
@@ -158,7 +156,7 @@ class ObjectRef(Generic[T_co]):
     def __deepcopy__(self, memo: object) -> ObjectRef[T_co]:
         return self
 
-    def __del__(self, _drop: Callable[[bytes], None] = _drop) -> None:
+    def __del__(self, _drop: Callable[[bytes], None] = drop) -> None:
         _drop(self._id)
 
     def __iter__(self) -> Any:
@@ -166,23 +164,23 @@ class ObjectRef(Generic[T_co]):
 
 
 # The ids of refs met by the serialiser running in this thread; absent when none runs.
-_collecting = threading.local()
+collecting = threading.local()
 
 _new = object.__new__
 _ref = weakref.ref
 
 # Refs of ids that are no object's of this session, by id. No table has them, so no node hears of
-# them, and what they are used for refuses them (`Client.check_session`).
-_of_none: weakref.WeakValueDictionary[bytes, ObjectRef[Any]] = weakref.WeakValueDictionary()
+# them, and what they are used for refuses them (`ReferenceTable.check_session`).
+of_none: weakref.WeakValueDictionary[bytes, ObjectRef[Any]] = weakref.WeakValueDictionary()
 
 
 def _of_no_object(object_id: bytes) -> ObjectRef[Any]:
-    return _of_none.setdefault(object_id, ReferenceTable().fresh(object_id))
+    return of_none.setdefault(object_id, ReferenceTable().fresh(object_id))
 
 
 def of_objects(contained: list[bytes]) -> list[bytes]:
     """Without those of no object."""
-    return [object_id for object_id in contained if object_id not in _of_none]
+    return [object_id for object_id in contained if object_id not in of_none]
 
 
 class ReferenceTable:
@@ -192,13 +190,17 @@ class ReferenceTable:
     where several processes are simulated in one.
     """
 
+    # What a ref needs that takes the lock or a thread; the wiring sets them (client.py).
+    intern_locked: Callable[[bytes], ObjectRef[Any]]
+    pin_for_job: Callable[[bytes], None]
+    future: Callable[[ObjectRef[Any]], Future[Any]]
+
     def __init__(
         self, kind: type[ObjectRef[Any]] = ObjectRef, dropped: deque[bytes] = _dropped
     ) -> None:
         self._kind = kind
         self.dropped = dropped  # refs and generators that have died
         self.live: dict[bytes, weakref.ref[ObjectRef[Any]]] = {}
-        self.job_id = b""  # of the ids of this session, once it has one
         # First refs to objects from elsewhere: told before anything that relies on it.
         self.new_holds: dict[bytes, None] = {}
         # The creation object of the actor this process is; b"": none. Its refs here count for
@@ -206,6 +208,22 @@ class ReferenceTable:
         self.own = b""
         # Tasks whose generator has died (see client/streams.py).
         self.dropped_streams: list[bytes] = []
+        # The session that these refs belong to; set by its Welcome.
+        self.job_id = b""
+        self.size = 1
+
+    def check_session(self, object_ids: Sequence[bytes]) -> None:
+        """Raises ValueError: one of them is of no object of this session."""
+        job = self.job_id
+        for object_id in object_ids:
+            if object_id[20:24] != job:
+                if object_id in of_none:  # made from bytes, by hand
+                    raise ValueError(
+                        f"ObjectRef({object_id.hex()}) is of no object of this session: refs are "
+                        "made by .remote() and put(), and passed on as refs")
+                raise ValueError(
+                    f"ObjectRef({object_id.hex()}) belongs to an earlier session: its object went "
+                    "with shutdown()")
 
     def fresh(self, object_id: bytes) -> ObjectRef[Any]:
         """The ref of an object this process has just made; the message says so to the node."""
@@ -275,51 +293,37 @@ class ReferenceTable:
                 ref._ready = NOT_READY
 
 
-
-_client: Client | None = None
-_table: ReferenceTable | None = None  # the client's
-_forked = False  # from a process that had a client
-# Names what children of the running task inherit (group, environment); b"": nothing.
-_inherited = b""
-_connect: Callable[[], Client] | None = None
+# Of this process, while it has a client.
+_table: ReferenceTable | None = None
+_connect: Callable[[], ReferenceTable] | None = None
+in_fork = False  # of a process that had a client
 
 
-def set_client(client: Client | None) -> None:
-    global _client, _table
-    _client = client
-    _table = None if client is None else client.refs
+def set_table(table: ReferenceTable | None) -> None:
+    global _table
+    _table = table
 
 
-def forked() -> None:
-    """In the child: the client is its parent's, and so are all refs."""
-    global _forked
-    _forked = True
-    set_client(None)
-    _dropped.clear()
-
-
-def is_forked() -> bool:
-    """Whether this process is a fork of one that had a client."""
-    return _forked
-
-
-def set_connector(connect: Callable[[], Client]) -> None:
-    """How the first use without `init()` gets its client (the face sets this)."""
+def set_connector(connect: Callable[[], ReferenceTable]) -> None:
+    """How the first use of a ref in a process without a client gets it one."""
     global _connect
     _connect = connect
 
 
-def client_or_none() -> Client | None:
-    return _client
-
-
-def current_client() -> Client:
-    """The client of this process; connects on first use, as Ray's implicit `init` does."""
-    if _client is not None:
-        return _client
+def current_table() -> ReferenceTable:
+    """Of this process, which becomes a client if it is none yet."""
+    if _table is not None:
+        return _table
     if _connect is None:
         raise RuntimeError("hpcray is not initialised in this process")
     return _connect()
+
+
+def forked() -> None:
+    """In the child: all refs are its parent's."""
+    global in_fork
+    in_fork = True
+    _dropped.clear()
 
 
 def _load_ref(object_id: bytes) -> ObjectRef[Any]:
@@ -330,11 +334,11 @@ def _load_ref(object_id: bytes) -> ObjectRef[Any]:
     """
     table = _table
     if table is None:
-        if _forked:
+        if in_fork:
             # What it is used for says why not; an error here would end, say, a worker of a Pool
             # that was sent it, while whoever sent it waits.
             return ReferenceTable().fresh(object_id)
-        table = current_client().refs
+        table = current_table()
     live = table.live
     if object_id not in live:
         if object_id[20:24] != table.job_id:
@@ -350,4 +354,4 @@ def _load_ref(object_id: bytes) -> ObjectRef[Any]:
             return met
     entry = live.get(object_id)
     ref = None if entry is None else entry()
-    return current_client().intern(object_id) if ref is None else ref
+    return table.intern_locked(object_id) if ref is None else ref

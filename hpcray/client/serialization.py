@@ -28,7 +28,7 @@ from hpcray.protocol import values
 _ATOMS = frozenset({int, float, bool, str, bytes, type(None), complex})
 _LONG = frozenset({str, bytes})  # not worth pickling to see that it is too long
 NONE = values.pack_plain(pickle.dumps(None, 5))
-_collecting = references._collecting
+_collecting = references.collecting
 
 
 class Serialized(NamedTuple):
@@ -194,7 +194,7 @@ def serialize(value: Any) -> Serialized:
             pickled = dumps(value, 5, out_of_band)
     finally:
         _collecting.ids = outer
-    if contained and references._of_none:
+    if contained and references.of_none:
         contained = references.of_objects(contained)
     return Serialized(pickled, buffers, contained)
 

@@ -6,7 +6,7 @@ but for the mappings themselves.
     read    ValueAt (pinned by the node) -> map the segment once (SegmentOpen) -> pinned array
             its last view dies -> Unpin with the next batch
 
-Guarded by the client's lock; who waits for a grant does so in `client.py`.
+Guarded by the client's lock; who waits for a grant does so in `memory.py`.
 """
 
 from __future__ import annotations

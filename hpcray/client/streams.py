@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar
+from concurrent.futures import Future
+from typing import Any, Generic, NoReturn, Self, TypeVar
 
 from hpcray.client import waiters
 from hpcray.client.references import (
@@ -21,7 +22,7 @@ from hpcray.client.references import (
     READY,
     ObjectRef,
     ReferenceTable,
-    _drop,
+    drop,
 )
 from hpcray.client.waiters import Table, Waiter
 from hpcray.protocol import ids
@@ -33,8 +34,9 @@ from hpcray.protocol.messages import (
     Yielded,
 )
 
-if TYPE_CHECKING:
-    from hpcray.client.client import Client
+# Instead of a number of returns: a stream, without and with a window.
+STREAMED = -1
+WINDOWED = -2
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -62,9 +64,9 @@ class ObjectRefGenerator(Generic[T_co]):
     in the process that made the call. Dropping it lets go of the items not taken; the task goes on.
     """
 
-    __slots__ = ("__weakref__", "_client", "_ref", "_stream")
+    __slots__ = ("__weakref__", "_ref", "_stream", "_streams")
 
-    _client: Client
+    _streams: Streams
     _ref: ObjectRef[None]
     _stream: Stream
 
@@ -76,7 +78,7 @@ class ObjectRefGenerator(Generic[T_co]):
         return self
 
     def __next__(self) -> ObjectRef[T_co]:
-        ref = self._client.next_item(self)
+        ref = self._streams.next_item(self)
         if ref is None:
             raise StopIteration
         return ref
@@ -88,8 +90,8 @@ class ObjectRefGenerator(Generic[T_co]):
         import asyncio
 
         while self._ready == NOT_READY:
-            await asyncio.wrap_future(self._client.item_future(self))
-        ref = self._client.next_item(self)
+            await asyncio.wrap_future(self._streams.item_future(self))
+        ref = self._streams.next_item(self)
         if ref is None:
             raise StopAsyncIteration
         return ref
@@ -135,7 +137,7 @@ class ObjectRefGenerator(Generic[T_co]):
             "an ObjectRefGenerator stays in the process that made the call: pass the refs it "
             "gives, or list(generator)")
 
-    def __del__(self, _drop: Callable[[bytes], None] = _drop) -> None:
+    def __del__(self, _drop: Callable[[bytes], None] = drop) -> None:
         # As for refs, only this: `ReferenceTable.drain` tells it from an object by its length.
         _drop(self._stream.task_id)
 
@@ -164,6 +166,10 @@ class DynamicObjectRefGenerator(Generic[T_co]):
 class Streams:
     """The streams this process consumes. Guarded by the client's lock."""
 
+    # Waiting is not this file's; the wiring sets them (client.py).
+    next_item: Callable[[ObjectRefGenerator[Any]], ObjectRef[Any] | None]
+    item_future: Callable[[ObjectRefGenerator[Any]], Future[None]]
+
     def __init__(
         self, outbox: list[Any], refs: ReferenceTable, ready_waiters: Table,
         generator: type[ObjectRefGenerator[Any]],
@@ -175,12 +181,12 @@ class Streams:
         self._streams: dict[bytes, Stream] = {}
 
     def open(self, task_id: bytes, windowed: bool, ref: ObjectRef[None]) -> Any:
-        """The generator of a task being submitted; `ref` is its end. Whoever gives it to the user
-        sets its `_client`."""
+        """The generator of a task being submitted; `ref` is its end."""
         stream = self._streams[task_id] = Stream(task_id, windowed)
         generator = object.__new__(self._generator)
         generator._stream = stream
         generator._ref = ref
+        generator._streams = self
         return generator
 
     def find(self, task_id: bytes) -> Stream | None:

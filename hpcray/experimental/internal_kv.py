@@ -7,14 +7,14 @@ and it ends with the job. Keys and values are bytes (text is encoded as UTF-8), 
 
 from typing import Any
 
-from hpcray.client import references
+from hpcray.client import process
 
 # Underscores and all: these are the names that programs import.
 
 
 def _internal_kv_initialized() -> bool:
     """Whether it can be asked: this process has a session."""
-    return references.client_or_none() is not None
+    return process.client is not None
 
 
 def _internal_kv_put(
@@ -58,7 +58,7 @@ def _internal_kv_reset() -> None:
 
 def _ask(request: str, namespace: str | bytes | None, **arguments: Any) -> Any:
     within = b"" if namespace is None else _bytes("namespace", namespace)
-    return references.current_client().request(request, {"namespace": within, **arguments})
+    return process.current_client().request(request, {"namespace": within, **arguments})
 
 
 def _bytes(what: str, given: str | bytes) -> bytes:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from hpcray.client import references
+from hpcray.client import process
 from hpcray.client.client import Client
 from hpcray.client.references import ObjectRef
 from hpcray.exceptions import GetTimeoutError
@@ -70,7 +70,7 @@ def _checked(obj_refs: Sequence[ObjectRef[Any]]) -> Client:
     for ref in obj_refs:
         if not isinstance(ref, ObjectRef):
             raise TypeError(f"obj_refs must be a list of ObjectRefs; it holds {ref!r}")
-    client = references.client_or_none()
+    client = process.client
     if client is None:
         raise RuntimeError("hpcray is not initialised: call init() first")
     return client

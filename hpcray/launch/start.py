@@ -44,6 +44,7 @@ from hpcray.transport.patience import Patience
 
 if TYPE_CHECKING:
     from hpcray.client.client import Client
+    from hpcray.client.imports import Imports
     from hpcray.config import InitConfig
 
 # While the node ends its workers, its peers and MPI, it is looked at this often. It has limits of
@@ -150,6 +151,7 @@ def connect(config: InitConfig, on_output: Callable[[Any], None]) -> Client:
     """
     global _session_count
     from hpcray.client.client import Client
+    from hpcray.client.imports import Imports
 
     _uncaught.install()
     node = _node
@@ -174,19 +176,16 @@ def connect(config: InitConfig, on_output: Callable[[Any], None]) -> Client:
         node = _start(launch, extra)
     # Jobs of one driver have numbers of their own, so that a ref of an earlier one is recognised.
     _session_count += 1
-    client = Client(is_driver=True)
+    imports = Imports() if config.preload == "auto" else None
+    client = Client(is_driver=True, imports=imports)
     client.open(node.socket.dup())
-    if config.preload == "auto":
-        from hpcray.client.imports import Imports
-
-        client.imports = Imports()
     _uncaught.is_told = client.link.has_told
     _uncaught.under_launcher = node.launch.mode == "mpi"
     client.on_output(on_output)
     client.link.autopsy = partial(_autopsy, node.process, node.launch.rank)
     try:
         with _late_ranks_told(node.launch):
-            client.start(config.start_timeout_s + 5, _for_node(config, client))
+            client.start(config.start_timeout_s + 5, _for_node(config, imports))
     except LaunchError:
         client.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -245,7 +244,7 @@ def _late_ranks_told(launch: Launch) -> Iterator[None]:
         told.cancel()
 
 
-def _for_node(config: InitConfig, client: Client) -> dict[str, Any]:
+def _for_node(config: InitConfig, imports: Imports | None) -> dict[str, Any]:
     environment = dict(config.runtime_env)
     hook = environment.get(SETUP_HOOK)
     if callable(hook):
@@ -261,7 +260,7 @@ def _for_node(config: InitConfig, client: Client) -> dict[str, Any]:
     data["cwd"] = cwd = working_directory()
     data["sys_path"] = [os.path.join(cwd, entry) for entry in sys.path]
     data["environ"] = _changed_environment()
-    data["modules"] = config.preload if client.imports is None else client.imports.news()
+    data["modules"] = config.preload if imports is None else imports.news()
     data["script"] = sys.argv[0] if sys.argv else ""
     return data
 

@@ -29,11 +29,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from hpcray.client import waiters
-from hpcray.client.core import STREAMED, WINDOWED, Core
+from hpcray.client.core import Core
 from hpcray.client.groups import Group
 from hpcray.client.references import LOCAL, READY, ObjectRef, ReferenceTable
 from hpcray.client.store import Store
-from hpcray.client.streams import ObjectRefGenerator
+from hpcray.client.streams import STREAMED, WINDOWED, ObjectRefGenerator
 from hpcray.client.waiters import Waiter
 from hpcray.objects.allocator import RangeAllocator
 from hpcray.protocol import ids, messages, values

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hpcray.bundles import Bundles, check_group, from_facts
-from hpcray.client import context, references
+from hpcray.client import context, process
 from hpcray.client.identifiers import PlacementGroupID
 from hpcray.client.references import ObjectRef
 from hpcray.config import check_resource_name
@@ -117,7 +117,7 @@ def placement_group(
         raise NotImplementedError("placement_group() does not support _soft_target_node_id")
     _add_selectors(units, bundle_label_selector)
     group = PlacementGroupID.from_random()
-    references.current_client().request("create_placement_group", {
+    process.current_client().request("create_placement_group", {
         "group": group.binary(), "bundles": units, "strategy": strategy, "name": name,
         "namespace": context.current().namespace,
     })
@@ -166,7 +166,7 @@ def remove_placement_group(placement_group: PlacementGroup) -> None:
     """Free the group's resources: its tasks and actors are killed, what waits for it fails with
     `TaskPlacementGroupRemoved`. Once more is no error."""
     check_group(placement_group)
-    references.current_client().request(
+    process.current_client().request(
         "remove_placement_group", {"group": placement_group.id.binary()})
 
 
@@ -178,7 +178,7 @@ def get_placement_group(placement_group_name: str) -> PlacementGroup:
     """
     if not placement_group_name:
         raise ValueError("get_placement_group needs a non-empty name")
-    [facts] = references.current_client().request("placement_groups", {
+    [facts] = process.current_client().request("placement_groups", {
         "name": placement_group_name, "namespace": context.current().namespace})
     return PlacementGroup(*from_facts(facts))
 
@@ -188,14 +188,14 @@ def get_current_placement_group() -> PlacementGroup | None:
     group = context.current().group_id
     if not group:
         return None
-    found = references.current_client().request("placement_groups", {"group": group})
+    found = process.current_client().request("placement_groups", {"group": group})
     return PlacementGroup(*from_facts(found[0])) if found else None
 
 
 def placement_group_table(placement_group: PlacementGroup | None = None) -> dict[str, Any]:
     """Facts about a group: id, name, strategy, state, bundles and their nodes; without an argument
     about all groups, by their hexadecimal ids."""
-    client = references.current_client()
+    client = process.current_client()
     if placement_group is not None:
         check_group(placement_group)
         found = client.request("placement_groups", {"group": placement_group.id.binary()})
@@ -206,7 +206,7 @@ def placement_group_table(placement_group: PlacementGroup | None = None) -> dict
 def _row(facts: dict[str, Any]) -> dict[str, Any]:
     from hpcray.api import _node_id
 
-    client = references.current_client()
+    client = process.current_client()
     return {
         "placement_group_id": facts["group"].hex(),
         "name": facts["name"],

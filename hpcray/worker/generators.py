@@ -108,7 +108,7 @@ class _Outputs:
 
     def send(self, item: Any) -> None:
         worker = self._worker
-        if references._forked:
+        if references.in_fork:
             worker.leave_if_forked()
         client = worker.client
         packed = serialization.pack_atom(item, client.core.inline_max_bytes)

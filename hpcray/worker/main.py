@@ -31,7 +31,7 @@ import msgspec
 # Imported here so that the zygote has them: an actor's start would pay 30 ms for them.
 from hpcray import actor as _actor  # noqa: F401
 from hpcray import exceptions
-from hpcray.client import context, logs, references, serialization
+from hpcray.client import context, logs, process, references, serialization
 from hpcray.client.arguments import Placeholder
 from hpcray.client.client import Client
 from hpcray.client.context import TaskContext
@@ -102,7 +102,7 @@ def run_worker(
         before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
     client = worker.client
     client.open(socket.socket(fileno=client_fd))
-    references.set_client(client)
+    process.set_client(client)
     worker.open(socket.socket(fileno=task_fd), settings)
     try:
         client.start(_WELCOME_S)
@@ -336,7 +336,7 @@ class Worker:
 
     def _on_interrupt(self, *_: Any) -> None:
         """The node rang: a CancelTask lies in the client channel. In the main thread, anywhere."""
-        if references.is_forked():
+        if references.in_fork:
             return
         if self.client.link.mine:
             self.client.link.interrupted = True  # looked at as this frame leaves the client
@@ -401,7 +401,7 @@ class Worker:
         current.env_vars = template.env_vars
         current.packages = template.packages
         hands_on = template.group_id or template.env_vars or template.packages
-        references._inherited = template.template_id if hands_on else b""
+        context.inherited = template.template_id if hands_on else b""
 
     def _enter_environment(self, run: Run, template: Template) -> None:
         """Of the first task, and so of all of this process (node/dispatch.py)."""
@@ -489,7 +489,7 @@ class Worker:
 
     def deliver(self, run: Run, template: Template, result: Any, began_s: float) -> None:
         """Report a result; a generator runs now. Large values are in shared memory by then."""
-        if references._forked:
+        if references.in_fork:
             self.leave_if_forked()
         if type(result) is GeneratorType or template.stream:
             generators.run(self, run, template, result, began_s)
@@ -499,7 +499,7 @@ class Worker:
     def leave_if_forked(self, error: BaseException | None = None) -> None:
         """A child that user code has forked leaves its task function: it ends here. The outcome is
         its parent's to report."""
-        if not references.is_forked():
+        if not references.in_fork:
             return
         code = 0
         if isinstance(error, SystemExit):

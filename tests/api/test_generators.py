@@ -558,11 +558,11 @@ def test_an_actor_that_dies_in_mid_stream(ray):
 @pytest.mark.hpcray_only("the objects a node has are not seen from outside in Ray")
 def test_nothing_is_left_of_streams(ray, eventually):
     """Items taken and not, of streams that ended, were dropped early or failed."""
-    import hpcray.client.references as references
+    from hpcray.client import process
 
     def objects():
         gc.collect()
-        return references.current_client().request("statistics")["objects"]
+        return process.current_client().request("statistics")["objects"]
 
     before = objects()
 

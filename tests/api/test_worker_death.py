@@ -639,14 +639,14 @@ def _call_until_up(ray, actor, method="call"):
 @pytest.mark.parametrize("how", ["function", "argument"])
 def test_arguments_of_a_task_that_cannot_start_are_let_go(ray, eventually, how):
     """Its function, or one of its arguments, cannot be unpickled: the others are not kept."""
-    import hpcray.client.references as references
+    from hpcray.client import process
 
     class Bomb:
         def __reduce__(self):
             return (exec, ("raise ValueError('cannot be read')",))
 
     def used():
-        return references.current_client().request("statistics")["object_bytes"]
+        return process.current_client().request("statistics")["object_bytes"]
 
     before = used()
     large = ray.put(bytes(1_000_000))

@@ -33,7 +33,7 @@ class Ends:
         self.core = Core(
             refs=ReferenceTable(_kinds(dropped)[0], dropped), store=Store,
             wire=lambda fd: socket.socket(fileno=fd))
-        self.link = Link(self.core, is_driver=True)
+        self.link = Link(self.core)
         self.link.open(ours)
 
     def say(self, *batch: Any) -> None:

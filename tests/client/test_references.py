@@ -6,7 +6,6 @@ import operator
 import sys
 import threading
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,13 +23,13 @@ THREADS = 4
 def table() -> Iterator[ReferenceTable]:
     found = ReferenceTable()
     found.job_id = JOB
-    client: Any = SimpleNamespace(refs=found, intern=found.intern)
-    references.set_client(client)
+    found.intern_locked = found.intern
+    references.set_table(found)
     interval_s = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield found
     sys.setswitchinterval(interval_s)
-    references.set_client(None)
+    references.set_table(None)
 
 
 def test_each_ref_met_by_several_threads_is_one_and_is_told_once(table: ReferenceTable) -> None:

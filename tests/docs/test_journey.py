@@ -51,7 +51,7 @@ def _who():
         ranks = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
         return "node " + next((os.environ[n] for n in ranks if n in os.environ), "0")
     if "hpcray.worker.zygote" in sys.orig_argv:
-        return f"worker {sys.modules['hpcray.client.references']._client.rank}"
+        return f"worker {sys.modules['hpcray.client.process'].client.rank}"
     return "driver"
 
 def encode(batch):

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from hpcray.client import context, references
+from hpcray.client import context, process
 from hpcray.client.client import Client
 from hpcray.protocol import ids, messages, values
 
@@ -86,11 +86,11 @@ def node() -> Iterator[ScriptedNode]:
     driver = ids.driver_task_id(0, JOB)
     client.begin_task(driver, 0)
     context.set_process_context(context.TaskContext(task_id=driver, namespace="here"))
-    references.set_client(client)
+    process.set_client(client)
     try:
         yield scripted
     finally:
-        references.set_client(None)
+        process.set_client(None)
         context.set_process_context(context.TaskContext())
         client.close()
         scripted.thread.join(timeout=10)
@@ -99,4 +99,4 @@ def node() -> Iterator[ScriptedNode]:
 
 @pytest.fixture
 def client(node: ScriptedNode) -> Client:
-    return references.current_client()
+    return process.current_client()

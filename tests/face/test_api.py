@@ -13,7 +13,7 @@ import pytest
 
 import hpcray as ray
 from hpcray import api
-from hpcray.client import references
+from hpcray.client import process
 from hpcray.client.client import Client
 from hpcray.launch import terminal
 from hpcray.protocol.ids import node_id_hex
@@ -137,7 +137,7 @@ def test_refs_and_handles_of_an_ended_session(node: Any) -> None:
         def f(self) -> None: ...
 
     handle = Actor.remote()
-    references.set_client(None)
+    process.set_client(None)
     for use in (lambda: ray.get(ref), lambda: ray.get([ref]), lambda: ray.wait([ref]),
                 lambda: ray.cancel(ref), lambda: handle.f.remote(), lambda: ray.kill(handle)):
         with pytest.raises(RuntimeError, match="has ended"):

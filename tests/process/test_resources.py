@@ -68,12 +68,12 @@ class Called:
     def ping(self):
         pass
     def known(self):
-        from hpcray.client.references import current_client
+        from hpcray.client.process import current_client
         return sorted(current_client().core.neighbours._clients)
 
 @ray.remote(max_calls=1)
 def call(called):
-    from hpcray.client.references import current_client
+    from hpcray.client.process import current_client
     number = current_client().number
     while number not in ray.get(called.known.remote()):
         ray.get(called.ping.remote())
@@ -95,7 +95,7 @@ def test_a_caller_forgets_the_actors_that_have_gone(start: Start):
     job = start("""
 import time
 import hpcray as ray
-from hpcray.client.references import current_client
+from hpcray.client.process import current_client
 
 @ray.remote
 class Called:

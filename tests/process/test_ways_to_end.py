@@ -134,7 +134,7 @@ class Forks:
     def ping(self):
         pass
     def known(self):
-        from hpcray.client.references import current_client
+        from hpcray.client.process import current_client
         return list(current_client().core.neighbours._clients)
     def fork(self, driver):
         if os.fork() == 0:

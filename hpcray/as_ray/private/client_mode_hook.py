@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import hpcray
-from hpcray.client import references
+from hpcray.client import process
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -36,4 +36,4 @@ def disable_client_hook() -> Iterator[None]:
 def auto_init_ray() -> None:
     """Start the session, if there is none."""
     if not hpcray.is_initialized():
-        references.current_client()
+        process.current_client()

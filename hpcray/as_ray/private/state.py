@@ -13,9 +13,9 @@ __all__ = ["available_resources", "available_resources_per_node", "cluster_resou
 
 def available_resources_per_node() -> dict[str, dict[str, float]]:
     """What is free now, by node id."""
-    from hpcray.client import references
+    from hpcray.client import process
 
-    client = references.current_client()
+    client = process.current_client()
     return {node["node_id"]: dict(node["available"]) for node in client.request("nodes")}
 
 

@@ -12,7 +12,7 @@ import cloudpickle
 
 import hpcray
 from hpcray import api
-from hpcray.client import references
+from hpcray.client import process
 
 SCRIPT_MODE, WORKER_MODE, LOCAL_MODE = 0, 1, 2
 
@@ -63,7 +63,7 @@ class Worker:
 
     @property
     def mode(self) -> int | None:
-        client = references.client_or_none()
+        client = process.client
         if client is None:
             return None
         return SCRIPT_MODE if client.is_driver else WORKER_MODE

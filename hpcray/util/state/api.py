@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from hpcray.absent import attributes
-from hpcray.client import references, serialization
+from hpcray.client import process, serialization
 from hpcray.client.client import Client
 from hpcray.client.references import ObjectRef
 from hpcray.exceptions import GetTimeoutError
@@ -330,7 +330,7 @@ def _text(value: Any) -> str:
 def _client(address: str | None) -> Client:
     if address not in (None, "auto", "local", ""):
         raise ValueError(f"address={address!r}: hpcray looks at its own job only; leave it out")
-    client = references.client_or_none()
+    client = process.client
     if client is None:
         raise ConnectionError("there is no session to look at; call init() first")
     return client
