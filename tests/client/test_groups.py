@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hpcray.client import waiters
 from hpcray.client.groups import Group
 from hpcray.client.references import LOCAL, ReferenceTable
-from hpcray.testing.processes import _kinds
+from hpcray.testing.processes import reference_kinds
 
 
 class Loop:
@@ -19,7 +19,7 @@ class Loop:
 
     def __init__(self) -> None:
         dropped: deque[bytes] = deque()
-        self._refs = ReferenceTable(_kinds(dropped)[0], dropped)
+        self._refs = ReferenceTable(reference_kinds(dropped)[0], dropped)
         self._count = 0
         self.table: waiters.Table = {}
         self.group = Group(LOCAL)

@@ -20,7 +20,7 @@ from hpcray.client.store import Store
 from hpcray.client.waiters import Waiter
 from hpcray.exceptions import RaySystemError
 from hpcray.protocol import messages as m
-from hpcray.testing.processes import _kinds
+from hpcray.testing.processes import reference_kinds
 from hpcray.transport import datagrams
 
 FLAGS = socket.MSG_DONTWAIT
@@ -31,7 +31,7 @@ class Ends:
         ours, self.node = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         dropped: deque[bytes] = deque()
         self.core = Core(
-            refs=ReferenceTable(_kinds(dropped)[0], dropped), store=Store,
+            refs=ReferenceTable(reference_kinds(dropped)[0], dropped), store=Store,
             wire=lambda fd: socket.socket(fileno=fd))
         self.link = Link(self.core)
         self.link.open(ours)
