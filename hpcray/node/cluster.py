@@ -21,13 +21,15 @@ and wait for grants like all others when there is none.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from hpcray.node.dispatch import Dispatcher, ShapeQueue
+from hpcray.node.leases import Lease, Leases, Turns
 from hpcray.node.ledger import Shape, is_group_shape
 from hpcray.node.memory import NodeMemory
 from hpcray.node.outbox import Outbox
@@ -60,37 +62,34 @@ _AHEAD_US = 5_000
 _AHEAD_MAX = 256
 # A demand is repeated if nothing came of it (its grants may have been given away).
 _REPEAT_S = 0.05
+_REPEAT_PER_NODE_S = 0.002
+# A load is told when it has stayed the same for so long: what comes and goes with each task that
+# ends says nothing.
+_SETTLED_S = 0.001
+# Or when it has been another one than was told for so long.
+_UNSETTLED_S = 0.05
+# And not more often than this. All nodes together tell the scheduler's at most 1,300 loads and 500
+# demands a second.
 _LOAD_INTERVAL_S = 0.002
-# How often one node is asked to give back.
-_ASK_BACK_S = 0.005
+_LOAD_PER_NODE_S = 0.00075
+_QUEUE_TOLD = 10  # so many times as long for the queue alone
+# But at least so often, whatever happens: it shows that the node is there (node/waiting.py).
 _HEARTBEAT_S = 1.0
-# A node that had no room for what was dealt to it is left out for this long.
-_REST_S = 0.1
+_HEARTBEAT_PER_NODE_S = 0.005
+_HEARTBEAT_MAX_S = 4.0
+# Shapes that are dealt out, and whose turn is remembered.
+_TURNS_KEPT = 64
 # Below this many bytes an absent input does not decide where a task runs.
 _LOCALITY_BYTES = 4 * 1024 * 1024
 
 
-class Lease:
-    """Slots granted on another rank for one shape."""
+class Facts(NamedTuple):
+    """A load, as far as it is compared."""
 
-    __slots__ = ("asked_s", "open", "slots")
-
-    def __init__(self, slots: int) -> None:
-        self.slots = slots
-        self.asked_s = 0.0  # when it was last asked to give something back
-        self.open = 0  # assigned, no outcome yet
-
-
-class Turns:
-    """Whose turn it is to get the next task of a shape that is dealt out."""
-
-    __slots__ = ("next", "ranks", "rests", "slots")
-
-    def __init__(self, slots: dict[int, int]) -> None:
-        self.ranks = list(slots)
-        self.slots = slots  # how many each could run at once if it had nothing else to do
-        self.next = 0
-        self.rests: dict[int, float] = {}  # until when
+    free: dict[str, int]
+    queued: int
+    actors: int
+    placed: int
 
 
 class Cluster:
@@ -117,12 +116,24 @@ class Cluster:
         self._totals: dict[int, dict[str, int]] = {}
         self._turns: dict[Shape, Turns] = {}
         self._movable: dict[bytes, Template] = {}
-        self._leases: dict[tuple[int, Shape], Lease] = {}
+        self._leases: dict[Shape, Leases] = {}
         self._demanded: dict[tuple[Shape, bool], tuple[int, float]] = {}
         # Actors to be created, by what they need: placed one by one, where few actors are.
         self._actors_waiting: dict[Shape, deque[TaskRecord]] = {}
-        self._last_load: Any = None
-        self._last_load_s = 0.0
+        self._learned: set[str] = set()
+        size = tables.size
+        self._load_interval_s = max(_LOAD_INTERVAL_S, size * _LOAD_PER_NODE_S)
+        self._heartbeat_s = min(max(_HEARTBEAT_S, size * _HEARTBEAT_PER_NODE_S), _HEARTBEAT_MAX_S)
+        self._repeat_s = max(_REPEAT_S, size * _REPEAT_PER_NODE_S)
+        self._told: Facts | None = None  # the last load
+        self._told_s = -math.inf
+        self._seen: Facts | None = None  # what there is, if that is another one, since
+        self._seen_s = 0.0
+        self._changed_s = 0.0  # since when it is another one
+        self._counted = False  # the scheduler may have granted something since
+        # When a load is to be told, if nothing happens.
+        self.due_s = math.inf
+        self._placed = 0  # actors that came here by grants
         self.scheduler = GlobalScheduler() if self._rank == SCHEDULER_RANK else None
 
     def joined(self, node: Joined) -> None:
@@ -134,8 +145,10 @@ class Cluster:
     def node_lost(self, rank: int, _reason: str) -> None:
         """Nothing is placed there any more."""
         self._totals.pop(rank, None)
-        for key in [key for key in self._leases if key[0] == rank]:
-            del self._leases[key]
+        for shape, leases in list(self._leases.items()):
+            leases.lost(rank)
+            if not leases.by_rank:
+                del self._leases[shape]
         self._turns.clear()  # dealt out anew, among those that are left
         if self.scheduler is not None:
             self.scheduler.lost(rank)
@@ -143,8 +156,9 @@ class Cluster:
     def learn(self, shape: Shape) -> None:
         """Conditions on labels in a shape: who meets them; if this node does, it says so."""
         for name, _ in shape:
-            if not labels.is_condition(name):
+            if not labels.is_condition(name) or name in self._learned:
                 continue
+            self._learned.add(name)
             for rank, total in self._totals.items():
                 if may_run(dict(self._nodes[rank].labels), name):
                     total[name] = labels.OFFERED
@@ -215,33 +229,37 @@ class Cluster:
         shape = task.template.resources
         turns = self._turns.get(shape)
         if turns is None:
+            if len(self._turns) >= _TURNS_KEPT:
+                del self._turns[next(iter(self._turns))]
             turns = self._turns[shape] = Turns(self._candidates(shape))
-        ranks = turns.ranks
-        for step in range(len(ranks)):
-            rank = ranks[(turns.next + step) % len(ranks)]
-            if not self._deals_to(rank, shape, turns):
-                continue
-            turns.next = (turns.next + step + 1) % len(ranks)
+        now_s = self._tables.now_s
+        here = False
+        while (rank := turns.next(now_s)) is not None:
             if rank == self._rank:
-                return False
-            lease = self._leases.get((rank, shape))
-            if lease is None:
-                lease = self._leases[(rank, shape)] = Lease(0)
-            lease.open += 1
+                if self._dispatcher.has_room_for(shape):
+                    turns.back(rank)
+                    return False
+                here = True
+                continue
+            leases = self._leases_of(shape)
+            lease = leases.of(rank, turns.slots[rank])
+            if lease.open >= turns.slots[rank]:
+                continue  # it is back when something there has ended
+            leases.bound(rank, lease)
             lease.slots = max(lease.slots, min(lease.open, turns.slots[rank]))
+            if lease.open < turns.slots[rank]:
+                turns.back(rank)
             self._tasks.assign(task, rank)
-            return True
-        return False
+            break
+        if here:
+            turns.back(self._rank)
+        return rank is not None
 
-    def _deals_to(self, rank: int, shape: Shape, turns: Turns) -> bool:
-        if rank == self._rank:
-            return self._dispatcher.has_room_for(shape)
-        if rank in turns.rests:
-            if self._tables.now_s < turns.rests[rank]:
-                return False
-            del turns.rests[rank]
-        lease = self._leases.get((rank, shape))
-        return lease is None or lease.open < turns.slots[rank]
+    def _leases_of(self, shape: Shape) -> Leases:
+        leases = self._leases.get(shape)
+        if leases is None:
+            leases = self._leases[shape] = Leases()
+        return leases
 
     def _candidates(self, shape: Shape) -> dict[int, int]:
         """The nodes that could run it, this one first, and how many each; of those the preferred
@@ -297,7 +315,8 @@ class Cluster:
         """Actors that no node has had room for, by what they need."""
         return list(self._actors_waiting.items())
 
-    def _actors_granted(self, message: Grant) -> bool:
+    def _actors_granted(self, message: Grant) -> int:
+        """Create actors on the granted node; for how many there was room and no actor."""
         waiting = self._actors_waiting.get(message.shape)
         slots = message.slots
         while waiting and slots:
@@ -306,12 +325,13 @@ class Cluster:
                 continue
             slots -= 1
             if message.rank == self._rank:
+                self.work_came(task.template)
                 self._dispatcher.enqueue(task)
             else:
                 self._tasks.assign(task, message.rank)
         if not waiting:
             self._actors_waiting.pop(message.shape, None)
-        return slots < message.slots
+        return slots
 
     def end_group(self, group: str) -> None:
         """A placement group is gone: refuse the actors that wait for it."""
@@ -321,35 +341,38 @@ class Cluster:
                     self.refuse_of_group(task)
 
     def granted(self, message: Grant, now_s: float) -> None:
-        if self._actors_granted(message) if message.actor else self._tasks_granted(message):
+        unused = (self._actors_granted if message.actor else self._tasks_granted)(message)
+        if unused < message.slots:
             self._demanded.pop((message.shape, message.actor), None)
-        else:
+        if unused:
             # Of what is used the node tells. Nobody would of this: it would look taken.
-            self._to_scheduler(
-                GrantUnused(message.rank, message.shape, message.slots, message.actor))
+            self._to_scheduler(GrantUnused(message.rank, message.shape, unused, message.actor))
 
-    def _tasks_granted(self, message: Grant) -> bool:
-        """Bind tasks to the granted node; whether there were any."""
+    def _tasks_granted(self, message: Grant) -> int:
+        """Bind tasks to the granted node; all slots if there were none."""
         queue = self._dispatcher.queues.get((message.shape, False))
         if queue is None or not queue.tasks:
-            return False
+            return message.slots
         if message.rank == self._rank:
-            return True  # the dispatcher takes it from here
-        key = (message.rank, message.shape)
-        lease = self._leases.get(key)
-        if lease is None:
-            lease = self._leases[key] = Lease(0)
+            return 0  # the dispatcher takes it from here
+        leases = self._leases_of(message.shape)
+        lease = leases.of(message.rank)
         lease.slots += message.slots
         before = lease.open
-        self._refill(message.rank, queue, lease)
+        self._refill(message.rank, queue, leases, lease)
         used = lease.open > before
         if not used:
             lease.slots -= message.slots
-        if lease.open <= 0:  # nothing here could be bound to it after all
-            del self._leases[key]
-        return used
+        self._close_if_empty(message.shape, message.rank, leases, lease)
+        return 0 if used else message.slots
 
-    def _refill(self, rank: int, queue: ShapeQueue, lease: Lease) -> None:
+    def _close_if_empty(self, shape: Shape, rank: int, leases: Leases, lease: Lease) -> None:
+        if lease.open <= 0:
+            del leases.by_rank[rank]
+            if not leases.by_rank:
+                del self._leases[shape]
+
+    def _refill(self, rank: int, queue: ShapeQueue, leases: Leases, lease: Lease) -> None:
         room = lease.slots
         for task in queue.tasks:
             if task.state == QUEUED:
@@ -361,9 +384,11 @@ class Cluster:
                     room += max(1, lease.slots // 4)
                 break
         # Leave this node's own CPUs their next tasks: binding the last ones away gains nothing.
-        self._bind(rank, queue, room - lease.open, lease)
+        self._bind(rank, queue, room - lease.open, leases, lease)
 
-    def _bind(self, rank: int, queue: ShapeQueue, count: int, lease: Lease) -> None:
+    def _bind(
+        self, rank: int, queue: ShapeQueue, count: int, leases: Leases, lease: Lease
+    ) -> None:
         tasks = self._tasks
         skipped = []
         while count > 0 and queue.tasks:
@@ -374,50 +399,47 @@ class Cluster:
                 skipped.append(task)
                 continue
             tasks.assign(task, rank)
-            lease.open += 1
+            leases.bound(rank, lease)
             count -= 1
         queue.tasks.extendleft(reversed(skipped))
 
     def finished(self, rank: int, task: TaskRecord) -> None:
         """A task bound elsewhere has an outcome: its slot takes the next one."""
-        key = (rank, task.template.resources)
-        lease = self._leases.get(key)
-        if lease is None:
+        shape = task.template.resources
+        leases = self._leases.get(shape)
+        lease = None if leases is None else leases.by_rank.get(rank)
+        if leases is None or lease is None:
             return
-        lease.open -= 1
-        queue = self._dispatcher.queues.get((task.template.resources, False))
+        leases.ended(rank, lease)
+        if self._turns:
+            turns = self._turns.get(shape)
+            if turns is not None:
+                turns.back(rank)
+        queue = self._dispatcher.queues.get((shape, False))
         if queue is not None and queue.tasks:
-            self._refill(rank, queue, lease)
+            self._refill(rank, queue, leases, lease)
         elif lease.open < lease.slots:
-            self._ask_back(task.template.resources, rank)
-        if lease.open <= 0:
-            del self._leases[key]
+            self._ask_back(shape, leases, rank)
+        self._close_if_empty(shape, rank, leases, lease)
 
-    def _ask_back(self, shape: Shape, idle_rank: int) -> None:
+    def _ask_back(self, shape: Shape, leases: Leases, idle_rank: int) -> None:
         """A slot is idle and nothing waits here: take back what waits elsewhere unstarted."""
-        now_s = self._tables.now_s
-        turns = self._turns.get(shape)
-        for (rank, leased), lease in self._leases.items():
-            # What was dealt to a node within its means runs there: nothing to take back.
-            enough = 1 if turns is None else turns.slots.get(rank, 1)
-            if (rank != idle_rank and leased == shape and lease.open > enough
-                    and now_s - lease.asked_s > _ASK_BACK_S):
-                lease.asked_s = now_s
-                self._outbox.peers[rank].append(GiveBack(shape, 1))
-                return
+        rank = leases.to_ask(idle_rank, self._tables.now_s)
+        if rank is not None:
+            self._outbox.peers[rank].append(GiveBack(shape, 1))
 
     def returned(self, rank: int, task: TaskRecord) -> None:
         """The executor has no room after all."""
-        key = (rank, task.template.resources)
-        lease = self._leases.get(key)
-        if lease is not None:
-            lease.open -= 1
+        shape = task.template.resources
+        leases = self._leases.get(shape)
+        lease = None if leases is None else leases.by_rank.get(rank)
+        if leases is not None and lease is not None:
+            leases.ended(rank, lease)
             lease.slots = max(lease.slots - 1, 0)
-            if lease.open <= 0:
-                del self._leases[key]
-        turns = self._turns.get(task.template.resources)
+            self._close_if_empty(shape, rank, leases, lease)
+        turns = self._turns.get(shape)
         if turns is not None:
-            turns.rests[rank] = self._tables.now_s + _REST_S
+            turns.rest(rank, self._tables.now_s)
 
     # --- end of turn and time ---------------------------------------------------------------------
 
@@ -428,7 +450,7 @@ class Cluster:
         if self._leases:
             self._use_idle_cpus()
         if self.scheduler is not None:
-            for home, grant in self.scheduler.match(now_s):
+            for home, grant in self.scheduler.match():
                 if home == self._rank:
                     self.granted(grant, now_s)
                 else:
@@ -437,10 +459,10 @@ class Cluster:
     def _use_idle_cpus(self) -> None:
         """This node could start more than waits here: its own tasks may wait elsewhere."""
         dispatcher = self._dispatcher
-        for _, shape in list(self._leases):
+        for shape, leases in self._leases.items():
             queue = dispatcher.queues.get((shape, False))
             if (queue is None or not queue.tasks) and dispatcher.ledger.fits(shape):
-                self._ask_back(shape, self._rank)
+                self._ask_back(shape, leases, self._rank)
                 return
 
     def _send_demands(self, now_s: float) -> None:
@@ -473,7 +495,7 @@ class Cluster:
     ) -> None:
         count = len(waiting)
         last = self._demanded.get((shape, actor))
-        if last is None or count > 2 * last[0] or now_s - last[1] > _REPEAT_S:
+        if last is None or count > 2 * last[0] or now_s - last[1] > self._repeat_s:
             self._demanded[(shape, actor)] = (count, now_s)
             # Other homes' tasks are not ours to bind, and some are bound to this node: a grant for
             # them would help nobody. (The first is mostly one that counts.)
@@ -483,32 +505,66 @@ class Cluster:
 
     def _send_load(self, now_s: float) -> None:
         dispatcher = self._dispatcher
-        facts = (dispatcher.ledger.free, dispatcher.queued(), len(self._tables.hosted))
-        same = self._last_load is not None and facts == self._last_load
-        since_s = now_s - self._last_load_s
-        if (same and since_s < _HEARTBEAT_S) or since_s < _LOAD_INTERVAL_S:
-            return
-        self._last_load = (dict(facts[0]), facts[1], facts[2])
-        self._last_load_s = now_s
-        # The store's room changes with every object: it is told along, and no reason to tell.
-        free = {**facts[0], STORE: self._memory.free_units}
-        self._to_scheduler(Load(tuple(sorted(free.items())), facts[1], facts[2]))
+        ledger = dispatcher.ledger
+        told = self._told
+        queued = dispatcher.queued()
+        actors = len(self._tables.hosted) + dispatcher.creations()
+        if not (self._counted or told is None or ledger.free != told.free
+                or actors != told.actors or self._placed != told.placed):
+            self._seen = None
+            # A queue much longer or shorter matters less than room, and must not delay that.
+            longer = queued.bit_length() != told.queued.bit_length()
+            self.due_s = self._told_s + (
+                _QUEUE_TOLD * self._load_interval_s if longer else self._heartbeat_s)
+        else:
+            seen = self._seen
+            if seen is None:
+                self._changed_s = now_s
+            if seen is None or ledger.free != seen.free or actors != seen.actors:
+                self._seen = Facts(dict(ledger.free), queued, actors, self._placed)
+                self._seen_s = now_s
+            self.due_s = max(
+                min(self._seen_s + _SETTLED_S, self._changed_s + _UNSETTLED_S),
+                self._told_s + self._load_interval_s)
+        if now_s >= self.due_s:
+            self._tell_load(now_s, queued, actors)
 
-    def load_changed(self) -> None:
-        """Work came by a grant: the scheduler has counted it, and must hear how it turned out."""
-        self._last_load = None
+    def _tell_load(self, now_s: float, queued: int, actors: int) -> None:
+        free = self._dispatcher.ledger.free
+        self._told = Facts(dict(free), queued, actors, self._placed)
+        self._told_s = now_s
+        self._seen = None
+        self._counted = False
+        self.due_s = now_s + self._heartbeat_s
+        # The store's room changes with every object: it is told along, and no reason to tell.
+        self._to_scheduler(Load(
+            tuple(sorted(pair for pair in free.items()
+                         if pair[0] != STORE and not labels.is_condition(pair[0]))),
+            queued, actors, self._placed, self._memory.free_units))
+
+    def tell_own(self) -> None:
+        """On the scheduler's rank, before groups are placed: what is free here now."""
+        if (self._told is None or self._counted
+                or self._told.free != self._dispatcher.ledger.free):
+            self._tell_load(
+                self._tables.now_s, self._dispatcher.queued(),
+                len(self._tables.hosted) + self._dispatcher.creations())
+
+    def bundles_came(self) -> None:
+        """Node 0 has counted them."""
+        self._counted = True
+
+    def work_came(self, template: Template) -> None:
+        """Perhaps by a grant: the scheduler has counted it, and must hear how it turned out. Not if
+        this node has told that it has no room: then there was no grant."""
+        if template.kind == ACTOR_CREATION and template.rank < 0:
+            self._placed += 1
+        elif not self._counted and self._told is not None:
+            self._counted = covers(self._told.free, template.resources)
 
     @property
     def actors_waiting(self) -> bool:
         return bool(self._actors_waiting)
-
-    @property
-    def load_is_stale(self) -> bool:
-        """A load worth telling waits for its interval: the loop should come round soon."""
-        if self._tables.size == 1:
-            return False
-        return bool(self._last_load is None
-                    or self._last_load[0] != self._dispatcher.ledger.free)
 
     def _to_scheduler(self, message: Any) -> None:
         if self.scheduler is None:

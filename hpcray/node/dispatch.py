@@ -292,6 +292,10 @@ class Dispatcher:
     def queued(self) -> int:
         return sum(len(queue.tasks) for queue in self.queues.values())
 
+    def creations(self) -> int:
+        """Actors that wait for a worker."""
+        return sum(len(queue.tasks) for queue in self.queues.values() if queue.creation)
+
     @property
     def starting(self) -> bool:
         """Workers have been forked and have not said hello."""

@@ -12,6 +12,7 @@ One turn = any number of `client_messages`, `peer_messages`, results, then one `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -65,8 +66,7 @@ class Machine:
             tables, outbox, ResourceLedger(resources), self.tasks, self.memory.lent)
         self.cluster = Cluster(tables, outbox, self.memory, self.tasks, self.dispatcher)
         self.bundles = Bundles(tables, outbox, self.tasks, self.dispatcher, self.cluster)
-        self.groups = Groups(
-            tables, outbox, self.dispatcher.ledger, self.cluster, self.bundles)
+        self.groups = Groups(tables, outbox, self.cluster, self.bundles)
         self.actors = Actors(
             tables, outbox, self.membership, self.directory, self.tasks, self.dispatcher)
         self.inventory = Inventory(tables, outbox, self.directory, self.tasks)
@@ -313,7 +313,6 @@ class Machine:
     def _load(self, rank: int, message: m.Load) -> None:
         if self.cluster.scheduler is not None:
             self.cluster.scheduler.load(rank, message, self.now_s)
-            self.groups.resources_changed()
 
     def _demand(self, rank: int, message: m.Demand) -> None:
         if self.cluster.scheduler is not None:
@@ -410,9 +409,14 @@ class Machine:
         return bool(
             self.dispatcher.piled or self.dispatcher.pausing or self.memory.waiting
             or self._foreign_since_s is not None
-            or self.cluster.load_is_stale or self.inventory.questions or self.explain.open
+            or self.inventory.questions or self.explain.open
             or self.directory.inline_bytes > self.memory.budget.capacity_bytes // 10
             or (self.size > 1 and (self.dispatcher.queued() or self.cluster.actors_waiting)))
+
+    @property
+    def due_s(self) -> float:
+        """When the next turn should be, if nothing happens."""
+        return self.cluster.due_s if self.size > 1 else math.inf
 
     def statistics(self) -> dict[str, Any]:
         """For tests and `hpcray status`; units in the names."""

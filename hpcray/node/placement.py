@@ -19,15 +19,16 @@ PG-2  the names of a group that is not here are not in the ledger.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Protocol
 
 from hpcray.node.cluster import Cluster
 from hpcray.node.dispatch import Dispatcher
-from hpcray.node.ledger import ResourceLedger, Shape
+from hpcray.node.ledger import Shape
 from hpcray.node.names import RequestError
 from hpcray.node.outbox import Outbox
 from hpcray.node.records import TaskRecord
+from hpcray.node.scheduler import GlobalScheduler, covers
 from hpcray.node.tables import Tables, unwired
 from hpcray.node.tasks import Tasks
 from hpcray.protocol import labels, values
@@ -86,6 +87,7 @@ class Bundles:
     def prepare(self, message: PrepareBundles) -> bool:
         """Hold the bundles if there is room for all of them."""
         ledger = self._ledger
+        self._cluster.bundles_came()
         for _, shape in message.bundles:
             self._cluster.learn(shape)
         taken: list[tuple[int, Shape, tuple[int, ...]]] = []
@@ -187,55 +189,71 @@ class Group:
         self.reported = False
 
 
+class Kind:
+    """Groups that ask for the same and have no room, in the order of their creation: if the first
+    finds none, none does."""
+
+    __slots__ = ("again", "bundles", "groups", "names", "possible", "strategy")
+
+    def __init__(self, bundles: list[Shape], strategy: str) -> None:
+        self.bundles = bundles
+        self.strategy = strategy
+        self.groups: dict[bytes, Group] = {}
+        self.names = frozenset(name for bundle in bundles for name, _ in bundle)
+        self.again = True  # to be tried, whether or not anybody has more room
+        self.possible: bool | None = None  # on the nodes of this job; None: not looked yet
+
+
 class Groups:
     """Node 0's part: every group of the job, and where its bundles go."""
 
     def __init__(
-        self, tables: Tables, outbox: Outbox, ledger: ResourceLedger, cluster: Cluster,
-        bundles: Bundles,
+        self, tables: Tables, outbox: Outbox, cluster: Cluster, bundles: Bundles,
     ) -> None:
         self._rank = tables.rank
         self._nodes = tables.nodes
         self._outbox = outbox
-        self._ledger = ledger
         self._cluster = cluster
         self._bundles = bundles
         self.groups: dict[bytes, Group] = {}
+        self._named: dict[tuple[str, str], Group] = {}  # by name and namespace
         self.pending: dict[bytes, Group] = {}
+        self._kinds: dict[tuple[tuple[Shape, ...], str], Kind] = {}  # those that wait for room
         self._over: deque[bytes] = deque()  # removed ones, oldest first
-        self._changed = False
-        self._seen: dict[str, int] = {}  # what was free here at the last try
 
     # --- asked by clients -------------------------------------------------------------------------
 
     def create(self, arguments: Any) -> None:
         name, namespace = arguments.get("name") or "", arguments.get("namespace") or ""
-        if name and self._named(name, namespace) is not None:
+        if name and (name, namespace) in self._named:
             raise RequestError("ValueError", f"there is a placement group named {name!r} already")
         group = Group(arguments["group"], arguments)
         for bundle in group.bundles:
             self._cluster.learn(bundle)
-            if self._cluster.scheduler is not None:
-                self._cluster.scheduler.learn(bundle)
+        if name:
+            self._named[name, namespace] = group
         self.groups[group.group] = self.pending[group.group] = group
-        self._changed = True
+        self._wait(group)
 
     def remove(self, arguments: Any) -> None:
         group = self.groups.get(arguments["group"])
         if group is None or group.state == REMOVED:
             return
         group.state = REMOVED
+        if group.name:
+            del self._named[group.name, group.namespace]
         self._over.append(group.group)
         if len(self._over) > _REMOVED_KEPT:
             del self.groups[self._over.popleft()]
-        self.pending.pop(group.group, None)
+        if self.pending.pop(group.group, None) is not None:
+            self._wait_no_more(group)
         for rank in list(self._nodes):
             self._send(rank, GroupRemoved(group.group))
 
     def table(self, arguments: Any) -> list[dict[str, Any]]:
         """Of one group (by id, or by name), or of all."""
         if arguments.get("name"):
-            found = self._named(arguments["name"], arguments.get("namespace") or "")
+            found = self._named.get((arguments["name"], arguments.get("namespace") or ""))
             if found is None:
                 raise RequestError(
                     "ValueError", f"there is no placement group named {arguments['name']!r}")
@@ -244,12 +262,6 @@ class Groups:
             one = self.groups.get(arguments["group"])
             return [] if one is None else [self._facts(one)]
         return [self._facts(group) for group in self.groups.values()]
-
-    def _named(self, name: str, namespace: str) -> Group | None:
-        for group in self.groups.values():
-            if (group.name, group.namespace) == (name, namespace) and group.state != REMOVED:
-                return group
-        return None
 
     @staticmethod
     def _facts(group: Group) -> dict[str, Any]:
@@ -267,50 +279,67 @@ class Groups:
         """Groups that wait for room, though some day there may be enough."""
         return [group for group in self.pending.values() if not group.reported]
 
-    def resources_changed(self) -> None:
-        """A node has told a load: what did not fit may fit now."""
-        self._changed = True
+    def _wait(self, group: Group, *, first: bool = False) -> None:
+        key = (tuple(group.bundles), group.strategy)
+        kind = self._kinds.get(key)
+        if kind is None:
+            kind = self._kinds[key] = Kind(group.bundles, group.strategy)
+        if kind.possible is False:
+            kind.again = True  # to be reported
+        kind.groups[group.group] = group
+        if first:
+            kind.again = True
+            kind.groups = {group.group: group, **kind.groups}
+
+    def _wait_no_more(self, group: Group) -> None:
+        key = (tuple(group.bundles), group.strategy)
+        kind = self._kinds.get(key)
+        if kind is not None:
+            kind.groups.pop(group.group, None)
+            if not kind.groups:
+                del self._kinds[key]
 
     def end_turn(self) -> None:
-        free = self._ledger.free
-        if not self._changed and free == self._seen:
-            return
-        self._changed = False
-        self._seen = dict(free)
-        for group in list(self.pending.values()):
-            if group.state == PENDING:
-                self._try(group)
-
-    def _try(self, group: Group) -> None:
-        free = {rank: dict(have) for rank, have in self._free().items()}
-        chosen = choose(group.bundles, group.strategy, free)
-        if chosen is None:
-            totals = {rank: dict(total)
-                      for rank, total in self._cluster.totals().items()}
-            if not group.reported and choose(group.bundles, group.strategy, totals) is None:
-                group.reported = True
-                self._outbox.notices.append(
-                    f"Warning: placement group {group.name or group.group.hex()} asks for "
-                    f"{len(group.bundles)} bundles with {group.strategy}, which the nodes of this "
-                    "job can never hold. It stays pending; remove it, or start a larger job.")
-            return
-        group.state = PREPARING
-        group.ranks = chosen
-        group.asked = set(chosen)
-        group.waits_for = set(chosen)
-        for rank in sorted(group.asked):
-            self._send(rank, PrepareBundles(group.group, tuple(
-                (index, bundle) for index, bundle in enumerate(group.bundles)
-                if chosen[index] == rank)))
-
-    def _free(self) -> dict[int, dict[str, int]]:
+        """Try those that are new, and those that ask for what some node has more of."""
         scheduler = self._cluster.scheduler
-        own = self._rank
-        found = {own: self._ledger.free}
-        if scheduler is not None:
-            found.update({rank: view.free for rank, view in scheduler.views.items()
-                          if rank != own})
-        return found
+        if scheduler is None:
+            return
+        self._cluster.tell_own()
+        grown, scheduler.grown = scheduler.grown, set()
+        for kind in list(self._kinds.values()):
+            if kind.again or not grown.isdisjoint(kind.names):
+                self._place(kind, scheduler)
+
+    def _place(self, kind: Kind, scheduler: GlobalScheduler) -> None:
+        kind.again = False
+        while kind.groups and kind.possible is not False:
+            chosen = choose(kind.bundles, kind.strategy, scheduler)
+            if chosen is None:
+                break
+            group = next(iter(kind.groups.values()))
+            self._wait_no_more(group)
+            group.state = PREPARING
+            group.ranks = chosen
+            group.asked = set(chosen)
+            group.waits_for = set(chosen)
+            for bundle, rank in zip(group.bundles, chosen, strict=True):
+                scheduler.take(rank, bundle)
+            for rank in sorted(group.asked):
+                self._send(rank, PrepareBundles(group.group, tuple(
+                    (index, bundle) for index, bundle in enumerate(group.bundles)
+                    if chosen[index] == rank)))
+        if kind.groups and kind.possible is None:
+            kind.possible = choose(
+                kind.bundles, kind.strategy, Room(self._cluster.totals())) is not None
+        if kind.possible is False:
+            for group in kind.groups.values():
+                if not group.reported:
+                    group.reported = True
+                    self._outbox.notices.append(
+                        f"Warning: placement group {group.name or group.group.hex()} asks for "
+                        f"{len(group.bundles)} bundles with {group.strategy}, which the nodes of "
+                        "this job can never hold. It stays pending; remove it, or start a larger "
+                        "job.")
 
     def prepared(self, rank: int, message: BundlesPrepared) -> None:
         group = self.groups.get(message.group)
@@ -319,18 +348,24 @@ class Groups:
         group.waits_for.remove(rank)
         if not message.ok:
             group.asked.discard(rank)
-            group.ranks = []
         if group.waits_for:
             return
-        if group.ranks:
+        if all(rank in group.asked for rank in group.ranks):
             group.state = CREATED
             del self.pending[group.group]
             for other in sorted(group.asked):
                 self._send(other, CommitBundles(group.group))
             return
-        group.state = PENDING  # again when a load has told who has room
+        group.state = PENDING
+        scheduler = self._cluster.scheduler
+        assert scheduler is not None
+        for bundle, other in zip(group.bundles, group.ranks, strict=True):
+            if other in group.asked:  # who has refused looks full until its next load
+                scheduler.give(other, bundle)
         for other in sorted(group.asked):
             self._send(other, ReleaseBundles(group.group))
+        group.ranks = []
+        self._wait(group, first=True)
 
     def _send(self, rank: int, message: Any) -> None:
         if rank != self._rank:
@@ -350,53 +385,74 @@ class Groups:
 # --- where bundles go -----------------------------------------------------------------------------
 
 
-def choose(
-    bundles: list[Shape], strategy: str, free: dict[int, dict[str, int]]
-) -> list[int] | None:
-    """The node of each bundle, or None if they do not fit. `free` is used up.
+class Places(Protocol):
+    """What nodes have free: the global scheduler's view, or a `Room`."""
+
+    def free(self, rank: int) -> dict[str, int]: ...
+
+    def best(self, shape: Shape, skipped: Collection[int]) -> int | None:
+        """Of the nodes with room that are not skipped, the one with most CPU free."""
+
+    def fits(self, rank: int, shape: Shape, have: dict[str, int]) -> bool:
+        """Whether a node that has only so much left has room."""
+
+
+class Room:
+    """Of nodes that are looked at once."""
+
+    def __init__(self, free: Mapping[int, dict[str, int]]) -> None:
+        self._free = free
+
+    def free(self, rank: int) -> dict[str, int]:
+        return self._free[rank]
+
+    def best(self, shape: Shape, skipped: Collection[int]) -> int | None:
+        return min((rank for rank, have in self._free.items()
+                    if rank not in skipped and covers(have, shape)),
+                   key=lambda rank: (-self._free[rank].get("CPU", 0), rank), default=None)
+
+    def fits(self, rank: int, shape: Shape, have: dict[str, int]) -> bool:
+        return covers(have, shape)
+
+
+def choose(bundles: list[Shape], strategy: str, places: Places) -> list[int] | None:
+    """The node of each bundle, or None if they do not fit.
 
     PACK takes as few nodes as it can and SPREAD as many; their STRICT forms insist.
     """
-    if strategy == "STRICT_PACK":
+    if strategy in ("STRICT_PACK", "PACK"):
         together: dict[str, int] = {}
         for bundle in bundles:
             for name, amount in bundle:
                 together[name] = together.get(name, 0) + amount
-        rank = _best(tuple(together.items()), free, dict.fromkeys(free, 0))
-        return None if rank is None else [rank] * len(bundles)
-    if strategy == "PACK":
-        alone = choose(bundles, "STRICT_PACK", free)
-        if alone is not None:
-            return alone
+        rank = places.best(tuple(sorted(together.items())), ())
+        if rank is not None or strategy == "STRICT_PACK":
+            return None if rank is None else [rank] * len(bundles)
     chosen = [-1] * len(bundles)
-    used = dict.fromkeys(free, 0)
+    used: dict[int, int] = {}
+    left: dict[int, dict[str, int]] = {}  # of those
     # The large ones first: they have the fewest places.
     for index in sorted(range(len(bundles)), key=lambda i: (-_size(bundles[i]), i)):
         bundle = bundles[index]
-        ranks = dict(free)
-        if strategy == "STRICT_SPREAD":
-            ranks = {rank: have for rank, have in free.items() if not used[rank]}
-        preference = {rank: -used[rank] if strategy == "PACK" else used[rank] for rank in ranks}
-        rank = _best(bundle, ranks, preference)
+        again = [] if strategy == "STRICT_SPREAD" else [
+            (-used[rank] if strategy == "PACK" else used[rank], -have.get("CPU", 0), rank)
+            for rank, have in left.items() if places.fits(rank, bundle, have)]
+        rank = None
+        if strategy != "PACK" or not again:
+            rank = places.best(bundle, used)
         if rank is None:
-            return None
+            if not again:
+                return None
+            rank = min(again)[2]
+        if rank not in used:
+            used[rank] = 0
+            left[rank] = dict(places.free(rank))
         used[rank] += 1
         chosen[index] = rank
         for name, amount in bundle:
-            free[rank][name] -= amount
+            left[rank][name] = left[rank].get(name, 0) - amount
     return chosen
 
 
 def _size(shape: Shape) -> int:
     return sum(amount for name, amount in shape if name != "memory")
-
-
-def _best(
-    shape: Shape, free: dict[int, dict[str, int]], preference: dict[int, int]
-) -> int | None:
-    """The node with room that is preferred (least first), of those the one with most CPU free."""
-    fitting = [rank for rank, have in free.items()
-               if all(have.get(name, 0) >= amount for name, amount in shape)]
-    if not fitting:
-        return None
-    return min(fitting, key=lambda rank: (preference[rank], -free[rank].get("CPU", 0), rank))

@@ -265,7 +265,7 @@ class Requests:
         if scheduler is not None:
             for rank, view in scheduler.views.items():
                 if rank != self._rank:
-                    for name, amount in view.reported.items():
+                    for name, amount in (*view.reported, (STORE, view.store)):
                         free[name] = free.get(name, 0) + max(amount, 0)
         return {name: amount for name, amount in free.items()
                 if amount > 0 and "@" not in name and not labels.is_condition(name)}

@@ -302,8 +302,11 @@ class NodeServer:
             due_s = min(due_s, self._told_to_die[0][0])
         if self._output.deadline_s is not None:
             due_s = min(due_s, max(self._output.deadline_s, now_s + 0.001))
-        if machine is not None and machine.inventory.questions:
-            due_s = now_s  # a slice of the answer every turn
+        if machine is not None:
+            if machine.inventory.questions:
+                due_s = now_s  # a slice of the answer every turn
+            elif machine.due_s < due_s:
+                due_s = machine.due_s
         if self._state == ENDING:
             self._continue_ending(now_s)
             due_s = now_s + _ENDING_TICK_S

@@ -279,7 +279,7 @@ class Tasks:
     def assigned(self, home: int, message: Assign) -> None:
         template = self.templates[message.template_id]
         task = self.foreign(home, message, template)
-        self._machine.cluster.load_changed()
+        self._machine.cluster.work_came(template)
         if template.kind == ACTOR_CREATION:
             task.actor_id = ids.actor_of_task(task.task_id)
         task.state = QUEUED

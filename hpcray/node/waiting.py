@@ -26,7 +26,7 @@ from hpcray.node.explain import Explain, name_of
 from hpcray.node.ledger import Shape, is_group_shape
 from hpcray.node.memory import NodeMemory
 from hpcray.node.outbox import Outbox
-from hpcray.node.placement import Group, Groups, choose
+from hpcray.node.placement import Group, Groups, Room, choose
 from hpcray.node.records import DRIVER, QUEUED, TaskRecord, Worker
 from hpcray.node.tables import Forward, Tables, unwired
 from hpcray.protocol import ids, labels, words
@@ -280,7 +280,8 @@ class Waiting:
         def heard(found: dict[int, tuple[dict[str, int], list[str]]]) -> None:
             bundles = [tuple(pair for pair in bundle if not labels.is_condition(pair[0]))
                        for bundle in group.bundles]
-            if choose(bundles, group.strategy, {r: dict(f[0]) for r, f in found.items()}) is None:
+            room = Room({rank: have for rank, (have, _) in found.items()})
+            if choose(bundles, group.strategy, room) is None:
                 self._say(wait, f"placement group {group.name or group.group.hex()} "
                           f"({count}, {group.strategy}){more} waited for "
                           f"{PATIENCE_S:g} s for {_names(bundles)}{self._held(found, list(found))}")

@@ -839,7 +839,9 @@ class Load(_Message, tag=25):
 
     free: tuple[tuple[str, int], ...]
     queued: int
-    actors: int
+    actors: int  # here, or about to be
+    placed: int = 0  # actors that have come by grants so far
+    store: int = 0  # what objects leave of STORE: told along
 
 
 class Demand(_Message, tag=26):

@@ -70,8 +70,8 @@ PURE = ("protocol.", "objects.allocator", "objects.budget", "transport.peers", "
         *(f"node.{name}" for name in (
             "machine", "directory", "holders", "tasks", "dispatch", "ledger", "actors", "cluster",
             "actor_routes", "actor_homes", "actor_hosts", "actor_records", "actor_states",
-            "scheduler", "inventory", "keyvalue", "memory", "names", "placement", "requests",
-            "explain", "waiting", "records", "outbox", "streams")),
+            "scheduler", "leases", "inventory", "keyvalue", "memory", "names", "placement",
+            "requests", "explain", "waiting", "records", "outbox", "streams")),
         *(f"client.{name}" for name in (
             "core", "objects", "groups", "requests", "waiters", "pending")))
 WORLD = {"socket", "select", "selectors", "threading", "time", "os", "signal", "subprocess", "mmap",

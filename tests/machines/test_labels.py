@@ -76,8 +76,9 @@ def test_grants_go_where_the_conditions_hold() -> None:
         s.joined(Joined(rank, "h", "", 0, (("CPU", UNIT),), (("zone", zone),)))
     hard = (("?zone=b", labels.TAKEN), ("CPU", UNIT))
     s.demand(0, Demand(hard, 5))
-    assert sorted(grant.rank for _, grant in s.match(0.0)) == [2, 3]
+    assert sorted(grant.rank for _, grant in s.match()) == [2, 3]
     s.demand(0, Demand((("?zone=c", labels.TAKEN), ("CPU", UNIT)), 1))
+    assert s.match() == []
     assert len(s.impossible) == 1
 
 
@@ -89,6 +90,6 @@ def test_actors_go_where_soft_conditions_hold_then_elsewhere() -> None:
     placed = []
     for _ in range(3):
         s.demand(1, Demand((("CPU", UNIT), ("~zone=b", labels.TAKEN)), 1, actor=True))
-        placed += [grant.rank for _, grant in s.match(0.0)]
+        placed += [grant.rank for _, grant in s.match()]
     assert placed[0] == 2
     assert set(placed[1:]) == {0, 1}

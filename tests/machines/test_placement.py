@@ -7,15 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcray.node.ledger import ResourceLedger, Shape
-from hpcray.node.placement import choose
+from hpcray.node.placement import Room, choose
 from hpcray.protocol.messages import UNIT
 
 ONE: Shape = (("CPU", UNIT),)
 TWO: Shape = (("CPU", 2 * UNIT),)
 
 
-def nodes(*cpus: int) -> dict[int, dict[str, int]]:
-    return {rank: {"CPU": count * UNIT} for rank, count in enumerate(cpus)}
+def nodes(*cpus: int) -> Room:
+    return Room({rank: {"CPU": count * UNIT} for rank, count in enumerate(cpus)})
 
 
 @pytest.mark.parametrize(("strategy", "bundles", "cpus", "expected"), [
