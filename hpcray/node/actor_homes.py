@@ -33,9 +33,10 @@ from typing import Any
 from hpcray.node.actor_records import ActorHome, class_name, gone_failure, killed_failure
 from hpcray.node.actor_states import CREATED, GONE, KILLED, REFUSED, RESTART, ActorState
 from hpcray.node.directory import Directory
-from hpcray.node.records import FETCHING, QUEUED, WAITING, ClientRecord, TaskRecord
+from hpcray.node.records import ClientRecord, TaskRecord
 from hpcray.node.states import Edge, move
 from hpcray.node.tables import Tables, unwired
+from hpcray.node.task_states import FETCHING, QUEUED, RETRY, WAITING
 from hpcray.node.tasks import Tasks
 from hpcray.protocol import ids, values
 from hpcray.protocol.messages import (
@@ -128,7 +129,8 @@ class ActorHomes:
             died = failure if home is None else home.failure or failure
             self._tasks.fail(task, values.pack_failure(died))
         elif not started:
-            self._tasks._requeue(task)
+            move(task, RETRY)
+            self._tasks.requeue(task)
         elif self._may_restart(home):
             self._tasks.drop(task)
             self._restart(home)

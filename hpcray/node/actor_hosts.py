@@ -23,8 +23,10 @@ from hpcray.node.actor_records import Hosted, class_name, killed_failure, turn_o
 from hpcray.node.directory import Directory
 from hpcray.node.dispatch import Dispatcher
 from hpcray.node.outbox import Outbox
-from hpcray.node.records import ASSIGNED, RUNNING, TaskRecord
+from hpcray.node.records import TaskRecord
+from hpcray.node.states import move
 from hpcray.node.tables import Tables, unwired
+from hpcray.node.task_states import CALL_FETCHED, CALLED, FETCHING, RETURNED, RUNNING, UNSENT
 from hpcray.node.tasks import Tasks
 from hpcray.protocol import values
 from hpcray.protocol.messages import (
@@ -138,6 +140,11 @@ class ActorHosts:
         self.pump[hosted.actor_id] = hosted
 
     def call_fetched(self, task: TaskRecord) -> None:
+        """All that it needs is here."""
+        move(task, CALL_FETCHED)
+        self.go_on(task)
+
+    def go_on(self, task: TaskRecord) -> None:
         """What it needs is here, or it is cancelled: it and those behind it may go."""
         hosted = self.hosted.get(task.actor_id)
         if hosted is None:
@@ -157,7 +164,7 @@ class ActorHosts:
         hosted = self.hosted.get(task.actor_id)
         if hosted is None or hosted.worker != worker:
             return False
-        task.state = RUNNING
+        move(task, CALLED)
         task.worker = worker
         task.incarnation = hosted.incarnation
         hosted.in_flight[task.task_id] = task
@@ -170,7 +177,7 @@ class ActorHosts:
         if task is not None and hosted is not None and task_id in hosted.in_flight:
             del hosted.in_flight[task_id]
             task.worker = -1
-            task.state = ASSIGNED
+            move(task, UNSENT)
             if task.cancelled:
                 self._tasks.drop_cancelled(task)
             else:
@@ -294,8 +301,10 @@ class ActorHosts:
             self._tasks.forget_foreign(task)
 
     def _return(self, task: TaskRecord) -> None:
-        task.missing = 0
+        if task.state is FETCHING:
+            self._tasks.stop_fetching(task)
         if task.home == self._rank:
+            move(task, RETURNED)
             task.attempt += 1
             self.call_returned(task)
         else:

@@ -71,9 +71,10 @@ from hpcray.node.actor_states import (
 from hpcray.node.directory import Directory
 from hpcray.node.membership import Membership
 from hpcray.node.outbox import Outbox
-from hpcray.node.records import ASSIGNED, QUEUED, RUNNING, WAIT_VALUE, ClientRecord, TaskRecord
+from hpcray.node.records import WAIT_VALUE, ClientRecord, TaskRecord
 from hpcray.node.states import Edge, move
 from hpcray.node.tables import Tables, unwired
+from hpcray.node.task_states import READY, RETURNED, RUNNING, SEND, WAITING
 from hpcray.node.tasks import Tasks
 from hpcray.protocol import ids, values
 from hpcray.protocol.messages import METHOD, ActorIs, ActorWhere, AssignCall, SubmitCall
@@ -162,16 +163,18 @@ class ActorRoutes:
         elif state is RESTARTING and not task.template.max_retries:
             self._fail_unavailable(task)
         else:
-            task.state = QUEUED
+            if task.state is WAITING:
+                move(task, READY)
             route.waiting.append(task)
 
     def _send(self, route: Route, task: TaskRecord) -> None:
-        task.state = ASSIGNED
+        move(task, SEND)
         task.rank = route.rank
         task.incarnation = route.incarnation
         route.sent += 1
         if route.rank == self._rank:
             if not self.accept(task):
+                move(task, RETURNED)
                 self.came_back(task)
             return
         tasks = self._tasks
@@ -257,7 +260,6 @@ class ActorRoutes:
         if route.state is RESTARTING and not task.template.max_retries:
             self._fail_unavailable(task)
             return
-        task.state = QUEUED
         route.resend.append(task)
         if route.state is ALIVE:
             move(route, DOUBTED)

@@ -110,7 +110,7 @@ class Actors:
     def call_cancelled(self, task: TaskRecord) -> None:
         """Unstarted, and it has its outcome: those behind it must not wait for its dependencies."""
         self.routes.call_ready(task)
-        self.hosts.call_fetched(task)
+        self.hosts.go_on(task)
 
     def validate(self) -> None:
         self.routes.validate()

@@ -33,9 +33,10 @@ from hpcray.node.leases import Lease, Leases, Turns
 from hpcray.node.ledger import Shape, is_group_shape
 from hpcray.node.memory import NodeMemory
 from hpcray.node.outbox import Outbox
-from hpcray.node.records import QUEUED, TaskRecord, is_here
+from hpcray.node.records import TaskRecord, is_here
 from hpcray.node.scheduler import GlobalScheduler, covers, may_run, rating, slots_of
 from hpcray.node.tables import Tables, unwired
+from hpcray.node.task_states import QUEUED
 from hpcray.node.tasks import Tasks
 from hpcray.protocol import ids, labels, values, words
 from hpcray.protocol.messages import (
@@ -196,7 +197,7 @@ class Cluster:
         tasks = self._tasks
         if elsewhere:
             task.template = self._without_affinity(template)
-            tasks.ready(task)
+            tasks.bind(task)
             return True
         creation = template.kind == ACTOR_CREATION
         known = template.rank in self._totals

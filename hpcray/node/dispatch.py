@@ -50,8 +50,6 @@ from typing import Any
 from hpcray.node.ledger import ResourceLedger, Shape, cpu_part, is_group_shape, without_cpu
 from hpcray.node.outbox import KillWorker, Outbox, StartWorker, TakeBack
 from hpcray.node.records import (
-    QUEUED,
-    WAITING,
     WORKER_FREE,
     WORKER_HELLO,
     WORKER_HOSTS,
@@ -66,6 +64,7 @@ from hpcray.node.records import (
 )
 from hpcray.node.states import Edge, move
 from hpcray.node.tables import Tables, unwired
+from hpcray.node.task_states import FETCHED, QUEUED, WAITING
 from hpcray.node.tasks import Tasks
 from hpcray.protocol import ids, values
 from hpcray.protocol.messages import ACTOR_CREATION, METHOD, TASK, Stop, Template
@@ -277,7 +276,7 @@ class Dispatcher:
 
     def fetched(self, task: TaskRecord) -> None:
         """Its dependencies have arrived: it was next, it is next."""
-        task.state = QUEUED
+        move(task, FETCHED)
         self.enqueue(task, front=True)
 
     def has_room_for(self, shape: Shape) -> bool:

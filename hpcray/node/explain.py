@@ -24,19 +24,9 @@ from hpcray.node.ledger import Shape
 from hpcray.node.membership import Membership
 from hpcray.node.memory import NodeMemory
 from hpcray.node.placement import Bundles
-from hpcray.node.records import (
-    ASSIGNED,
-    FETCHING,
-    PENDING,
-    QUEUED,
-    RUNNING,
-    WAITING,
-    ObjectRecord,
-    TaskRecord,
-    Worker,
-    is_here,
-)
+from hpcray.node.records import PENDING, ObjectRecord, TaskRecord, Worker, is_here
 from hpcray.node.tables import Forward, Tables, unwired
+from hpcray.node.task_states import ASSIGNED, FETCHING, QUEUED, RUNNING, WAITING
 from hpcray.protocol import ids, labels, words
 from hpcray.protocol.messages import ACTOR_CREATION, METHOD, Template
 

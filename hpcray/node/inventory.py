@@ -31,14 +31,7 @@ from hpcray.node.directory import Directory
 from hpcray.node.outbox import Outbox
 from hpcray.node.placement import MEMBER
 from hpcray.node.records import (
-    ASSIGNED,
     DRIVER,
-    FAILED,
-    FETCHING,
-    FINISHED,
-    QUEUED,
-    RUNNING,
-    WAITING,
     ClientRecord,
     ObjectRecord,
     TaskRecord,
@@ -46,7 +39,19 @@ from hpcray.node.records import (
     WorkerState,
     in_store,
 )
+from hpcray.node.states import move
 from hpcray.node.tables import Forward, Tables, unwired
+from hpcray.node.task_states import (
+    ASSIGNED,
+    FAIL,
+    FAILED,
+    FETCHING,
+    FINISHED,
+    QUEUED,
+    RUNNING,
+    TOLD,
+    WAITING,
+)
 from hpcray.node.tasks import Tasks
 from hpcray.protocol import ids, labels, values
 from hpcray.protocol.messages import (
@@ -174,7 +179,7 @@ class Inventory:
         """A task of this home has failed for good."""
         template_id = task.template.template_id
         self.failed_counts[template_id] = self.failed_counts.get(template_id, 0) + 1
-        task.state = FAILED
+        move(task, FAIL)
         task.args = b""
         task.values = None
         if len(error) > _ERROR_BYTES:
@@ -346,7 +351,7 @@ class Inventory:
                 ("FAILED", self.failed_counts.get(template_id, 0)),
             ):
                 if number > 0:
-                    record = _ended(template_id, template, self._rank, FINISHED)
+                    record = _ended(template_id, template, self._rank)
                     row = [column(self, record) for column in question.columns]
                     row[names.index("state")] = state
                     _count(question, row, number, 0)
@@ -366,7 +371,7 @@ class Inventory:
             lately.update((t, template) for t, template, _ in self._home_tasks.lineage)
         for task_id, template_id in lately.items():
             if task_id not in self._tables.tasks and task_id not in self._failed:
-                yield _ended(task_id, self._tables.templates[template_id], self._rank, FINISHED)
+                yield _ended(task_id, self._tables.templates[template_id], self._rank)
 
     def _objects(self, query: dict[str, Any]) -> Sources:
         live = self._live(self._tables.objects, query, "object_id")
@@ -563,9 +568,9 @@ def object_bytes(record: ObjectRecord) -> int:
     return record.nbytes or -1
 
 
-def _ended(task_id: bytes, template: Template, rank: int, state: int) -> TaskRecord:
+def _ended(task_id: bytes, template: Template, rank: int) -> TaskRecord:
     task = TaskRecord(task_id, template, b"", b"", 0, rank, -1)
-    task.state = state
+    move(task, TOLD)
     if template.kind != TASK and len(task_id) == ids.TASK_ID_BYTES:
         task.actor_id = ids.actor_of_task(task_id) if template.kind == ACTOR_CREATION else b""
     return task

@@ -28,8 +28,9 @@ from hpcray.node.outbox import (
     Outbox,
     StartPull,
 )
-from hpcray.node.records import ASSIGNED, DRIVER, FETCHING, QUEUED, ClientRecord, Worker, in_store
+from hpcray.node.records import DRIVER, ClientRecord, Worker, in_store
 from hpcray.node.tables import Tables, unwired
+from hpcray.node.task_states import ASSIGNED, FETCHING, QUEUED
 from hpcray.objects.allocator import range_bytes
 from hpcray.objects.budget import NODE, SegmentBudget, SegmentGrant, StoreFull
 from hpcray.protocol import ids, words

@@ -2,14 +2,7 @@
 
 Hot: there may be millions. They are structs outside garbage collection (`gc=False`): they hold
 bytes, ints, and lists of other records, never a cycle. What few records need lives in an
-`ObjectExtra` that exists only then.
-
-    task, at its home        WAITING --deps ready--> QUEUED --bound--> ASSIGNED (rank or actor)
-                                                       |                  |
-                                                       +--> FETCHING <----+ (at the executor)
-                                                       |       |
-                                                       +--> RUNNING --> gone
-    a crash, a return or a retry leads back to QUEUED with the next attempt.
+`ObjectExtra` that exists only then. The states of a task: `node/task_states.py`.
 """
 
 from __future__ import annotations
@@ -22,6 +15,7 @@ import msgspec
 
 from hpcray.node.ledger import Shape
 from hpcray.node.states import Edge, State, Story, Table
+from hpcray.node.task_states import SUBMITTED, WAITING, TaskState
 from hpcray.protocol.messages import Located, Template
 
 DRIVER = 0  # its number among the clients of its node
@@ -53,7 +47,6 @@ class Where(enum.Enum):
     INLINE = "in the record"
     LOCAL = "in this host's shared memory"
     REMOTE = "in the shared memory of other nodes"
-
 
 
 # How a client waits, in the low bits of a waiter code (client number * 4 + how).
@@ -125,15 +118,6 @@ def in_store(record: ObjectRecord) -> bool:
 
 # --- tasks ------------------------------------------------------------------------------------
 
-WAITING = 0  # some dependency is not ready
-QUEUED = 1  # unbound, in a queue of its home (or of the executor)
-FETCHING = 2  # bound to this node; dependencies are on their way
-ASSIGNED = 3  # bound to another rank, or to an actor
-RUNNING = 4  # sent to a worker of this node
-# Of a record that is only told of any more (node/inventory.py).
-FINISHED = 5
-FAILED = 6
-
 
 class TaskRecord(msgspec.Struct, gc=False):
     task_id: bytes
@@ -143,7 +127,8 @@ class TaskRecord(msgspec.Struct, gc=False):
     dep_count: int
     home: int  # the rank that owns the record; others execute for it
     client: int  # who submitted it there
-    state: int = WAITING
+    state: TaskState = WAITING
+    story: Story = SUBMITTED  # how it came to be in this state
     attempt: int = 0
     missing: int = 0  # dependencies not ready (home), or not here yet (executor)
     retries_left: int = 0

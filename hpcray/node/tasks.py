@@ -5,8 +5,37 @@ late as possible: to this node by the dispatcher, to another by a grant of the g
 (`node/cluster.py`), to an actor by its route (`node/actors.py`). Every assignment has its own
 attempt number; outcomes of another attempt are dropped.
 
-    submit --> WAITING --deps ready--> dispatcher queue | route of the actor | rank it asks for
-    outcome: complete / fail / crash / returned     (by a local worker, or told by the executor)
+    WAITING   some dependency is not ready
+                its dependencies exist --> QUEUED
+                its outcome is an error --> FAILED
+                it is sent to its actor --> ASSIGNED
+                its caller hands it to the actor's worker itself --> RUNNING
+                people ask for it --> FINISHED
+    QUEUED    unbound in a queue of its home, or in the executor's
+                it is bound to another rank --> ASSIGNED
+                its outcome is an error --> FAILED
+                it is sent to its actor --> ASSIGNED
+                it needs what is not here --> FETCHING
+                it is given to a worker --> RUNNING
+    FETCHING  bound to this node; dependencies are on their way
+                its executor gave it back, not started --> QUEUED
+                its outcome is an error --> FAILED
+                all it needs is here --> QUEUED
+                all that the call needs is here --> ASSIGNED
+    ASSIGNED  bound to another rank or to an actor; at the executor: it has just come
+                its executor gave it back, not started --> QUEUED
+                its attempt failed, and it has another --> QUEUED
+                its outcome is an error --> FAILED
+                its home has bound it to this node --> QUEUED
+                it needs what is not here --> FETCHING
+                it is given to a worker --> RUNNING
+    RUNNING   sent to a worker of this node
+                its attempt failed, and it has another --> QUEUED
+                its outcome is an error --> FAILED
+                its caller could not hand it over --> ASSIGNED
+                its worker had not read it --> QUEUED
+    FINISHED  it has a value, and its record is gone: this one tells of it
+    FAILED    its outcome is an error; its record tells of it
 
 Invariants, checked by `validate`:
 
@@ -16,20 +45,38 @@ TK-2  its record's count on every ref it names is one, for as long as it is in `
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+from hpcray.node.directory import Directory
+from hpcray.node.memory import NodeMemory
 from hpcray.node.outbox import Introduce, IntroduceActor, KillWorker, Outbox
 from hpcray.node.records import (
-    ASSIGNED,
-    FETCHING,
     PENDING,
-    QUEUED,
-    RUNNING,
-    WAITING,
     ClientRecord,
     ObjectRecord,
     TaskRecord,
     TemplateStatistics,
+    is_here,
+)
+from hpcray.node.states import move
+from hpcray.node.streams import Streams
+from hpcray.node.tables import Tables, unwired
+from hpcray.node.task_states import (
+    ARRIVED,
+    ASSIGN,
+    ASSIGNED,
+    BOUND,
+    FETCH,
+    FETCHING,
+    QUEUED,
+    READY,
+    RETRY,
+    RETURNED,
+    RUN,
+    RUNNING,
+    TAKEN_BACK,
+    WAITING,
 )
 from hpcray.protocol import ids, values
 from hpcray.protocol.messages import (
@@ -42,6 +89,7 @@ from hpcray.protocol.messages import (
     Done,
     DoneMany,
     Failed,
+    HandedOver,
     Located,
     PeerReturn,
     RecallTask,
@@ -59,9 +107,6 @@ from hpcray.protocol.messages import (
 )
 from hpcray.protocol.sizes import gathers
 
-if TYPE_CHECKING:
-    from hpcray.node.machine import Machine
-
 # Lineage kept per flush: at more than this the control store gets a sample.
 _LINEAGE_PER_FLUSH = 256
 
@@ -74,13 +119,59 @@ class ErrorAt(NamedTuple):
 
 
 class Tasks:
-    def __init__(self, machine: Machine, outbox: Outbox) -> None:
-        self._machine = machine
+    def __init__(
+        self, tables: Tables, outbox: Outbox, memory: NodeMemory, directory: Directory,
+        streams: Streams,
+    ) -> None:
         self._outbox = outbox
-        self._rank = machine.rank
-        self.records = machine.tables.tasks
-        self.templates = machine.tables.templates
-        self.statistics = machine.tables.statistics
+        self._rank = tables.rank
+        self._several = tables.size > 1
+        self._clients = tables.clients
+        self._objects = tables.objects
+        self.records = tables.tasks
+        self.templates = tables.templates
+        self.statistics = tables.statistics
+        self._memory = memory
+        self._directory = directory
+        self._streams = streams
+        # Ports. Of the workers here: queue a task for them; all that it needs has come; a run of
+        # theirs is over; is there one free now?
+        self.enqueue: Callable[..., None] = unwired
+        self.fetched: Callable[[TaskRecord], None] = unwired
+        self.run_over: Callable[[TaskRecord], None] = unwired
+        self.has_room: Callable[[Template], bool] = unwired
+        # Of the other nodes: resources that a template names; a task of theirs has come.
+        self.learn: Callable[[Any], None] = unwired
+        self.work_came: Callable[[Template], None] = unwired
+        # Bind a task to the node it asks for; in turn; to where its inputs are. Whether it is.
+        self.place_at: Callable[[TaskRecord], bool] = unwired
+        self.deal: Callable[[TaskRecord], bool] = unwired
+        self.place_elsewhere: Callable[[TaskRecord], bool] = unwired
+        self.place_actor: Callable[[TaskRecord], None] = unwired
+        # A task is over there; came back from there; came back from the only node it may run on.
+        self.over_elsewhere: Callable[[int, TaskRecord], None] = unwired
+        self.back_from: Callable[[int, TaskRecord], None] = unwired
+        self.unavailable: Callable[[TaskRecord], bool] = unwired
+        # Of actors, at the home of a call: it is ready; came back; is to run again after it raised,
+        # after a crash; will never run; is over.
+        self.call_ready: Callable[[TaskRecord], None] = unwired
+        self.call_returned: Callable[[TaskRecord], None] = unwired
+        self.call_again: Callable[[TaskRecord], None] = unwired
+        self.resend: Callable[[TaskRecord], None] = unwired
+        self.call_cancelled: Callable[[TaskRecord], None] = unwired
+        self.call_over: Callable[[TaskRecord], None] = unwired
+        # At the actor's host: all that a call needs has come; a call, or the creation, is over; the
+        # constructor raised. At its home: it raised, or its worker is gone.
+        self.call_fetched: Callable[[TaskRecord], None] = unwired
+        self.call_run_over: Callable[[TaskRecord], None] = unwired
+        self.creation_failed: Callable[[TaskRecord, bytes], None] = unwired
+        self.creation_failed_at_home: Callable[[TaskRecord, bytes], None] = unwired
+        self.creation_crashed: Callable[..., None] = unwired
+        # Of placement groups: why tasks of a removed one die; fail a task if its group is removed.
+        self.reason_of_group: Callable[[Template], values.Failure | None] = unwired
+        self.refuse_of_group: Callable[[TaskRecord], bool] = unwired
+        # A task of this home has failed for good.
+        self.failed_for_good: Callable[[TaskRecord, bytes], None] = unwired
         # Templates each peer knows already.
         self._told: dict[int, set[bytes]] = {}
         # (task, template, refs) of new tasks, for the control store.
@@ -92,7 +183,7 @@ class Tasks:
 
     def define(self, template: Template) -> None:
         if template.template_id not in self.templates:
-            self._machine.cluster.learn(template.resources)
+            self.learn(template.resources)
             self.templates[template.template_id] = template
             self.statistics[template.template_id] = TemplateStatistics()
 
@@ -126,7 +217,7 @@ class Tasks:
         self.records[task_id] = task
         self.submitted += 1
         count = template.return_count
-        directory = self._machine.directory
+        directory = self._directory
         if count == 1:
             object_id = task_id + ids.FIRST_RETURN
             directory.created(object_id)
@@ -143,7 +234,7 @@ class Tasks:
             lineage.append((task_id, template.template_id, task.refs))
 
     def hold_arguments(self, task: TaskRecord) -> None:
-        directory = self._machine.directory
+        directory = self._directory
         dep_count = task.dep_count
         for index, object_id in enumerate(ids.split_ids(task.refs)):
             record = directory.hold(object_id)
@@ -171,23 +262,23 @@ class Tasks:
         """Forget it without an outcome: another record takes its place."""
         del self.records[task.task_id]
         if task.refs:
-            self._machine.directory.release_all(task.refs)
+            self._directory.release_all(task.refs)
 
     def dependency_ready(self, task: TaskRecord, record: ObjectRecord) -> None:
         """An object the task waits for is ready (somewhere), or has arrived here."""
         if task.cancelled:
             return
         if task.state == FETCHING:
-            if not self._machine.directory.is_local(record):
+            if not is_here(record):
                 self._depend(task, record)
-                self._machine.directory.pull(record)
+                self._directory.pull(record)
                 return
             self._fetched(task)
             return
         task.missing -= 1
         if task.missing == 0 and task.state == WAITING:
             if task.actor_id and task.template.kind == METHOD:
-                self._machine.actors.call_ready(task)
+                self.call_ready(task)
             else:
                 self.ready(task)
 
@@ -195,9 +286,9 @@ class Tasks:
         task.missing -= 1
         if task.missing == 0:
             if task.actor_id and task.template.kind == METHOD:
-                self._machine.actors.call_fetched(task)
+                self.call_fetched(task)
             else:
-                self._machine.dispatcher.fetched(task)
+                self.fetched(task)
 
     def dependency_refused(self, task: TaskRecord, record: ObjectRecord, error: bytes) -> None:
         """A dependency cannot be brought here now: for this attempt its value is the error."""
@@ -212,27 +303,31 @@ class Tasks:
                    if value is None and dep_ids[index] == record.object_id)] = error
         task.values = tuple(given)
         if task.home != self._rank:
-            self._machine.directory.release(record.object_id)
+            self._directory.release(record.object_id)
         self._fetched(task)
 
     def ready(self, task: TaskRecord) -> None:
         """Every dependency exists somewhere: bind the task, or queue it for that."""
-        task.state = QUEUED
-        machine = self._machine
-        if (machine.size > 1 or task.template.rank >= 0) and self._bind(task):
+        move(task, READY)
+        if (self._several or task.template.rank >= 0) and self._place(task):
             return
-        machine.dispatcher.enqueue(task)
+        self.enqueue(task)
 
-    def _bind(self, task: TaskRecord) -> bool:
+    def bind(self, task: TaskRecord) -> None:
+        """The same for one that has been ready before."""
+        if (self._several or task.template.rank >= 0) and self._place(task):
+            return
+        self.enqueue(task)
+
+    def _place(self, task: TaskRecord) -> bool:
         """To a node that it asks for, or that is better or as good; False: it stays here."""
         template = task.template
-        cluster = self._machine.cluster
         if template.rank >= 0:
-            return cluster.place_at(task)
+            return self.place_at(task)
         if template.kind == ACTOR_CREATION:
-            cluster.place_actor(task)
+            self.place_actor(task)
             return True
-        return cluster.deal(task) if template.spread else cluster.place_elsewhere(task)
+        return self.deal(task) if template.spread else self.place_elsewhere(task)
 
     # --- binding to another rank ------------------------------------------------------------------
 
@@ -245,7 +340,7 @@ class Tasks:
     def assign(self, task: TaskRecord, rank: int) -> None:
         """Bind to another rank."""
         self.tell_template(rank, task.template)
-        task.state = ASSIGNED
+        move(task, ASSIGN)
         task.rank = rank
         self._outbox.peers[rank].append(Assign(
             task.task_id, task.template.template_id, task.attempt, task.args,
@@ -257,7 +352,7 @@ class Tasks:
         asks their homes for the values, which are too many for one message."""
         if not task.dep_count:
             return ()
-        records = self._machine.directory.records
+        records = self._objects
         deps: list[bytes | Remote] = []
         inline_bytes = len(task.args)
         for object_id in ids.split_ids(task.refs[: task.dep_count * 28]):
@@ -279,23 +374,24 @@ class Tasks:
     def assigned(self, home: int, message: Assign) -> None:
         template = self.templates[message.template_id]
         task = self.foreign(home, message, template)
-        self._machine.cluster.work_came(template)
+        self.work_came(template)
         if template.kind == ACTOR_CREATION:
             task.actor_id = ids.actor_of_task(task.task_id)
-        task.state = QUEUED
-        if template.unavailable != WAIT and not self._machine.dispatcher.has_room(template):
+        move(task, ARRIVED)
+        if template.unavailable != WAIT and not self.has_room(template):
             self.give_back(task)
             return
-        self._machine.dispatcher.enqueue(task)
+        self.enqueue(task)
 
     def foreign(self, home: int, message: Any, template: Template) -> TaskRecord:
         """The record of a task (or call) that another home bound to this node."""
         task = TaskRecord(
             message.task_id, template, message.args, message.dep_ids, len(message.deps), home, -1,
+            ASSIGNED, BOUND,
         )
         task.attempt = message.attempt
         if message.deps:
-            directory = self._machine.directory
+            directory = self._directory
             inline: list[bytes | None] = []
             for object_id, dep in zip(ids.split_ids(message.dep_ids), message.deps, strict=True):
                 if type(dep) is Remote:
@@ -316,15 +412,26 @@ class Tasks:
         self.records[task.task_id] = task
         return task
 
+    def stop_fetching(self, task: TaskRecord) -> None:
+        """It leaves this node before all its dependencies have come: they are not for it any more,
+        and it will count anew where it goes."""
+        for object_id in ids.split_ids(task.refs[: task.dep_count * 28]):
+            record = self._objects.get(object_id)
+            extra = None if record is None else record.extra
+            if extra is not None and extra.dependents:
+                extra.dependents = [other for other in extra.dependents if other is not task]
+        task.missing = 0
+
     def fetch(self, task: TaskRecord) -> bool:
         """Bring its dependencies here; True if all are."""
-        directory = self._machine.directory
+        directory = self._directory
         for index, object_id in enumerate(ids.split_ids(task.refs[: task.dep_count * 28])):
             if task.values is not None and task.values[index] is not None:
                 continue
-            record = directory.records[object_id]
-            if not directory.is_local(record):
-                task.state = FETCHING
+            record = self._objects[object_id]
+            if not is_here(record):
+                if not task.missing:
+                    move(task, FETCH)
                 task.missing += 1
                 self._depend(task, record)
                 directory.pull(record)
@@ -337,20 +444,20 @@ class Tasks:
 
         `alone`: it has nothing else to do, so its value is worth a datagram of its own.
         """
-        task.state = RUNNING
+        move(task, RUN)
         task.worker = worker
         reply_to = self._reply_to(task, worker) if alone else -1
         if not task.dep_count:
             return Run(task.task_id, task.template.template_id, task.attempt, task.args, (),
                        task.actor_id, devices, b"", reply_to)
-        directory = self._machine.directory
+        directory = self._directory
         deps: list[bytes | Located] = []
         inline_bytes = len(task.args)
         dep_ids = task.refs[: task.dep_count * 28]
         for index, object_id in enumerate(ids.split_ids(dep_ids)):
             value = task.values[index] if task.values is not None else None
             if value is None:
-                record = directory.records[object_id]
+                record = self._objects[object_id]
                 value = record.value
                 if value is None:
                     assert record.location is not None
@@ -368,10 +475,10 @@ class Tasks:
         saves who waits a turn of this node's loop."""
         if task.home != self._rank or task.template.return_count != 1:
             return -1
-        number = self._machine.directory.sole_waiter(task.task_id + ids.FIRST_RETURN)
+        number = self._directory.sole_waiter(task.task_id + ids.FIRST_RETURN)
         if number < 0 or number == worker:
             return -1
-        client = self._machine.clients.get(number)
+        client = self._clients.get(number)
         if client is None:
             return -1
         if worker not in client.met:
@@ -388,16 +495,16 @@ class Tasks:
     def unrun(self, task: TaskRecord) -> None:
         """The Run came back unread: undo its pins."""
         if task.dep_count:
-            client = self._machine.clients.get(task.worker)
+            client = self._clients.get(task.worker)
             if client is not None:
-                directory = self._machine.directory
+                directory = self._directory
                 for index, object_id in enumerate(ids.split_ids(task.refs[: task.dep_count * 28])):
                     if task.values is not None and task.values[index] is not None:
                         continue
-                    record = directory.records[object_id]
+                    record = self._objects[object_id]
                     if record.value is None:
                         directory.client_unpinned(client, object_id)
-        task.state = QUEUED
+        move(task, TAKEN_BACK)
         task.worker = -1
 
     # --- outcomes, from workers of this node ------------------------------------------------------
@@ -421,14 +528,14 @@ class Tasks:
         if task is None or task.worker != client.number:
             for returned in message.returns:
                 if type(returned.value) is Located:
-                    self._machine.memory.used(returned.value)
-                    self._machine.memory.free(returned.value)
+                    self._memory.used(returned.value)
+                    self._memory.free(returned.value)
             return
         self._ran(task, message.run_us)
         if task.home == self._rank:
             self.complete_many(task, message.returns)
             return
-        directory = self._machine.directory
+        directory = self._directory
         returns = []
         handed = b""
         for index, returned in enumerate(message.returns):
@@ -458,7 +565,7 @@ class Tasks:
         self.statistics[template.template_id].raised += 1
         if template.kind == ACTOR_CREATION:
             assert isinstance(error, bytes)
-            self._machine.actors.creation_failed(task, error)
+            self.creation_failed(task, error)
             return
         if task.home == self._rank:
             self.raised(task, error, message.retry)
@@ -466,7 +573,7 @@ class Tasks:
         nbytes = 0
         if type(error) is Located:
             nbytes = error.nbytes
-            self._machine.directory.keep_foreign(
+            self._directory.keep_foreign(
                 task.task_id + ids.FIRST_RETURN, error, failed=True)
             error = b""
         assert isinstance(error, bytes)
@@ -476,13 +583,13 @@ class Tasks:
     def _ran(self, task: TaskRecord, run_us: int) -> None:
         self.statistics[task.template.template_id].add(run_us)
         if task.actor_id:
-            self._machine.actors.call_finished(task)
+            self.call_run_over(task)
         else:
-            self._machine.dispatcher.finished(task)
+            self.run_over(task)
 
     def _report(self, task: TaskRecord, client: ClientRecord, message: Any) -> None:
         """Tell the home, once the homes of refs that the worker kept know of this node."""
-        self._machine.directory.holders.release(client.add_barrier, task.home, message)
+        self._directory.holders.release(client.add_barrier, task.home, message)
         self.forget_foreign(task)
 
     def forget_foreign(self, task: TaskRecord) -> None:
@@ -491,20 +598,18 @@ class Tasks:
         if task.values is not None:
             for index, object_id in enumerate(ids.split_ids(task.refs)):
                 if task.values[index] is None:
-                    self._machine.directory.release(object_id)
+                    self._directory.release(object_id)
 
     def worker_died(self, task: TaskRecord, failure: values.Failure, *, started: bool) -> None:
         """Its worker is gone; `started`: it may have been running."""
-        if task.dep_count:
-            task.state = QUEUED  # pins went with the client
         task.worker = -1
-        failure = self._machine.bundles.reason(task.template) or failure
+        failure = self.reason_of_group(task.template) or failure
         if started:
             self.statistics[task.template.template_id].singly = True
         if task.home == self._rank:
             self.crashed(task, failure, started=started)
         else:
-            self._machine.directory.holders.release_last(
+            self._directory.holders.release_last(
                 task.home, TaskCrashed(task.task_id, task.attempt, failure, started))
             self.forget_foreign(task)
 
@@ -519,7 +624,7 @@ class Tasks:
                 TaskFailed(task.task_id, task.attempt, 0, error, False))
             self.forget_foreign(task)
         elif creation:
-            self._machine.actors.creation_failed_at_home(task, error)
+            self.creation_failed_at_home(task, error)
         else:
             self.fail(task, error)
 
@@ -531,16 +636,16 @@ class Tasks:
     # --- outcomes, at the home --------------------------------------------------------------------
 
     def complete(self, task: TaskRecord, value: bytes, told: int = -1) -> None:
-        self._machine.directory.resolve_inline(task.task_id + ids.FIRST_RETURN, value, told)
+        self._directory.resolve_inline(task.task_id + ids.FIRST_RETURN, value, told)
         self._finish(task)
 
     def complete_many(self, task: TaskRecord, returns: tuple[Return, ...]) -> None:
         for index, returned in enumerate(returns):
-            self._machine.directory.resolve_return(
+            self._directory.resolve_return(
                 ids.return_id(task.task_id, index), returned)
         self._finish(task)
         if task.template.stream == STREAM:
-            self._machine.streams.ended(task)
+            self._streams.ended(task)
 
     def peer_done(self, rank: int, message: TaskDone) -> None:
         task = self._current(rank, message)
@@ -549,10 +654,10 @@ class Tasks:
             statistics.add(message.run_us)
             statistics.told += 1
             self.complete(task, message.value)
-            self._machine.cluster.finished(rank, task)
+            self.over_elsewhere(rank, task)
 
     def peer_done_many(self, rank: int, message: TaskDoneMany) -> None:
-        directory = self._machine.directory
+        directory = self._directory
         task = self._current(rank, message)
         barrier = 0
         for index, returned in enumerate(message.returns):
@@ -561,8 +666,6 @@ class Tasks:
                 continue
             barrier = max(barrier, directory.resolve_peer_return(object_id, returned, rank))
         if message.handover:
-            from hpcray.protocol.messages import HandedOver
-
             directory.holders.release(barrier, rank, HandedOver(message.handover))
         if task is not None:
             statistics = self.statistics[task.template.template_id]
@@ -570,8 +673,8 @@ class Tasks:
             statistics.told += 1
             self._finish(task)
             if task.template.stream == STREAM:
-                self._machine.streams.ended(task)
-            self._machine.cluster.finished(rank, task)
+                self._streams.ended(task)
+            self.over_elsewhere(rank, task)
 
     def peer_failed(self, rank: int, message: TaskFailed) -> None:
         task = self._current(rank, message)
@@ -581,16 +684,16 @@ class Tasks:
         if task is None:
             self._forget_error(message.task_id, error)
             return
-        self._machine.cluster.finished(rank, task)
+        self.over_elsewhere(rank, task)
         if task.template.kind == ACTOR_CREATION:
-            self._machine.actors.creation_failed_at_home(task, message.error)
+            self.creation_failed_at_home(task, message.error)
         else:
             self.raised(task, error, message.retry)
 
     def peer_crashed(self, rank: int, message: TaskCrashed) -> None:
         task = self._current(rank, message)
         if task is not None:
-            self._machine.cluster.finished(rank, task)
+            self.over_elsewhere(rank, task)
             self.crashed(task, message.failure, started=message.started)
 
     def peer_returned(self, rank: int, message: TaskReturned) -> None:
@@ -599,24 +702,24 @@ class Tasks:
             return
         if task.cancelled:  # unstarted: the RecallTask behind it will find nothing
             if task.template.kind != METHOD:
-                self._machine.cluster.returned(rank, task)
+                self.back_from(rank, task)
             self.fail(task, values.pack_failure(cancelled_failure(task)))
             return
+        move(task, RETURNED)
         if task.template.kind == METHOD:
             task.attempt += 1
-            self._machine.actors.call_returned(task)
+            self.call_returned(task)
             return
         if task.template.kind != ACTOR_CREATION:
             # An actor's attempt is its incarnation, and none has come to be: the executor has
             # answered this assignment for good, so its number may serve again.
             task.attempt += 1
-            self._machine.cluster.returned(rank, task)
+            self.back_from(rank, task)
         if task.template.unavailable != WAIT:
             task.rank = -1
-            task.state = QUEUED
-            self._machine.cluster.unavailable(task)
+            self.unavailable(task)
             return
-        self._requeue(task)
+        self.requeue(task)
 
     def _current(self, rank: int, message: Any) -> TaskRecord | None:
         """The task an executor speaks of, if that is its current assignment."""
@@ -632,10 +735,11 @@ class Tasks:
         """
         if retry and task.retries_left != 0 and not task.cancelled:
             self._count_retry(task)
+            move(task, RETRY)
             if task.template.kind == METHOD:
-                self._machine.actors.call_again(task)
+                self.call_again(task)
             else:
-                self._requeue(task)
+                self.requeue(task)
         elif task.cancelled and task.template.kind != METHOD:
             self._forget_error(task.task_id, error)
             self.fail(task, values.pack_failure(cancelled_failure(task)))
@@ -645,26 +749,28 @@ class Tasks:
     def _forget_error(self, task_id: bytes, error: bytes | Located | ErrorAt) -> None:
         """Nobody will see it."""
         if type(error) is Located:
-            self._machine.memory.used(error)
-            self._machine.memory.free(error)
+            self._memory.used(error)
+            self._memory.free(error)
         elif type(error) is ErrorAt:
-            self._machine.directory.spare_copy(task_id + ids.FIRST_RETURN, error.rank)
+            self._directory.spare_copy(task_id + ids.FIRST_RETURN, error.rank)
 
     def crashed(self, task: TaskRecord, failure: values.Failure, *, started: bool) -> None:
         """A system failure took the task down."""
-        if task.template.group_id and self._machine.bundles.refuse(task):
+        if task.template.group_id and self.refuse_of_group(task):
             return
         if task.template.kind == ACTOR_CREATION:
-            self._machine.actors.creation_crashed(task, failure, started=started)
+            self.creation_crashed(task, failure, started=started)
             return
         if task.cancelled:
             self.fail(task, values.pack_failure(cancelled_failure(task)))
         elif not started:
             task.attempt += 1
-            self._requeue(task)
+            move(task, RETRY)
+            self.requeue(task)
         elif task.retries_left != 0:
             self._count_retry(task)
-            self._requeue(task)
+            move(task, RETRY)
+            self.requeue(task)
         else:
             self.fail(task, values.pack_failure(failure))
 
@@ -674,20 +780,20 @@ class Tasks:
             task.retries_left -= 1
         task.attempt += 1
 
-    def _requeue(self, task: TaskRecord) -> None:
+    def requeue(self, task: TaskRecord) -> None:
+        """It is to run again: back to where it is bound."""
         task.rank = -1
         task.values = None
-        task.state = QUEUED
         if task.template.kind == METHOD:
-            self._machine.actors.resend(task)
+            self.resend(task)
         elif task.template.rank >= 0 or task.template.kind == ACTOR_CREATION:
-            self.ready(task)
+            self.bind(task)
         else:
-            self._machine.dispatcher.enqueue(task, front=True)
+            self.enqueue(task, front=True)
 
     def fail(self, task: TaskRecord, error: bytes | Located | ErrorAt) -> None:
         """Deliver an error as the value of every return."""
-        directory = self._machine.directory
+        directory = self._directory
         if isinstance(error, bytes):
             for index in range(task.template.return_count):
                 directory.resolve_inline(ids.return_id(task.task_id, index), error)
@@ -703,21 +809,21 @@ class Tasks:
                     object_id, PeerReturn(b"", error.nbytes), error.rank)
             error = bytes((values.ERROR,))  # all that a node needs to know of it
         if task.template.stream == STREAM:
-            self._machine.streams.failed(task, error)
+            self._streams.failed(task, error)
         if task.task_id in self.records:
-            self._machine.inventory.failed(task, error)
+            self.failed_for_good(task, error)
         self._finish(task)
         if task.template.stream == STREAM:
-            self._machine.streams.ended(task)
+            self._streams.ended(task)
 
     def _finish(self, task: TaskRecord) -> None:
         if self.records.pop(task.task_id, None) is None:
             return
         self.finished += 1
         if task.actor_id:
-            self._machine.actors.home_call_finished(task)
+            self.call_over(task)
         if task.refs:
-            self._machine.directory.release_all(task.refs)
+            self._directory.release_all(task.refs)
 
     # --- cancellation -----------------------------------------------------------------------------
 
@@ -769,7 +875,7 @@ class Tasks:
                 TaskFailed(task.task_id, task.attempt, 0, error, False))
             self.forget_foreign(task)
         if task.template.kind == METHOD:
-            self._machine.actors.call_cancelled(task)
+            self.call_cancelled(task)
 
     def recalled(self, message: RecallTask) -> None:
         task = self.records.get(message.task_id)

@@ -27,8 +27,9 @@ from hpcray.node.ledger import Shape, is_group_shape
 from hpcray.node.memory import NodeMemory
 from hpcray.node.outbox import Outbox
 from hpcray.node.placement import Group, Groups, Room, choose
-from hpcray.node.records import DRIVER, QUEUED, TaskRecord, Worker
+from hpcray.node.records import DRIVER, TaskRecord, Worker
 from hpcray.node.tables import Forward, Tables, unwired
+from hpcray.node.task_states import QUEUED
 from hpcray.protocol import ids, labels, words
 from hpcray.protocol.messages import CollectGarbage
 

@@ -71,14 +71,15 @@ PURE = ("protocol.", "objects.allocator", "objects.budget", "transport.peers", "
             "machine", "directory", "holders", "tasks", "dispatch", "ledger", "actors", "cluster",
             "actor_routes", "actor_homes", "actor_hosts", "actor_records", "actor_states",
             "scheduler", "leases", "inventory", "keyvalue", "memory", "names", "placement",
-            "requests", "explain", "waiting", "records", "outbox", "streams")),
+            "requests", "explain", "waiting", "records", "outbox", "streams", "states",
+            "task_states", "tables")),
         *(f"client.{name}" for name in (
             "core", "objects", "groups", "requests", "waiters", "pending")))
 WORLD = {"socket", "select", "selectors", "threading", "time", "os", "signal", "subprocess", "mmap",
          "multiprocessing", "asyncio", "ctypes", "fcntl", "pathlib", "random", "secrets", "mpi4py"}
 
 # Rooms whose files still import each other in circles.
-CIRCULAR: set[str] = {"worker", "testing", "node"}
+CIRCULAR: set[str] = {"worker", "testing"}
 
 Edge = tuple[str, str, int]
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from hpcray.node.machine import Machine
-from hpcray.node.records import QUEUED, TaskRecord
+from hpcray.node.records import TaskRecord
+from hpcray.node.states import move
+from hpcray.node.task_states import READY
 from hpcray.protocol import ids
 from hpcray.protocol import messages as m
 
@@ -25,7 +27,7 @@ def creation(rank: int = -1) -> TaskRecord:
     template = m.Template(b"t" * 16, b"f" * 16, m.ACTOR_CREATION, "A", resources=CPU, rank=rank)
     task = TaskRecord(ids.creation_task_id(actor_id), template, b"", b"", 0, 0, 0)
     task.actor_id = actor_id
-    task.state = QUEUED
+    move(task, READY)
     return task
 
 

@@ -9,7 +9,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from hpcray.node import outbox as out
 from hpcray.node.machine import Machine
-from hpcray.node.records import RUNNING, WorkerState
+from hpcray.node.records import WorkerState
+from hpcray.node.task_states import RUNNING
 from hpcray.protocol import ids, values
 from hpcray.protocol import messages as m
 

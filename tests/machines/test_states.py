@@ -7,13 +7,23 @@ from types import ModuleType
 import msgspec
 import pytest
 
-from hpcray.node import actor_homes, actor_routes, actor_states, directory, dispatch, records
+from hpcray.node import (
+    actor_homes,
+    actor_routes,
+    actor_states,
+    directory,
+    dispatch,
+    records,
+    task_states,
+    tasks,
+)
 from hpcray.node.states import Edge, InvalidMoveError, State, Story, Table, move
 
 # Each table, and the module whose docstring shows it.
 SHOWN = [
     (records.OBJECTS, directory),
     (records.WORKERS, dispatch),
+    (task_states.TASKS, tasks),
     (actor_states.ACTORS, actor_homes),
     (actor_states.ROUTES, actor_routes),
 ]
