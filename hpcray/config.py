@@ -53,6 +53,7 @@ OTHER_VARIABLES = {
     "HPCRAY_MPIRUN": "the mpirun of `hpcray run -n`",
     "HPCRAY_MPIRUN_ARGS": "what `hpcray run -n` adds to the command line of mpirun",
     "HPCRAY_KEEP_BINDING": "1: a rank keeps to the cores that mpirun bound it to",
+    "HPCRAY_END_TIMEOUT_S": "how long a node may take to end after its driver or launcher has: 60",
     "HPCRAY_POLL": "busy: a node never sleeps while it waits for MPI",
     "HPCRAY_MAP_PEERS": "0: ranks of one host copy objects by MPI, not by shared memory",
     "HPCRAY_LAUNCH_ID": "set by `hpcray run -n`",

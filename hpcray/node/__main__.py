@@ -3,7 +3,7 @@
 Run by `launch.start` (with the driver's socket) or by `launch.keeper`. The order matters:
 what forks or execs comes before MPI_Init, because forking after it breaks some fabrics.
 
-    resources --> sidecar (node 0) --> zygote --> MPI_Init --> serve --> MPI_Finalize
+    resources --> sidecar (node 0) --> zygote, watchdog --> MPI_Init --> serve --> MPI_Finalize
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import errno
 import faulthandler
+import math
 import os
 import resource
 import secrets
@@ -19,6 +20,7 @@ import signal
 import socket
 import sys
 import traceback
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NoReturn
 
 from hpcray.config import make_config
@@ -26,6 +28,7 @@ from hpcray.exceptions import LaunchError
 from hpcray.launch.identity import read_launch, strip_identity
 from hpcray.launch.last_words import LastWords
 from hpcray.launch.resources import detect_resources, widen_affinity
+from hpcray.launch.watchdog import LIMIT_S, Watchdog
 from hpcray.launch.world import mismatch
 from hpcray.node.journal import Journal
 from hpcray.node.pool import WorkerPool
@@ -72,6 +75,7 @@ def main() -> int:
         said = make_config(environment=environ)
     except (TypeError, ValueError) as error:
         raise LaunchError(str(error)) from None
+    end_timeout_s = _end_timeout_s(environ)
     launch = read_launch(environ)
     last_words = LastWords(launch, environ)
     widen_affinity(launch, environ)
@@ -89,6 +93,8 @@ def main() -> int:
     preload = [name for name in environ.get("HPCRAY_PRELOAD", "").split(",")
                if name not in ("", "auto")]
     pool = WorkerPool(worker_environ, preload)
+    generations = 2 if launch.mode == "mpi" else 1  # a shell may go
+    watchdog = Watchdog(launch.rank, generations, end_timeout_s, worker_environ)
     transport: MpiTransport | None = None
     spin = False
     if launch.mode == "mpi":
@@ -112,7 +118,7 @@ def main() -> int:
             mpi.end_world()
             return _REFUSED
         transport = mpi.connect(world, timeout_s)
-        pool.set_cleanup_paths(_shared_files)
+        watchdog.unlink_at_end(_shared_files)
         cores = len(os.sched_getaffinity(0))
         spin = cores > launch.local_size or environ.get("HPCRAY_POLL") == "busy"
     if driver is not None:
@@ -176,6 +182,14 @@ def _die_with(parent_pid: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL if parent_pid else 0)
     if parent_pid and os.getppid() != parent_pid:  # it was quicker
         os._exit(1)
+
+
+def _end_timeout_s(environ: Mapping[str, str]) -> float:
+    text = environ.get("HPCRAY_END_TIMEOUT_S") or str(LIMIT_S)
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise LaunchError(f"HPCRAY_END_TIMEOUT_S={text} is not a number of seconds above 0")
 
 
 def _find_shared_files() -> list[str]:

@@ -181,7 +181,6 @@ class WorkerPool:
         *,
         target: str = zygote.DEFAULT_TARGET,
         sys_path: Sequence[str] | None = None,
-        cleanup_paths: Sequence[str] = (),
     ) -> None:
         """Starts the zygote: to be called before MPI_Init, from the main thread.
 
@@ -197,7 +196,6 @@ class WorkerPool:
         self._zygote_pid = 0
         self._target = target
         self._sys_path = sys_path
-        self._cleanup_paths = tuple(cleanup_paths)
         self._cleanup_folder = ""
         self._descriptor_limit = raise_descriptor_limit()
         self._handles: dict[int, WorkerHandle] = {}
@@ -224,17 +222,11 @@ class WorkerPool:
     def zygote_pid(self) -> int:
         return self._zygote_pid
 
-    def set_cleanup_paths(self, paths: Sequence[str]) -> None:
-        """Files the zygote unlinks if this node vanishes: what its MPI library would leak."""
-        self._cleanup_paths = tuple(paths)
-        if self._socket is not None:
-            self._send(_Outgoing(_encode(zygote.CleanupRequest(
-                self._cleanup_paths, self._cleanup_folder))))
-
     def set_cleanup_folder(self, folder: str) -> None:
-        """A folder, made by workers, that the zygote removes if this node vanishes."""
+        """A folder, made by workers, that the zygote removes when they have ended."""
         self._cleanup_folder = folder
-        self.set_cleanup_paths(self._cleanup_paths)
+        if self._socket is not None and folder:
+            self._send(_Outgoing(_encode(zygote.CleanupRequest(folder))))
 
     def flush(self) -> None:
         """Send what waits, as far as the socket takes it."""
@@ -420,8 +412,7 @@ class WorkerPool:
         """A new pool, with a new zygote, for the next job of this node. After `close`."""
         return WorkerPool(
             self._environ, [name for name in self._preload if name not in self._unfit],
-            target=self._target, sys_path=self._sys_path, cleanup_paths=self._cleanup_paths,
-        )
+            target=self._target, sys_path=self._sys_path)
 
     def start_close(self, grace_s: float) -> None:
         """Have the zygote end all workers and itself; ZygoteLost follows. Then call `close`.
@@ -477,8 +468,7 @@ class WorkerPool:
             descriptor_limit=self._descriptor_limit,
         )
         self._zygote_pid = self._process.pid
-        if self._cleanup_paths or self._cleanup_folder:
-            self.set_cleanup_paths(self._cleanup_paths)
+        self.set_cleanup_folder(self._cleanup_folder)
         self._ready = False
         self._asked.clear()
         for preload in self._preloads:

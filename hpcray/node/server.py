@@ -152,7 +152,7 @@ class NodeServer:
         self._ended: set[int] = set()
         # Ranks that did not say within the time that they have ended: MPI_Finalize would wait.
         self.left_behind: tuple[int, ...] = ()
-        # Called once the job ends for good, before the zygote stops watching over them.
+        # Called once the job ends for good: who kills all of it then may kill the watchdog as well.
         self.drop_shared_files: Callable[[], None] = lambda: None
         self._config: dict[str, Any] | None = None
         self._early: list[tuple[int, list[Any]]] = []

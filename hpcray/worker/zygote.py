@@ -15,7 +15,7 @@ called MPI_Init must not fork, so the node starts the zygote *before* that.
      |<------------- Forked(number, pid) ----|                             | target(number, ...)
      |<------------- Exited(number, status) -|<-- SIGCHLD ------ exit -----|
      |-- ReapRequest(number) --------------->|  end its session, waitpid: the pid is free again
-     |-- EOF (node gone) ------------------->|  end all sessions, unlink, exit
+     |-- EOF (node gone) ------------------->|  end all sessions, exit
 
 One datagram of a SOCK_SEQPACKET pair per message, msgpack inside, descriptors beside it.
 
@@ -135,14 +135,13 @@ class ReapRequest(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=2)
 
 
 class CleanupRequest(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=3):
-    """Unlink these files, and remove the folder, if the node vanishes. Replaces the former ones."""
+    """Remove this folder once all workers have ended."""
 
-    paths: tuple[str, ...]
-    folder: str = ""
+    folder: str
 
 
 class StopRequest(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=4):
-    """An orderly end: terminate the workers and exit. Nothing is unlinked: the node lives.
+    """An orderly end: terminate the workers and exit.
 
     The node hangs up behind it, so that a preload is not waited for.
     """
@@ -240,7 +239,6 @@ class Zygote:
         self._living: dict[int, int] = {}  # pid -> number
         self._dead: dict[int, int] = {}  # number -> pid, zombies
         self._burying: list[int] = []  # pids, zombies that the node is done with
-        self._cleanup_paths: tuple[str, ...] = ()
         self._cleanup_folder = ""
         self._prctl = _load_prctl()
         self._take_stock()
@@ -281,15 +279,12 @@ class Zygote:
                     stop = self._serve_one_request()
                     if stop is not None:
                         self._end_workers(stop.grace_s)
-                        return
+                        break
         except _NodeGone:
             self._node.close()
             self._end_workers(DEFAULT_GRACE_S)
-            for path in self._cleanup_paths:
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
-            if self._cleanup_folder:
-                shutil.rmtree(self._cleanup_folder, ignore_errors=True)
+        if self._cleanup_folder:
+            shutil.rmtree(self._cleanup_folder, ignore_errors=True)
 
     def _listen(self) -> None:
         """To the ends of workers; what else is said by signals is not for a zygote."""
@@ -321,7 +316,6 @@ class Zygote:
                     if request.number in self._dead:
                         self._burying.append(self._dead.pop(request.number))
                 case CleanupRequest():
-                    self._cleanup_paths = request.paths
                     self._cleanup_folder = request.folder
                 case PreloadRequest():
                     self._preload(request, descriptors)

@@ -88,6 +88,31 @@ def test_a_lost_rank_is_named_and_no_other(start: Start, number: int):
     assert f"rank 1 (pid {pid} on" in said[0] and signal.Signals(number).name in said[0]
 
 
+@pytest.mark.parametrize(("rank", "dead", "parked"), [
+    (0, ("driver",), False), (0, ("driver", "launcher"), False), (1, ("launcher",), False),
+    (0, ("driver",), True), (0, ("driver", "launcher"), True), (1, ("driver", "launcher"), True),
+])
+def test_a_node_that_hangs_does_not_outlive_the_job(
+    start: Start, rank: int, dead: tuple[str, ...], parked: bool
+):
+    """A stopped process hangs as one in an MPI library that waits for a dead process manager: no
+    code, handler or thread of it runs. Also while there is no job, and so no zygote."""
+    source = HEAD + """
+ray.shutdown()
+print("pending", flush=True)
+time.sleep(1000)
+""" if parked else PENDING
+    job = start(source, ranks=2, HPCRAY_END_TIMEOUT_S="1")
+    job.expect("pending")
+    pid = job.kill("node", rank, signal.SIGSTOP)
+    for role in dead:
+        job.kill(role)
+    output = job.finish(status=None)
+    if "launcher" not in dead:  # it passes on what is said
+        assert re.search(rf"hpcray: the node of rank {rank} \(pid {pid} on \S+\) hangs: it has not "
+                         "ended 1 s after its driver has. It was killed", output), output
+
+
 def test_ctrl_c_at_a_terminal(start: Start):
     job = start(PENDING, ranks=2, pty=True)
     job.expect("pending")

@@ -427,20 +427,21 @@ def test_refused_worker_can_be_forgotten() -> None:
 
 def test_node_killed_with_workers_leaves_nothing(tmp_path: Path) -> None:
     """A whole node as a process, killed: EOF reaches the zygote."""
-    leaked = tmp_path / "mpi_shm_file"
-    leaked.touch()
+    folder = tmp_path / "packages"
+    folder.mkdir()
     script = (
         "import os, signal, sys, msgspec\n"
         "from hpcray.node.pool import WorkerPool\n"
         "pool = WorkerPool(os.environ, target='zygote_targets:prepare',\n"
-        "                  cleanup_paths=[sys.argv[1]], sys_path=[sys.argv[2], *sys.path])\n"
+        "                  sys_path=[sys.argv[2], *sys.path])\n"
+        "pool.set_cleanup_folder(sys.argv[1])\n"
         "client = pool.start(1, {'do': 'family'}).client_socket\n"
         "client.setblocking(True)\n"
         "pids = msgspec.msgpack.decode(client.recv(1000))\n"
         "print(pool.zygote_pid, *pids, flush=True)\n"
         "signal.pause()\n"
     )
-    command = [sys.executable, "-c", script, str(leaked), TARGETS]
+    command = [sys.executable, "-c", script, str(folder), TARGETS]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as node:
         try:
             assert node.stdout is not None
@@ -451,4 +452,4 @@ def test_node_killed_with_workers_leaves_nothing(tmp_path: Path) -> None:
     assert len(pids) == 4
     for pid in pids:
         wait_gone(pid)
-    assert not leaked.exists()
+    assert not folder.exists()

@@ -44,7 +44,7 @@ class Member:
     """One process of the job."""
 
     pid: int
-    role: str  # launcher, driver, keeper, node, zygote, worker, server, ...
+    role: str  # launcher, driver, keeper, node, watchdog, zygote, worker, server, ...
     rank: int  # of a node or a keeper
     command: str
 
@@ -295,6 +295,8 @@ def _describe(pid: int, command: str, environ: str) -> Member:
         role = "node" if "-m hpcray.node" in command else "keeper"
         match = re.search(r"(?:OMPI_COMM_WORLD_RANK|PMIX?_RANK)=(\d+)", environ)
         rank = int(match[1]) if match else 0
+    elif "launch/watchdog.py" in command:
+        role = "watchdog"
     elif "hpcray-control-guard" in command:
         role = "guard"
     elif re.search(r"(redis|valkey)-server", command):

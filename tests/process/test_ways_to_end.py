@@ -302,6 +302,21 @@ def test_a_stopped_node_does_not_hold_the_driver(start: Start):
     job.finish(status=3)
 
 
+def test_a_node_that_hangs_does_not_outlive_its_driver(start: Start):
+    job = start(PENDING, HPCRAY_END_TIMEOUT_S="1")
+    job.expect("pending")
+    job.kill("node", number=signal.SIGSTOP)
+    job.kill("driver")
+    output = job.finish(status=-signal.SIGKILL)
+    assert "hangs: it has not ended 1 s after its driver has. It was killed" in output
+
+
+@pytest.mark.parametrize("value", ["soon", "0", "inf"])
+def test_a_limit_of_the_end_that_is_none(start: Start, value: str):
+    output = start(HEAD + "ray.init()", HPCRAY_END_TIMEOUT_S=value).finish(status=1)
+    assert f"HPCRAY_END_TIMEOUT_S={value} is not a number of seconds above 0" in output
+
+
 def test_what_a_task_started_ends_with_the_job(start: Start):
     job = start(HEAD + """
 @ray.remote
@@ -319,7 +334,6 @@ def test_an_error_before_the_session(start: Start, when: str):
     job = start({"import": "import hpcray\nraise SystemExit(9)",
                  "init": "import hpcray\nhpcray.init(num_cpus=-1)"}[when])
     job.finish(status=9 if when == "import" else 1)
-
 
 
 def test_packages_go_with_a_killed_node(start: Start):

@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in ours:
         item.add_marker(pytest.mark.slurm)
         # Again with MPICH: what differs between the two MPIs.
-        if item.name.startswith(("test_several_nodes", "test_scancel")):
+        if item.name.startswith(("test_several_nodes", "test_scancel", "test_a_node_that_hangs")):
             item.add_marker(pytest.mark.mpirun)
         if reason:
             item.add_marker(pytest.mark.skip(reason=reason))

@@ -103,6 +103,15 @@ def test_a_rank_that_is_killed(submit: Submit):
     assert "hpcray/" not in output, "no frames of ours"
 
 
+def test_a_node_that_hangs_does_not_outlive_its_driver(submit: Submit):
+    job = submit(PENDING + "ray.get(refs)\n", options=TWO, HPCRAY_END_TIMEOUT_S="1")
+    job.expect("pending")
+    job.kill("node", 0, signal.SIGSTOP)
+    job.kill("driver")
+    output = job.finish(state="FAILED", killed=True)
+    assert "hangs: it has not ended 1 s after its driver has. It was killed" in output
+
+
 def test_the_time_limit(at_its_limit: SlurmJob):
     output = at_its_limit.finish(timeout_s=_LIMIT_S, state="TIMEOUT")
     sentences = said(output)

@@ -591,14 +591,12 @@ def test_libraries_imported_before_the_fork_work_after_it(
 
 
 @pytest.mark.parametrize("heir", [False, True])
-def test_end_of_node_ends_whole_sessions_and_unlinks_its_files(tmp_path: Path, heir: bool) -> None:
+def test_end_of_node_ends_whole_sessions(tmp_path: Path, heir: bool) -> None:
     node = RawZygote()
     assert isinstance(node.event(), Ready)
-    leaked = tmp_path / "mpi_library_file"
-    leaked.touch()
     kept = tmp_path / "somebody_elses"
     kept.touch()
-    node.request(zygote.CleanupRequest((str(leaked), str(tmp_path / "never_made"))))
+    node.request(zygote.CleanupRequest(str(tmp_path / "never_made")))
     if heir:
         preload(node, {"modules": ["this"]})
         assert not preloaded(node) and node.pid != node.process.pid
@@ -610,24 +608,26 @@ def test_end_of_node_ends_whole_sessions_and_unlinks_its_files(tmp_path: Path, h
     assert node.process.returncode == 0
     wait_gone(pids)
     assert time.monotonic() - started_s < zygote.DEFAULT_GRACE_S + 5
-    assert not leaked.exists()
     assert kept.exists()
     family.close()
     stubborn.close()
 
 
-def test_orderly_stop_unlinks_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("orderly", [True, False])
+def test_what_workers_have_unpacked_goes_with_them(tmp_path: Path, orderly: bool) -> None:
     node = RawZygote()
     assert isinstance(node.event(), Ready)
-    file = tmp_path / "in_use"
-    file.touch()
-    node.request(zygote.CleanupRequest((str(file),)))
+    folder = tmp_path / "packages"
+    folder.mkdir()
+    (folder / "unpacked").touch()
+    node.request(zygote.CleanupRequest(str(folder)))
     worker = node.fork(1, do="stubborn")
     assert worker.hear() == "up"
-    node.request(zygote.StopRequest(0.0))
-    node.process.wait(LIMIT_S)
-    assert file.exists()
+    if orderly:
+        node.request(zygote.StopRequest(0.0))
+        node.process.wait(LIMIT_S)
     node.close()
+    assert not folder.exists()
     worker.close()
 
 
