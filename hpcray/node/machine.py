@@ -27,7 +27,7 @@ from hpcray.node.membership import Membership
 from hpcray.node.memory import NodeMemory
 from hpcray.node.outbox import FailJob, Outbox, Preload, ServePull, StopJob
 from hpcray.node.placement import Bundles, Groups
-from hpcray.node.records import DRIVER, WAIT_LOCAL, WAIT_READY, WAIT_VALUE, ClientRecord
+from hpcray.node.records import DRIVER, QUEUED, WAIT_LOCAL, WAIT_READY, WAIT_VALUE, ClientRecord
 from hpcray.node.requests import Requests
 from hpcray.node.streams import Streams
 from hpcray.node.tables import Tables
@@ -403,8 +403,9 @@ class Machine:
     def _give_back_foreign(self, now_s: float) -> None:
         # Others' tasks that wait here for long go back even unasked: somebody may have room.
         # So do actors of ours: their place was chosen by loads that had changed by then.
-        if any(q.creation or t.home != self.rank
-               for q in self.dispatcher.queues.values() for t in q.tasks):
+        # There are few of either: a look at all that is queued would take milliseconds.
+        if (any(queue.creation and queue.tasks for queue in self.dispatcher.queues.values())
+                or any(task.state == QUEUED for task in self.tasks.guests.values())):
             if self._foreign_since_s is None:
                 self._foreign_since_s = now_s
             elif now_s - self._foreign_since_s > _FOREIGN_WAIT_S:

@@ -41,6 +41,7 @@ Invariants, checked by `validate`:
 
 TK-1  a task is in `records` exactly until its outcome is delivered (home) or reported (executor).
 TK-2  its record's count on every ref it names is one, for as long as it is in `records`.
+TK-3  `guests` are the records of other homes' tasks; calls are none.
 """
 
 from __future__ import annotations
@@ -176,6 +177,8 @@ class Tasks:
         self._told: dict[int, set[bytes]] = {}
         # (task, template, refs) of new tasks, for the control store.
         self.lineage: list[tuple[bytes, bytes, bytes]] = []
+        # Of these, what other homes have bound to this node, but for calls of its actors (TK-3).
+        self.guests: dict[bytes, TaskRecord] = {}
         self.submitted = 0
         self.finished = 0
 
@@ -410,6 +413,8 @@ class Tasks:
                     inline.append(dep)
             task.values = tuple(inline)
         self.records[task.task_id] = task
+        if template.kind != METHOD:
+            self.guests[task.task_id] = task
         return task
 
     def stop_fetching(self, task: TaskRecord) -> None:
@@ -595,6 +600,7 @@ class Tasks:
     def forget_foreign(self, task: TaskRecord) -> None:
         if self.records.pop(task.task_id, None) is None:
             return
+        self.guests.pop(task.task_id, None)
         if task.values is not None:
             for index, object_id in enumerate(ids.split_ids(task.refs)):
                 if task.values[index] is None:
@@ -886,6 +892,9 @@ class Tasks:
         for task_id, task in self.records.items():
             assert task.task_id == task_id
             assert task.missing >= 0
+        guests = [task_id for task_id, task in self.records.items()
+                  if task.home != self._rank and task.template.kind != METHOD]
+        assert sorted(self.guests) == sorted(guests), "TK-3"
 
 
 def cancelled_failure(task: TaskRecord) -> values.Failure:

@@ -41,9 +41,11 @@ def test_200_nodes_share_5000_tasks() -> None:
 class Submitter:
     """A machine alone, and tasks for it that nobody runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int = 1) -> None:
         job = ids.job_id(1)
-        self.machine = Machine(0, 1, {"CPU": 2 * m.UNIT}, 1 << 30, job, {})
+        self.machine = Machine(0, size, {"CPU": 2 * m.UNIT}, 1 << 30, job, {})
+        for rank in range(size):
+            self.machine.cluster.joined(m.Joined(rank, "", "", 0, (("CPU", 2 * m.UNIT),)))
         self.machine.connect(0)
         template = m.Template(b"t" * 16, b"f" * 16, m.TASK, "f", resources=(("CPU", m.UNIT),))
         self.machine.client_messages(0, [m.DefineTemplate(template)])
@@ -98,6 +100,22 @@ def test_pace_does_not_depend_on_the_backlog() -> None:
         gc.unfreeze()
     assert submitter.machine.dispatcher.queued() == BACKLOG
     assert last_s < 10 * first_s, (first_s, last_s)
+
+
+def test_a_tick_does_not_depend_on_the_backlog() -> None:
+    """Of a node among several: it looks for others' tasks that wait here, and has none."""
+    submitter = Submitter(size=2)
+
+    def tick_s() -> float:
+        began_s = time.process_time()
+        for _ in range(20):
+            submitter.machine.tick(0.0)
+        return time.process_time() - began_s
+
+    submitter.submit(1_000)
+    first_s = min(tick_s() for _ in range(5))
+    submitter.submit(100_000)
+    assert min(tick_s() for _ in range(5)) < 10 * first_s
 
 
 def test_machines_build_no_cycles() -> None:
