@@ -27,10 +27,11 @@ from hpcray.node.membership import Membership
 from hpcray.node.memory import NodeMemory
 from hpcray.node.outbox import FailJob, Outbox, Preload, ServePull, StopJob
 from hpcray.node.placement import Bundles, Groups
-from hpcray.node.records import DRIVER, QUEUED, WAIT_LOCAL, WAIT_READY, WAIT_VALUE, ClientRecord
+from hpcray.node.records import DRIVER, WAIT_LOCAL, WAIT_READY, WAIT_VALUE, ClientRecord
 from hpcray.node.requests import Requests
 from hpcray.node.streams import Streams
 from hpcray.node.tables import Tables
+from hpcray.node.task_states import QUEUED
 from hpcray.node.tasks import Tasks
 from hpcray.node.waiting import Waiting
 from hpcray.protocol import ids, values
