@@ -27,6 +27,7 @@ from hpcray.node.membership import Membership
 from hpcray.node.memory import NodeMemory
 from hpcray.node.outbox import FailJob, Outbox, Preload, ServePull, StopJob
 from hpcray.node.placement import Bundles, Groups
+from hpcray.node.pulls import Pulls
 from hpcray.node.records import DRIVER, WAIT_LOCAL, WAIT_READY, WAIT_VALUE, ClientRecord
 from hpcray.node.requests import Requests
 from hpcray.node.streams import Streams
@@ -61,6 +62,7 @@ class Machine:
         self.membership = Membership(tables)
         self.memory = NodeMemory(tables, outbox, capacity_bytes)
         self.directory = Directory(tables, outbox, self.membership, self.memory)
+        self.pulls = Pulls(tables, outbox, self.memory)
         self.streams = Streams(tables, outbox, self.memory, self.directory)
         self.tasks = Tasks(tables, outbox, self.memory, self.directory, self.streams)
         self.dispatcher = Dispatcher(
@@ -122,6 +124,9 @@ class Machine:
         tasks.reason_of_group = self.bundles.reason
         tasks.refuse_of_group = self.bundles.refuse
         tasks.failed_for_good = self.inventory.failed
+        self.pulls.arrived = directory.pulled
+        self.pulls.failed = directory.pull_failed
+        self.pulls.sent = directory.unpin
         dispatcher.refuse_of_group = self.bundles.refuse
         dispatcher.held_shapes = self.bundles.held_shapes
         dispatcher.demanded_shapes = cluster.demanded_shapes
@@ -469,6 +474,7 @@ class Machine:
         self.bundles.validate()
         self.memory.budget.validate()
         self.membership.validate()
+        self.pulls.validate()
 
     def _client_handlers(self) -> dict[type, Callable[[ClientRecord, Any], None]]:
         return {

@@ -64,7 +64,7 @@ class IntroduceActor(msgspec.Struct, frozen=True):
 
 
 class StartPull(msgspec.Struct, frozen=True):
-    """Make room, post the receives, then ask `rank`."""
+    """Find a range and post the receives; `Pulls` hears what came of it."""
 
     object_id: bytes
     rank: int

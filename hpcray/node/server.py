@@ -46,7 +46,7 @@ from hpcray.node.output import WorkerOutput
 from hpcray.node.pool import WorkerPool, ZygoteGoneError, ZygoteLost
 from hpcray.node.processes import process_state
 from hpcray.node.records import DRIVER
-from hpcray.node.transfers import Segments, Transfers
+from hpcray.node.transfers import Segments, Transfers, ranks_to_map
 from hpcray.node.waiting import PATIENCE_S
 from hpcray.node.watcher import READ, WRITE, Watcher
 from hpcray.objects.budget import MINIMUM_SEGMENT_BYTES
@@ -931,7 +931,9 @@ class NodeServer:
         self._machine = machine
         self._segments = Segments()
         if self._transport is not None:
-            self._transfers = Transfers(machine, self._segments, self._transport)
+            self._transfers = Transfers(
+                machine.pulls, machine.outbox, self._segments, self._transport,
+                ranks_to_map(machine.membership.living, self.rank))
         # Workers unpack runtime environments there; it is there only if one did.
         self._packages = os.path.join(
             tempfile.gettempdir(), f"hpcray-packages-{session['node_ids'][self.rank]}")

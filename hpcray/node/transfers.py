@@ -1,8 +1,8 @@
 """Moving objects between nodes, straight from and into shared memory. Thin.
 
-    StartPull   allocate in the node's own segments, post the receives, then ask the holder
-    ServePull   send from the holder's segment; DataSent unpins
-    refused     cancel the receives; the range is reused once DataCancelled says so
+    StartPull   find a range in the node's own segments and post the receives
+    ServePull   send from the holder's segment
+    refused     cancel the receives; the range is free once DataCancelled says so
 
 Between ranks of one host a large object is copied by its reader, from the holder's segment mapped
 by way of /proc (the same right that MPI libraries need to copy between processes): one copy by the
@@ -11,7 +11,7 @@ processor, where MPI's path through the kernel pays for every 4 KiB page.
     PullRequest(mapped) --> PullMapped(pid, descriptor) --> copy, a step a turn --> PullEnded
                             cannot be opened: the same pull again, over MPI
 
-Decides nothing: which copy, and what a failure means, is the directory's business.
+Decides nothing: what an outcome means is said by `node/pulls.py`, which hears of each.
 """
 
 from __future__ import annotations
@@ -20,16 +20,13 @@ import errno
 import os
 from collections import OrderedDict, deque
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from hpcray.node.outbox import ServePull, StartPull
+from hpcray.node.outbox import Outbox, ServePull, StartPull
+from hpcray.node.pulls import Pulls
 from hpcray.objects.segments import Mapping, SegmentArena, create_segment, prefault_steps
-from hpcray.protocol import values, words
-from hpcray.protocol.messages import Located, PullEnded, PullMapped, PullRequest
-
-if TYPE_CHECKING:
-    from hpcray.node.machine import Machine
-    from hpcray.transport.base import Transport
+from hpcray.protocol.messages import Joined, Located, PullMapped
+from hpcray.transport.base import Transport
 
 # First touches run at about 1.3 GB/s: a step takes less than a millisecond.
 _TOUCH_BYTES = 1024 * 1024
@@ -139,23 +136,38 @@ class Segments:
         self.arena = SegmentArena()
 
 
+class Places(Protocol):
+    """What a mover needs of `Segments`."""
+
+    @property
+    def arena(self) -> SegmentArena: ...
+    def create_own(self, segment: int, nbytes: int) -> None: ...
+    def descriptor(self, segment: int) -> tuple[int, int]: ...
+    def view(self, location: Located) -> memoryview: ...
+
+
+def ranks_to_map(nodes: dict[int, Joined], rank: int) -> set[int]:
+    """The ranks of this one's host: their segments can be mapped, if that is allowed."""
+    if os.environ.get("HPCRAY_MAP_PEERS") == "0":
+        return set()
+    return {other for other, node in nodes.items()
+            if other != rank and node.host == nodes[rank].host}
+
+
 class Transfers:
-    def __init__(self, machine: Machine, segments: Segments, transport: Transport) -> None:
-        self._machine = machine
+    def __init__(
+        self, pulls: Pulls, outbox: Outbox, segments: Places, transport: Transport,
+        same_host: set[int],
+    ) -> None:
+        self._hear = pulls
+        self._outbox = outbox
         self._segments = segments
         self._transport = transport
-        self._count = 0
-        # transfer -> (object, rank, location, view).
-        self._pulls: dict[int, tuple[bytes, int, Located, memoryview]] = {}
+        self._same_host = same_host  # ranks whose segments can be mapped
+        # transfer -> (rank, where to write)
+        self._pulls: dict[int, tuple[int, memoryview]] = {}
         # Those with receives posted; the others wait for PullMapped or are being copied.
         self._posted: set[int] = set()
-        # Ranks of this host whose segments can be mapped.
-        nodes = machine.membership.living
-        mapping_off = os.environ.get("HPCRAY_MAP_PEERS") == "0"
-        self._neighbours = {
-            rank for rank, node in nodes.items()
-            if rank != machine.rank and not mapping_off and node.host == nodes[machine.rank].host
-        }
         self._peer_mappings: OrderedDict[tuple[int, int], Mapping] = OrderedDict()
         self._mapped_s = 0.0
         # (transfer, source, position): copies under way, one after the other.
@@ -164,44 +176,30 @@ class Transfers:
         self._serves: dict[tuple[int, int], tuple[bytes, memoryview]] = {}
 
     def start(self, action: StartPull) -> None:
-        short = ""  # what else is missing
-        found = self._segments.arena.allocate(action.nbytes)
+        arena = self._segments.arena
+        found = arena.allocate(action.nbytes)
         if found is None:
-            granted = self._machine.memory.grant_node(action.nbytes)
-            if granted is not None:
-                try:
-                    self._segments.create_own(granted.segment_id, granted.nbytes)
-                except OSError as error:
-                    short = f"; {error.strerror}"
-                    self._machine.memory.close(granted.segment_id)
-                else:
-                    found = self._segments.arena.allocate(action.nbytes)
-        if found is None:
-            if self._machine.memory.await_room(
-                    action, self._machine.now_s, in_any_case=bool(short)):
+            granted = self._hear.no_range(action)
+            if granted is None:
                 return
-            budget = self._machine.memory.budget
-            self._machine.directory.pull_failed(action.object_id, values.Failure(
-                "ObjectStoreFullError",
-                f"an object of {words.size(action.nbytes)} from rank {action.rank} does not fit: "
-                f"{words.size(self._machine.memory.object_bytes)} of this node's object store of "
-                f"{words.size(budget.capacity_bytes)} are in use "
-                f"({self._machine.memory.contents()}){short}"))
-            return
-        self._machine.memory.has_room(action)
+            try:
+                self._segments.create_own(granted.segment_id, granted.nbytes)
+            except OSError as error:
+                self._hear.no_segment(action, granted, error.strerror or str(error))
+                return
+            found = arena.allocate(action.nbytes)
+            assert found is not None, "a segment that was granted for it holds it"
         segment, offset, view = found
-        location = Located(segment, offset, action.nbytes)
-        self._machine.memory.used(location)
-        self._count += 1
-        self._pulls[self._count] = (action.object_id, action.rank, location, view)
-        mapped = action.rank in self._neighbours and action.nbytes >= _MAPPED_BYTES
+        transfer = self._hear.next_transfer()
+        self._pulls[transfer] = (action.rank, view)
+        mapped = action.rank in self._same_host and action.nbytes >= _MAPPED_BYTES
         if not mapped:
-            self._post(self._count)
-        self._machine.outbox.peers[action.rank].append(
-            PullRequest(action.object_id, self._count, mapped))
+            self._post(transfer)
+        self._hear.begun(
+            action, transfer, Located(segment, offset, action.nbytes), mapped=mapped)
 
     def _post(self, transfer: int) -> None:
-        _, rank, _, view = self._pulls[transfer]
+        rank, view = self._pulls[transfer]
         self._posted.add(transfer)
         self._transport.post_receive(rank, transfer, view)
 
@@ -211,11 +209,9 @@ class Transfers:
             source = self._peer_view(rank, message)
         except OSError:
             # No right to look into its descriptors (a container, a hardened kernel): MPI it is.
-            self._neighbours.discard(rank)
+            self._same_host.discard(rank)
             self._post(message.transfer)
-            peer = self._machine.outbox.peers[rank]
-            peer.append(PullRequest(message.object_id, message.transfer))
-            peer.append(PullEnded(message.object_id))
+            self._hear.not_mapped(message.transfer)
             return
         self._copies.append((message.transfer, source, 0))
 
@@ -238,7 +234,7 @@ class Transfers:
     def copy_some(self, now_s: float) -> None:
         """One step of the oldest copy."""
         transfer, source, position = self._copies[0]
-        object_id, rank, _, view = self._pulls[transfer]
+        view = self._pulls[transfer][1]
         end = min(position + _COPY_BYTES, source.nbytes)
         view[position:end] = source[position:end]
         self._mapped_s = now_s
@@ -246,8 +242,8 @@ class Transfers:
             self._copies[0] = (transfer, source, end)
             return
         self._copies.popleft()
-        self._machine.outbox.peers[rank].append(PullEnded(object_id))
-        self.received(transfer)
+        del self._pulls[transfer]
+        self._hear.copied(transfer, mapped=True)
 
     @property
     def copying(self) -> bool:
@@ -258,9 +254,9 @@ class Transfers:
             self._peer_mappings.clear()
 
     def received(self, transfer: int) -> None:
-        object_id, _, location, _ = self._pulls.pop(transfer)
+        del self._pulls[transfer]
         self._posted.discard(transfer)
-        self._machine.directory.pulled(object_id, location)
+        self._hear.copied(transfer)
 
     def refused(self, transfer: int) -> None:
         """The holder has no copy (any more)."""
@@ -268,21 +264,20 @@ class Transfers:
         if pull is None:
             return
         if transfer in self._posted:
-            self._transport.cancel_receive(pull[1], transfer)
+            self._transport.cancel_receive(pull[0], transfer)
         else:
             self.cancelled(transfer)
 
     def cancelled(self, transfer: int) -> None:
-        object_id, rank, location, _ = self._pulls.pop(transfer)
+        del self._pulls[transfer]
         self._posted.discard(transfer)
-        self._machine.memory.free(location)
-        self._machine.directory.pull_failed(object_id, None, rank)
+        self._hear.cancelled(transfer)
 
     def serve(self, action: ServePull) -> None:
         if action.mapped:
             fd, nbytes = self._segments.descriptor(action.location.segment)
             status = os.fstat(fd)
-            self._machine.outbox.peers[action.rank].append(PullMapped(
+            self._outbox.peers[action.rank].append(PullMapped(
                 action.object_id, action.transfer, os.getpid(), fd, nbytes, action.location,
                 status.st_dev, status.st_ino))
             return
@@ -292,7 +287,7 @@ class Transfers:
 
     def sent(self, rank: int, transfer: int) -> None:
         object_id, _ = self._serves.pop((rank, transfer))
-        self._machine.directory.unpin(object_id)
+        self._hear.sent(object_id)
 
     @property
     def active(self) -> bool:

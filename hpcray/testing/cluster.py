@@ -77,7 +77,9 @@ class SimulatedNode:
         self.transport = cluster.network.transport(rank)
         self.memory: dict[int, memoryview] = {}
         self.segments = _Segments(self)
-        self.transfers = Transfers(self.machine, self.segments, self.transport)  # type: ignore[arg-type]
+        self.transfers = Transfers(
+            self.machine.pulls, self.machine.outbox,
+            self.segments, self.transport, set())  # type: ignore[arg-type]
         self.processes: dict[int, Process] = {}
         self.sockets: dict[int, deque[bytes]] = {}
         self.inboxes = Inboxes(self._read, self.machine.client_messages)

@@ -64,15 +64,14 @@ EXTERNAL = {
     "numpy": ("objects.segments", "gpu.", "collective."),
     "cloudpickle": ("client.serialization", "as_ray.private.worker"),
 }
+# Files of node/ that carry out: all others there decide.
+THIN = {"__init__", "__main__", "connections", "journal", "output", "pool", "processes", "server",
+        "transfers", "watcher"}
 # Decide in pure code: these import no clock, socket, thread, process or file.
 PURE = ("protocol.", "objects.allocator", "objects.budget", "transport.peers", "transport.frames",
         "transport.transfers", "transport.base", "control.schema", "control.address",
-        *(f"node.{name}" for name in (
-            "machine", "directory", "holders", "tasks", "dispatch", "ledger", "actors", "cluster",
-            "actor_routes", "actor_homes", "actor_hosts", "actor_records", "actor_states",
-            "scheduler", "leases", "inventory", "keyvalue", "memory", "names", "placement",
-            "requests", "explain", "waiting", "records", "outbox", "streams", "states",
-            "task_states", "tables")),
+        *(f"node.{path.stem}" for path in sorted((PACKAGE / "node").glob("*.py"))
+          if path.stem not in THIN),
         *(f"client.{name}" for name in (
             "core", "objects", "groups", "requests", "waiters", "pending")))
 WORLD = {"socket", "select", "selectors", "threading", "time", "os", "signal", "subprocess", "mmap",
