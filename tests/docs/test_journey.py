@@ -25,9 +25,9 @@ from pathlib import Path
 import pytest
 
 from hpcray.launch.identity import LAUNCH_PREFIXES
-from hpcray.node import records
 from hpcray.node.actor_states import ActorState
-from hpcray.node.records import WorkerState
+from hpcray.node.records import ObjectState, WorkerState
+from hpcray.node.task_states import TaskState
 from hpcray.protocol import messages
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,8 +144,8 @@ def test_functions_on_the_page_exist() -> None:
 
 
 def test_states_on_the_page_exist() -> None:
-    states = {n for n in dir(records) if n.isupper()} | set(ActorState.__members__)
-    states |= set(WorkerState.__members__)
+    states = {name for kind in (ObjectState, TaskState, WorkerState, ActorState)
+              for name in kind.__members__}
     named = set(re.findall(r"`([A-Z]{4,})`", PAGE))
     assert named and named <= states, named - states
 
