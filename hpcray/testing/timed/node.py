@@ -104,7 +104,7 @@ class Node(Running):
         if self._dead:
             self._bury()
             events = True
-        if events or now_s >= self._next_tick_s:
+        if events or now_s >= self._next_tick_s or now_s >= machine.due_s:
             self.usage.turns += 1
             self._rest_s += costs.turn_s
             if self.world.size > 1:
@@ -130,7 +130,7 @@ class Node(Running):
             self.wake(self.free_s)
         elif self._peers.restless:
             self.wake(self.free_s + self._look_s(self.free_s))
-        self.wake(self._next_tick_s)
+        self.wake(min(self._next_tick_s, machine.due_s))
 
     def _machine_part(self) -> float:
         """What the machine's own code costs in this turn."""
