@@ -612,9 +612,6 @@ def cancel(
 
 
 def _node_id(client: Client, rank: int) -> str:
-    known = client.session.get("node_ids")
-    if known:
-        return str(known[rank])
     key = client.session.get("job_key")
     return ids.node_id_hex(rank, key) if key else ""
 

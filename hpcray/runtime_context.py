@@ -32,9 +32,6 @@ class RuntimeContext:
 
     def get_node_id(self) -> str:
         client = process.current_client()
-        known = client.session.get("node_ids")
-        if known:
-            return str(known[client.rank])
         return ids.node_id_hex(client.rank, client.session["job_key"])
 
     def get_rank(self) -> int:

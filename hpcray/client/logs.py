@@ -64,7 +64,7 @@ def _where() -> dict[str, str]:
         return {}
     found = {"job_id": client.job_id.hex(),
              "worker_id": ids.worker_id_hex(client.job_id, client.rank, client.number),
-             "node_id": client.session["node_ids"][client.rank]}
+             "node_id": ids.node_id_hex(client.rank, client.session["job_key"])}
     here = context.current()
     if here.actor_id:
         found["actor_id"] = here.actor_id.hex()

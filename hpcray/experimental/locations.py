@@ -84,10 +84,10 @@ def _read(
     client: Client, refs: Sequence[ObjectRef[Any]],
     answer: list[tuple[list[int], int | None] | None],
 ) -> dict[ObjectRef[Any], dict[str, Any]]:
-    node_ids = client.session["node_ids"]
+    key = client.session["job_key"]
     return {
-        ref: {"node_ids": [node_ids[rank] for rank in known[0]], "object_size": known[1],
-              "did_spill": False}
+        ref: {"node_ids": [ids.node_id_hex(rank, key) for rank in known[0]],
+              "object_size": known[1], "did_spill": False}
         for ref, known in zip(refs, answer, strict=True) if known is not None
     }
 

@@ -482,8 +482,8 @@ class Inventory:
     # --- columns: the others ----------------------------------------------------------------------
 
     def node_id(self, rank: int | None) -> str | None:
-        node_ids = self._tables.session.get("node_ids")
-        return None if rank is None or rank < 0 or not node_ids else node_ids[rank]
+        key = self._tables.session.get("job_key")
+        return None if rank is None or rank < 0 or not key else ids.node_id_hex(rank, key)
 
     def address(self) -> str | None:
         node = self._tables.nodes.get(self._rank)

@@ -246,7 +246,7 @@ class Requests:
             {
                 "rank": node.rank, "host": node.host, "address": node.address, "alive": True,
                 "pid": node.pid, "resources": dict(node.resources), "labels": dict(node.labels),
-                "node_id": session["node_ids"][node.rank],
+                "node_id": ids.node_id_hex(node.rank, session["job_key"]),
             }
             for _, node in sorted(self._tables.nodes.items())
         ]

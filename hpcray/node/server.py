@@ -35,9 +35,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import msgspec
+
 from hpcray.launch.last_words import LastWords
 from hpcray.launch.progress import cpu_progress
 from hpcray.launch.resources import share_gpus
+from hpcray.node import beginning
 from hpcray.node import outbox as out
 from hpcray.node.connections import Connection, Connections
 from hpcray.node.journal import Journal
@@ -725,6 +728,12 @@ class NodeServer:
         for payload in sizes.parts(batch, messages.encode, sizes.PAYLOAD_BYTES):
             self._transport.send(rank, prefix + payload)
 
+    def _pass_on(self, payload: bytes) -> None:
+        """To the next nodes of the tree, before anything else is said to them."""
+        if self._transport is not None:
+            for rank in beginning.children(self.rank, self.size):
+                self._transport.send(rank, payload)
+
     def _send_unsent(self) -> None:
         """As much as is worth having ready for each peer that is slow."""
         assert self._transport is not None
@@ -743,6 +752,8 @@ class NodeServer:
         if type(event) is Received:
             epoch = int.from_bytes(event.payload[:4], "little")
             batch = messages.decode_to_peer(memoryview(event.payload)[4:])
+            if batch and type(batch[0]) is messages.Begin:
+                self._pass_on(event.payload)
             self._on_peer(event.rank, epoch, batch)
             return _is_talk(batch)
         if type(event) is PeerLost:
@@ -764,13 +775,18 @@ class NodeServer:
                 self._joined[message.rank] = message
                 self._begin_if_complete()
             elif kind is messages.Begin:
+                if self._state not in (JOINING, PARKED):
+                    continue  # node 0 said meanwhile that all is over
                 self._epoch = epoch
-                self._begin(message.job_id, message.session)
+                self._begin(message.job_id, beginning.unpack(message))
                 early, self._early = self._early, []
                 for early_rank, early_batch in early:
                     self._on_peer(early_rank, epoch, early_batch)
             elif kind is messages.Ending:
-                self._end_job(park=message.park)
+                if message.park and epoch > self._epoch:
+                    rest.append(message)  # Begin comes by others, and later
+                else:
+                    self._end_job(park=message.park)
             elif kind is messages.Ended:
                 self._ended.add(message.rank)
                 if self.rank == 0 and self._state == RUNNING and epoch == self._epoch:
@@ -879,14 +895,13 @@ class NodeServer:
                     self._config).items())),
                 tuple(sorted({
                     **dict(n.labels), **(self._config.get("labels") or {}),
-                    labels.NODE_ID: ids.node_id_hex(n.rank, self._job_key)}.items())))
+                    labels.NODE_ID: ids.node_id_hex(n.rank, self._job_key.hex())}.items())))
             for _, n in sorted(self._joined.items())
         ]
         self._tell_capped(self._config)
         session = {
             "job_key": self._job_key.hex(),
-            "node_ids": [ids.node_id_hex(rank, self._job_key) for rank in range(self.size)],
-            "nodes": [messages.encode(node) for node in nodes],
+            "nodes": nodes,
             "environ": self._config.pop("environ", {}),
             "setup_hook": self._config.pop("setup_hook", None),
             "gpus": gpus,
@@ -895,9 +910,9 @@ class NodeServer:
             "control": self._journal.address_bytes(),
             "secret": secrets.token_bytes(32),
         }
-        for rank in range(1, self.size):
-            self._to_peer(rank, [messages.Begin(job_id, session)])
-        self._begin(job_id, session)
+        message = beginning.pack(job_id, session)
+        self._pass_on(self._epoch.to_bytes(4, "little") + messages.encode([message]))
+        self._begin(job_id, beginning.unpack(message))
         assert self._machine is not None
         self._machine.connect(DRIVER)
         self._machine.clients[DRIVER].pid = self._config["driver_pid"]
@@ -916,7 +931,7 @@ class NodeServer:
 
     def _begin(self, job_id: bytes, session: dict[str, Any]) -> None:
         config = session["config"]
-        nodes = [_decode_joined(data) for data in session["nodes"]]
+        nodes = msgspec.convert(session["nodes"], list[messages.Joined])
         mine = dict(nodes[self.rank].resources)
         capacity_bytes = mine["object_store_memory"] // messages.UNIT
         # The secret and the control store's password are the nodes' own: clients do not get them.
@@ -935,8 +950,8 @@ class NodeServer:
                 machine.pulls, machine.outbox, self._segments, self._transport,
                 ranks_to_map(machine.membership.living, self.rank))
         # Workers unpack runtime environments there; it is there only if one did.
-        self._packages = os.path.join(
-            tempfile.gettempdir(), f"hpcray-packages-{session['node_ids'][self.rank]}")
+        node_id = ids.node_id_hex(self.rank, session["job_key"])
+        self._packages = os.path.join(tempfile.gettempdir(), f"hpcray-packages-{node_id}")
         if self._pool.closed:  # by the end of an earlier job
             self._pool = self._connections.pool = self._pool.again()
             self._watch_zygote()
@@ -1104,12 +1119,6 @@ class NodeServer:
 
 def _is_talk(batch: list[Any]) -> bool:
     return any(type(message) not in _NOT_TALK for message in batch)
-
-
-def _decode_joined(data: bytes) -> messages.Joined:
-    import msgspec
-
-    return msgspec.msgpack.decode(data, type=messages.Joined)
 
 
 def _descriptors_missing(shares: int) -> tuple[str, str]:

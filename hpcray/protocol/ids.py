@@ -129,9 +129,10 @@ def worker_id_hex(job: JobID, rank: int, client: int) -> str:
     return blake2b(f"{job.hex()}/{rank}/{client}".encode(), digest_size=28).hexdigest()
 
 
-def node_id_hex(rank: int, job_key: bytes) -> str:
-    """Ray's 28-byte hexadecimal node id; the rank is its last four bytes."""
-    return (blake2b(job_key + rank.to_bytes(4, "big"), digest_size=24).digest()
+def node_id_hex(rank: int, job_key: str) -> str:
+    """Ray's 28-byte hexadecimal node id; the rank is its last four bytes. `job_key`: of the
+    session, hexadecimal."""
+    return (blake2b(bytes.fromhex(job_key) + rank.to_bytes(4, "big"), digest_size=24).digest()
             + rank.to_bytes(4, "big")).hex()
 
 

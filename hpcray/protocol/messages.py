@@ -605,10 +605,10 @@ class Joined(_Message, tag=1):
 
 
 class Begin(_Message, tag=2):
-    """Node 0: the job starts. `session` carries what every node must know."""
+    """Node 0: the job starts. `facts` is what every node must know (node/beginning.py)."""
 
     job_id: bytes
-    session: dict[str, Any]
+    facts: bytes
 
 
 class Ending(_Message, tag=3):

@@ -72,7 +72,7 @@ class SimulatedNode:
         self.rank = rank
         self.machine = Machine(
             rank, cluster.size, resources, capacity_bytes, cluster.job_id,
-            {"node_ids": [str(r) for r in range(cluster.size)]})
+            {"job_key": "00"})
         self.machine.memory.budget.minimum_segment_bytes = SEGMENT_BYTES
         self.transport = cluster.network.transport(rank)
         self.memory: dict[int, memoryview] = {}

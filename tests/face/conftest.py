@@ -18,7 +18,7 @@ from hpcray.client.client import Client
 from hpcray.protocol import ids, messages, values
 
 JOB = ids.job_id(1)
-JOB_KEY = b"k" * 16
+JOB_KEY = b"k".hex() * 16
 
 
 class ScriptedNode:

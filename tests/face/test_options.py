@@ -14,7 +14,7 @@ from hpcray.protocol.messages import METHOD, TASK, UNIT
 from hpcray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 FUNCTION = b"f" * 16
-NODE_1 = ids.node_id_hex(1, b"key")
+NODE_1 = ids.node_id_hex(1, "00")
 
 
 @pytest.mark.parametrize(("whom", "given_options", "error", "says"), [

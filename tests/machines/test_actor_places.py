@@ -15,7 +15,7 @@ CPU = (("CPU", m.UNIT),)
 
 def node_zero() -> Machine:
     resources = {"CPU": m.UNIT}
-    machine = Machine(0, 2, resources, 1 << 26, JOB, {"node_ids": ["a", "b"]})
+    machine = Machine(0, 2, resources, 1 << 26, JOB, {"job_key": "00"})
     for rank in range(2):
         machine.joined(
             m.Joined(rank, "host", "127.0.0.1", 1, tuple(resources.items())))

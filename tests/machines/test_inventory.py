@@ -20,7 +20,7 @@ class Node:
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.machine = Machine(rank, size, {"CPU": 2 * m.UNIT}, 1 << 20, JOB,
-                               {"node_ids": [f"node{r}" for r in range(size)]})
+                               {"job_key": "00"})
         self.machine.connect(0)
         self._prefix = ids.task_prefix(ids.driver_task_id(rank, JOB), 0)
         self._tail = ids.id_tail(rank, JOB)

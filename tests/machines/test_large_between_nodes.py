@@ -25,7 +25,7 @@ class Cluster:
 
     def __init__(self) -> None:
         self.machines = [
-            Machine(rank, 2, {"CPU": m.UNIT}, 1 << 24, JOB, {"node_ids": ["a", "b"]})
+            Machine(rank, 2, {"CPU": m.UNIT}, 1 << 24, JOB, {"job_key": "00"})
             for rank in range(2)]
         self.running: list[tuple[int, int, m.Run]] = []  # (rank, worker, run)
         self.segments: dict[tuple[int, int], int] = {}  # (rank, client) -> its segment

@@ -13,7 +13,7 @@ JOB = b"\0\0\0\1"
 
 
 def machine() -> Machine:
-    made = Machine(0, 1, {"CPU": m.UNIT}, 1 << 20, JOB, {"node_ids": ["n"]})
+    made = Machine(0, 1, {"CPU": m.UNIT}, 1 << 20, JOB, {"job_key": "00"})
     for number in (DRIVER, 1, 2):
         made.connect(number)
     return made

@@ -103,7 +103,7 @@ class World:
         self.rng = random.Random(f"{seed} order")
         self.recording = recording
         self.job_id = ids.job_id(1)
-        self.session = {"node_ids": [str(rank) for rank in range(size)]}
+        self.session = {"job_key": "00"}
         self.unknown_kinds: set[str] = set()
         self.received_prices = Prices(costs.node.received_s, self.unknown_kinds)
         self.sent_prices = Prices(costs.node.sent_s, self.unknown_kinds)

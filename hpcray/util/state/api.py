@@ -423,7 +423,7 @@ def _jobs(client: Client, _timeout: float) -> list[dict[str, Any]]:
 
 
 def _placement_groups(client: Client, timeout: float) -> list[dict[str, Any]]:
-    node_ids = client.session["node_ids"]
+    key = client.session["job_key"]
     found = []
     for group in client.request("placement_groups", {}, timeout):
         group_id, ranks = group["group"].hex(), group["ranks"]
@@ -431,7 +431,7 @@ def _placement_groups(client: Client, timeout: float) -> list[dict[str, Any]]:
             {
                 "bundle_id": {"placement_group_id": group_id, "bundle_index": index},
                 "unit_resources": {name: units / UNIT for name, units in bundle.items()},
-                "node_id": node_ids[ranks[index]] if ranks else None,
+                "node_id": ids.node_id_hex(ranks[index], key) if ranks else None,
             }
             for index, bundle in enumerate(group["bundles"])
         ]
