@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from hpcray.node.machine import Machine
 from hpcray.protocol import messages
+from hpcray.testing.timed import stopwatch
 from hpcray.testing.timed.clock import Usage, World
 from hpcray.testing.timed.cluster import TimedCluster
 from hpcray.testing.timed.node import Node
 
-# What others do on the computer meanwhile does not count.
-_clock = time.thread_time
-
-
-def _look_s() -> float:
-    began_s = _clock()
-    for _ in range(1000):
-        _clock()
-    return (_clock() - began_s) / 1000
-
-
-# What a look at it takes is no part of what it shows.
-_LOOK_S = _look_s()
 # Who is busy for more of the makespan than this is what limits it.
 SATURATED = 0.9
 # A share of node 0's counted time by which its measured one may differ for other reasons.
@@ -35,31 +22,31 @@ class ClockedNode(Node):
     """A node with a clock on its machine: the processor time of its code where it is simulated."""
 
     def _handle_datagram(self, number: int, datagram: bytes) -> None:
-        began_s = _clock()
+        began_s = stopwatch.now()
         batch = messages.decode_to_node(datagram)
         self._clocked(began_s)
         self._count_received(batch)
-        began_s = _clock()
+        began_s = stopwatch.now()
         self.machine.client_messages(number, batch)
         self._clocked(began_s)
 
     def _handle_payload(self, rank: int, payload: bytes) -> list[Any]:
-        began_s = _clock()
+        began_s = stopwatch.now()
         batch = messages.decode_to_peer(payload)
         self._clocked(began_s)
         self._count_received(batch)
-        began_s = _clock()
+        began_s = stopwatch.now()
         self.machine.peer_messages(rank, batch)
         self._clocked(began_s)
         return batch
 
     def _end_turn(self, machine: Machine, now_s: float) -> None:
-        began_s = _clock()
+        began_s = stopwatch.now()
         super()._end_turn(machine, now_s)
         self._clocked(began_s)
 
     def _clocked(self, began_s: float) -> None:
-        self.usage.clocked_s += max(_clock() - began_s - _LOOK_S, 0.0)
+        self.usage.clocked_s += stopwatch.since(began_s)
 
 
 class ClockGovernedNode(ClockedNode):
