@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
 import contextlib
 import gc
 import inspect
@@ -25,56 +24,63 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import Context
 from functools import partial
 from types import AsyncGeneratorType, CoroutineType, GeneratorType
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from hpcray import exceptions
 from hpcray.client import context
+from hpcray.client.client import Client
 from hpcray.client.context import ActorExitRequest, TaskContext
 from hpcray.protocol.messages import ActorExit, Failed, Run, Stop, Template
 from hpcray.transport.datagrams import ChannelClosed
-from hpcray.worker import generators, output
-
-if TYPE_CHECKING:
-    from hpcray.worker.main import Worker
+from hpcray.worker import output
+from hpcray.worker.channel import TaskChannel
+from hpcray.worker.ends import end_user_code, leave_if_forked
+from hpcray.worker.generators import Generators
+from hpcray.worker.loading import FailedDependency, Loader
+from hpcray.worker.outcomes import Outcomes, us
 
 # After a datagram this large another one is likely there already.
 _LIKELY_MORE_BYTES = 1024
 _GENERATORS = (GeneratorType, AsyncGeneratorType)
 
 
-class FailedDependency(Exception):
-    """An argument is an error: the task fails with that error's own bytes."""
+class Parts(NamedTuple):
+    """What of its worker an actor uses."""
 
-    def __init__(self, error: bytes) -> None:
-        super().__init__("a dependency failed")
-        self.error = error
-
-
-def end_user_code() -> None:
-    """What the end of an interpreter would do for user code, for one that ends by `os._exit`."""
-    atexit._run_exitfuncs()
-    # A world that a task has opened: mpi4py ends it where no Python code runs any more, and
-    # Open MPI leaves its file in /dev/shm if nobody does.
-    mpi = sys.modules.get("mpi4py.MPI")
-    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
-        mpi.Finalize()
+    client: Client
+    channel: TaskChannel
+    loader: Loader
+    outcomes: Outcomes
+    generators: Generators
+    context: TaskContext
+    deliver: Callable[[Run, Template, Any, float], None]
+    on_terminate: Callable[[Callable[[], None]], None]
 
 
-def host(worker: Worker, template: Template, actor_id: bytes) -> HostedActor:
+def host(parts: Parts, template: Template, actor_id: bytes) -> HostedActor:
     """What will run the actor, before it is constructed."""
     kind = HostedActor
     if template.is_async:
         kind = AsyncActor
     elif template.max_concurrency > 1 or template.groups:
         kind = ThreadedActor
-    return kind(worker, template, actor_id)
+    return kind(parts, template, actor_id)
 
 
 class HostedActor:
     """A sequential actor; the others override how calls are run, not what a call is."""
 
-    def __init__(self, worker: Worker, template: Template, actor_id: bytes) -> None:
-        self.worker = worker
+    def __init__(self, parts: Parts, template: Template, actor_id: bytes) -> None:
+        self.client = parts.client
+        self.cancelled = parts.client.cancelled
+        self.outcomes = parts.outcomes
+        self.generators = parts.generators
+        self.deliver = parts.deliver
+        self.load = parts.loader.load
+        self.arguments = parts.loader.arguments
+        self._channel = parts.channel
+        self._context = parts.context
+        self._on_terminate = parts.on_terminate
         self.template = template
         self.instance: Any = None
         self.actor_id = actor_id
@@ -93,15 +99,15 @@ class HostedActor:
 
     def serve(self, queue: deque[Run | Stop]) -> int:
         """Run calls until told to stop; the worker's exit status."""
-        worker = self.worker
-        client = worker.client
+        client = self.client
+        read = self._channel.read
         flushed_s = 0.0
         while self.exit_status is None:
             if not queue:
                 if output.touched:
                     output.flush()
                 client.flush(True)
-                worker.read_tasks(True)
+                read(True)
                 flushed_s = time.monotonic()
                 continue
             item = queue.popleft()
@@ -115,39 +121,39 @@ class HostedActor:
         return self.finish()
 
     def _call(self, run: Run) -> None:
-        worker = self.worker
+        client = self.client
         began_s = time.monotonic()
-        if run.task_id in worker.cancelled:
-            worker.client.report(worker.cancellation(run, began_s))
+        if run.task_id in self.cancelled:
+            client.report(self.outcomes.cancellation(run, began_s))
             return
         template = None
         try:
-            template = worker.load(run).template
-            args, kwargs = worker.arguments(run)
+            template = self.load(run).template
+            args, kwargs = self.arguments(run)
             method = self.method(template.method)
             self.enter(run, template)
             result = method(*args, **kwargs)
             del args, kwargs
-            if run.task_id in worker.cancelled:  # it may have asked, and ended early
-                worker.client.report(worker.cancellation(run, began_s))
+            if run.task_id in self.cancelled:  # it may have asked, and ended early
+                client.report(self.outcomes.cancellation(run, began_s))
                 return
-            worker.deliver(run, template, result, began_s)
+            self.deliver(run, template, result, began_s)
         except FailedDependency as failed:
-            worker.client.report(Failed(run.task_id, run.attempt, _us(began_s), failed.error))
+            client.report(Failed(run.task_id, run.attempt, us(began_s), failed.error))
         except BaseException as error:
-            worker.leave_if_forked(error)
+            leave_if_forked(error)
             if self.is_exit(error):
                 self.leave(error)
                 return
-            if run.task_id in worker.cancelled and isinstance(error, KeyboardInterrupt):
-                worker.client.report(worker.cancellation(run, began_s))
+            if run.task_id in self.cancelled and isinstance(error, KeyboardInterrupt):
+                client.report(self.outcomes.cancellation(run, began_s))
                 return
             name = template.name if template is not None else "method"
-            worker.client.report(worker.failure(run, name, began_s, error, template))
+            client.report(self.outcomes.failure(run, name, began_s, error, template))
 
     def group(self, run: Run) -> str:
         """The concurrency group of a call; "" is the default one."""
-        return self.worker.load(run).template.group if self.template.groups else ""
+        return self.load(run).template.group if self.template.groups else ""
 
     def method(self, name: str) -> Any:
         found = self._methods.get(name)
@@ -170,11 +176,11 @@ class HostedActor:
         raise ActorExitRequest
 
     def enter(self, run: Run, template: Template) -> None:
-        current = self.worker.context
+        current = self._context
         current.task_id = run.task_id
         current.template = template
         current.attempt = run.attempt
-        self.worker.client.begin_task(run.task_id, run.attempt)
+        self.client.begin_task(run.task_id, run.attempt)
 
     def own_repr(self) -> str | None:
         """What the user's `__repr__` says of the instance; None if the class has none."""
@@ -201,7 +207,7 @@ class HostedActor:
             self.exit_status = error.code if isinstance(error.code, int) else 1
         elif self.exit_status is None:
             self.exit_status = 0
-            self.worker.client.notify(ActorExit(self.actor_id))
+            self.client.notify(ActorExit(self.actor_id))
         self.end_soon()
 
     def end_soon(self) -> None:
@@ -210,7 +216,7 @@ class HostedActor:
     def finish(self) -> int:
         """A graceful end: `__ray_shutdown__`, `__del__` and atexit handlers run. The status."""
         self._finishing.acquire()  # a second thread has nothing more to do
-        self.worker.client.flush()
+        self.client.flush()
         try:
             if hasattr(self.instance, "__ray_shutdown__"):
                 self.instance.__ray_shutdown__()
@@ -222,26 +228,26 @@ class HostedActor:
         end_user_code()
         sys.stdout.flush()
         sys.stderr.flush()
-        self.worker.client.flush()
+        self.client.flush()
         return self.exit_status or 0
 
 
 class ConcurrentActor(HostedActor):
     """Several calls at once: each thread or coroutine has a context of its own."""
 
-    def __init__(self, worker: Worker, template: Template, actor_id: bytes) -> None:
-        super().__init__(worker, template, actor_id)
+    def __init__(self, parts: Parts, template: Template, actor_id: bytes) -> None:
+        super().__init__(parts, template, actor_id)
         # By concurrency group; "" is everybody else's.
         self.limits = {"": template.max_concurrency, **dict(template.groups)}
         # Children are those of the call that makes them, whichever call began last.
-        worker.client.children_of(_task_here)
+        self.client.children_of(_task_here)
 
     def constructed(self) -> None:
         super().constructed()
-        self.worker.on_terminate(self._on_sigterm)
+        self._on_terminate(self._on_sigterm)
 
     def enter(self, run: Run, template: Template) -> None:
-        shared = self.worker.context
+        shared = self._context
         context.set_context(TaskContext(
             run.task_id, template, run.attempt, self.actor_id, shared.incarnation,
             shared.resources, shared.devices, shared.namespace, shared.group_id,
@@ -249,13 +255,14 @@ class ConcurrentActor(HostedActor):
 
     def serve(self, queue: deque[Run | Stop]) -> int:
         """The main thread reads the calls; others run them."""
-        worker = self.worker
+        client = self.client
+        read = self._channel.read
         while True:
             if not queue:
                 if output.touched:
                     output.flush()
-                worker.client.flush(True)
-                worker.read_tasks(True)
+                client.flush(True)
+                read(True)
                 continue
             item = queue.popleft()
             if type(item) is not Run:
@@ -286,8 +293,8 @@ class ConcurrentActor(HostedActor):
 
 
 class ThreadedActor(ConcurrentActor):
-    def __init__(self, worker: Worker, template: Template, actor_id: bytes) -> None:
-        super().__init__(worker, template, actor_id)
+    def __init__(self, parts: Parts, template: Template, actor_id: bytes) -> None:
+        super().__init__(parts, template, actor_id)
         self._threads = {
             group: ThreadPoolExecutor(limit, thread_name_prefix="hpcray-actor")
             for group, limit in self.limits.items()
@@ -309,7 +316,7 @@ class ThreadedActor(ConcurrentActor):
         try:
             self._call(run)
             output.flush()
-            self.worker.client.flush()
+            self.client.flush()
         except (ChannelClosed, exceptions.RaySystemError):
             os._exit(1)  # the node is gone
 
@@ -321,8 +328,8 @@ class AsyncActor(ConcurrentActor):
     blocks its loop keeps no other group back; the main thread reads.
     """
 
-    def __init__(self, worker: Worker, template: Template, actor_id: bytes) -> None:
-        super().__init__(worker, template, actor_id)
+    def __init__(self, parts: Parts, template: Template, actor_id: bytes) -> None:
+        super().__init__(parts, template, actor_id)
         self._loops = {group: EventLoop(self, limit) for group, limit in self.limits.items()}
         self._main = self._loops[""]
         self._threads: list[threading.Thread] = []
@@ -346,7 +353,7 @@ class AsyncActor(ConcurrentActor):
             raise raised[0]
 
     def serve(self, queue: deque[Run | Stop]) -> int:
-        self.worker.client.on_cancel(self._cancel)
+        self.client.on_cancel(self._cancel)
         if len(self._loops) > 1:
             self._threads = [
                 threading.Thread(target=loop.run, name="hpcray-actor", daemon=True)
@@ -358,31 +365,31 @@ class AsyncActor(ConcurrentActor):
             return runner.run(self._serve_in_loop(queue))
 
     async def _serve_in_loop(self, queue: deque[Run | Stop]) -> int:
-        worker = self.worker
+        tasks = self._channel
         main = self._main
-        channel: socket.socket = worker.client.link.socket
-        main.loop.add_reader(worker._tasks, self._readable, queue)
+        channel: socket.socket = self.client.link.socket
+        main.loop.add_reader(tasks.socket, self._readable, queue)
         main.loop.add_reader(channel, self._client_readable, channel)
-        main.loop.add_reader(worker.signalled, worker.take_signals)
-        worker.client.flush()
+        main.loop.add_reader(tasks.signalled, tasks.take_signals)
+        self.client.flush()
         main.loop.call_soon(main.start, queue)  # calls do not begin inside another task
         await main.stopped()
-        main.loop.remove_reader(worker._tasks)
+        main.loop.remove_reader(tasks.socket)
         main.loop.remove_reader(channel)
-        main.loop.remove_reader(worker.signalled)
+        main.loop.remove_reader(tasks.signalled)
         return self.finish()
 
     def _client_readable(self, channel: socket.socket) -> None:
-        self.worker.leave_if_forked()  # a child has this loop too, and its parent's channels
-        if not self.worker.client.link.read_idle() and self.worker.client.lost is not None:
+        leave_if_forked()  # a child has this loop too, and its parent's channels
+        if not self.client.link.read_idle() and self.client.lost is not None:
             os._exit(1)
-        self.worker.client.complete_futures()
+        self.client.complete_futures()
 
     def _readable(self, queue: deque[Run | Stop]) -> None:
-        self.worker.leave_if_forked()
+        leave_if_forked()
         try:
             for _ in range(16):
-                if self.worker.read_tasks(False) < _LIKELY_MORE_BYTES:
+                if self._channel.read(False) < _LIKELY_MORE_BYTES:
                     break  # if there is more, the loop says so: cheaper than asking in vain
         except ChannelClosed:
             os._exit(1)
@@ -418,7 +425,8 @@ class EventLoop:
 
     def __init__(self, actor: AsyncActor, limit: int) -> None:
         self._actor = actor
-        self._worker = actor.worker
+        self._client = actor.client
+        self._cancelled = actor.cancelled
         self.runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
         self.loop = self.runner.get_loop()
         self._limit = asyncio.Semaphore(limit)
@@ -496,9 +504,8 @@ class EventLoop:
             task.cancel()
 
     async def _call(self, run: Run) -> None:
-        worker = self._worker
         actor = self._actor
-        client = worker.client
+        client = self._client
         began_s = time.monotonic()
         template = None
         try:
@@ -507,40 +514,41 @@ class EventLoop:
                 if actor.exit_status is not None:
                     return  # the node says what has become of it
                 began_s = time.monotonic()
-                if run.task_id in worker.cancelled:
+                if run.task_id in self._cancelled:
                     raise asyncio.CancelledError
-                template = worker.load(run).template
-                args, kwargs = worker.arguments(run)
+                template = actor.load(run).template
+                args, kwargs = actor.arguments(run)
                 method = actor.method(template.method)
                 actor.enter(run, template)
                 result = method(*args, **kwargs)
                 if type(result) is CoroutineType or isinstance(result, Coroutine):
                     result = await result
                 if template.stream or isinstance(result, _GENERATORS):
-                    await generators.run_async(
-                        worker, run, template, result, began_s, self.loop)
-                elif run.task_id in worker.cancelled:
+                    await actor.generators.run_async(
+                        run, template, result, began_s, self.loop)
+                elif run.task_id in self._cancelled:
                     raise asyncio.CancelledError  # it was told, and has made its own end of it
                 else:
-                    worker.deliver(run, template, result, began_s)
+                    actor.deliver(run, template, result, began_s)
             finally:
                 self._limit.release()
         except FailedDependency as failed:
-            client.report(Failed(run.task_id, run.attempt, _us(began_s), failed.error))
+            client.report(Failed(run.task_id, run.attempt, us(began_s), failed.error))
         except BaseException as error:
-            worker.leave_if_forked(error)
+            leave_if_forked(error)
             if actor.is_exit(error):
                 actor.leave(error)
                 return
             if not isinstance(error, asyncio.CancelledError):
                 name = template.name if template is not None else "method"
-                client.report(worker.failure(run, name, began_s, error, template))
+                client.report(actor.outcomes.failure(run, name, began_s, error, template))
             elif template is None:  # before it has begun
-                client.report(worker.cancellation(run, began_s))
+                client.report(actor.outcomes.cancellation(run, began_s))
             else:
                 cancelled = exceptions.TaskCancelledError(run.task_id.hex())
                 cancelled.__traceback__ = error.__traceback__
-                client.report(worker.failure(run, template.name, began_s, cancelled, template))
+                client.report(actor.outcomes.failure(
+                    run, template.name, began_s, cancelled, template))
         if not self._flush_due:
             self._flush_due = True
             if not self._starting:
@@ -550,7 +558,7 @@ class EventLoop:
         self._flush_due = False
         if output.touched:
             output.flush()
-        self._worker.client.flush(not self._running)
+        self._client.flush(not self._running)
 
 
 def _task_here() -> tuple[bytes, int]:
@@ -568,8 +576,3 @@ def _bound(instance: Any, name: str) -> Any:
     member = inspect.getattr_static(kind, name)
     bind = getattr(type(member), "__get__", None)
     return member if bind is None else bind(member, instance, kind)
-
-
-def _us(began_s: float) -> int:
-    return int((time.monotonic() - began_s) * 1_000_000)
-

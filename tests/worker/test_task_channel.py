@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hpcray.transport import datagrams
-from hpcray.worker.main import Worker
+from hpcray.worker.channel import TaskChannel
 
 
 def test_what_cannot_be_read_ends_the_worker_and_is_said(
@@ -19,7 +19,7 @@ def test_what_cannot_be_read_ends_the_worker_and_is_said(
     ours, node = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, node:
         node.send(b"\x91\x05")
-        worker: Any = SimpleNamespace(_tasks=ours, _buffer=datagrams.receive_buffer())
+        channel: Any = SimpleNamespace(socket=ours, _buffer=datagrams.receive_buffer())
         with pytest.raises(datagrams.ChannelClosed):
-            Worker.read_tasks(worker, wait=False)
+            TaskChannel.read(channel, wait=False)
     assert "a worker ends: what its node sent cannot be read" in capsys.readouterr().err
