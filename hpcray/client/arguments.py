@@ -1,7 +1,7 @@
 """Arguments of a call on their way to its worker: packed, with refs at the top level left open.
 
     (args, kwargs) --Arguments.pack--> bytes with Placeholders + ids     in the caller
-    bytes + the values of those ids --Worker.arguments--> (args, kwargs) in the worker
+    bytes + the values of those ids --Loader.arguments--> (args, kwargs) in the worker
 """
 
 from __future__ import annotations
