@@ -20,7 +20,6 @@ actor's end is on its way to the home: the route waits to be told.
                   told: it restarts --> RESTARTING
                   told: dead --> DEAD
     ALIVE       calls go to its host
-                  told: there --> ALIVE
                   told: it restarts --> RESTARTING
                   told: dead --> DEAD
                   a call came back --> UNKNOWN
@@ -30,9 +29,7 @@ actor's end is on its way to the home: the route waits to be told.
                   told: it restarts --> RESTARTING
                   told: dead --> DEAD
     DEAD        calls fail
-                  told: dead --> DEAD
     SETTLING    it is there again; calls wait until its last incarnation has answered
-                  told: there, and calls are open at another incarnation --> SETTLING
                   all calls of before are answered --> ALIVE
                   told: it restarts --> RESTARTING
                   told: dead --> DEAD

@@ -43,15 +43,15 @@ class RouteState(State):
 
 UNKNOWN, PENDING, ALIVE, RESTARTING, DEAD, SETTLING = RouteState
 
-# The home tells a change, and answers; so the same may be told twice.
+# The home answers once, and then tells each change: nothing is told twice.
 TOLD_PENDING = Edge("told: not there yet", (UNKNOWN,), PENDING)
-TOLD_ALIVE = Edge("told: there", (UNKNOWN, PENDING, ALIVE, RESTARTING), ALIVE)
+TOLD_ALIVE = Edge("told: there", (UNKNOWN, PENDING, RESTARTING), ALIVE)
 TOLD_AGAIN = Edge(
-    "told: there, and calls are open at another incarnation", (RESTARTING, SETTLING), SETTLING)
+    "told: there, and calls are open at another incarnation", (RESTARTING,), SETTLING)
 SETTLED = Edge("all calls of before are answered", (SETTLING,), ALIVE)
 TOLD_RESTARTING = Edge(
     "told: it restarts", (UNKNOWN, PENDING, ALIVE, RESTARTING, SETTLING), RESTARTING)
-TOLD_DEAD = Edge("told: dead", RouteState, DEAD)
+TOLD_DEAD = Edge("told: dead", (UNKNOWN, PENDING, ALIVE, RESTARTING, SETTLING), DEAD)
 DOUBTED = Edge("a call came back", (ALIVE,), UNKNOWN)
 
 ROUTES = Table("a route", RouteState, (
