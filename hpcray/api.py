@@ -282,6 +282,8 @@ def _connect_implicitly() -> Client:
             raise RuntimeError(
                 "this process was forked from one that uses hpcray and has no session of its own: "
                 "call hpcray from the parent, or start children by 'spawn'")
+        if sys.is_finalizing():  # a thread that is started now never runs: we would wait for it
+            raise RuntimeError("the interpreter ends: hpcray is not started again for a finaliser")
         init()
         client = process.client
         assert client is not None

@@ -355,3 +355,32 @@ except ray.exceptions.RaySystemError:
     job.kill("node")
     job.finish(status=3)
     assert not [name for name in os.listdir(job.environ["TMPDIR"]) if "packages" in name]
+
+
+def test_a_finaliser_at_the_interpreters_end_starts_no_new_session(start: Start):
+    job = start("""
+import gc
+import hpcray as ray
+
+ray.init(num_cpus=1)
+
+@ray.remote
+def f():
+    return 1
+
+class Last:
+    def __init__(self):
+        self.me, self.f = self, f  # a cycle: it waits for the collection at the end
+
+    def __del__(self):
+        try:
+            self.f.remote()
+        except RuntimeError as error:
+            print(error, flush=True)
+
+ray.get(f.remote())
+ray.shutdown()
+gc.collect()
+Last()
+""")
+    assert "the interpreter ends" in job.finish()
