@@ -7,7 +7,7 @@ called MPI_Init must not fork, so the node starts the zygote *before* that.
 
     node                                   zygote                        worker (a fork)
      |  python -m hpcray.worker.zygote       |
-     |-------------- spawn ----------------->|  import, gc.freeze()
+     |-------------- spawn ----------------->|  import, make the target, gc.freeze()
      |<------------- Ready ------------------|
      |-- PreloadRequest(modules) ----------->|  worker/preload.py; forks wait behind it
      |<------------- Preloaded(pid) ---------|  perhaps by a child that is the zygote from here on
@@ -16,6 +16,9 @@ called MPI_Init must not fork, so the node starts the zygote *before* that.
      |<------------- Exited(number, status) -|<-- SIGCHLD ------ exit -----|
      |-- ReapRequest(number) --------------->|  end its session, waitpid: the pid is free again
      |-- EOF (node gone) ------------------->|  end all sessions, exit
+
+Most of a worker's start is page faults: what it changes is copied, page by page, for some 3 us
+each. So whatever all workers have is made here, by the function that the target is the name of.
 
 One datagram of a SOCK_SEQPACKET pair per message, msgpack inside, descriptors beside it.
 
