@@ -260,7 +260,7 @@ class Zygote:
         """What imports have left behind, found out once so that a worker need not."""
         self._blas = _blas_controller()
         self._random = _numpy_words()
-        self._thread_limits = thread_limits()
+        self._thread_limits = _more_than_one(thread_limits())
 
     def serve(self) -> None:
         """Until the node says stop or is gone. Afterwards no worker is left."""
@@ -551,12 +551,13 @@ class Zygote:
         """Make the process look as if the job had started it, before any user code runs."""
         reseed(self._random)
         changes, env_vars = settings.get("environ") or {}, settings.get("env_vars") or {}
-        change_environment(changes, env_vars)
         limits = self._thread_limits
-        if not (_BLAS_NAMES.isdisjoint(changes) and BLAS_VARIABLES.isdisjoint(env_vars)):
-            default_threads()
-            limits = thread_limits()
-        if any(limit != 1 for limit in limits.values()):  # One is what they have: 3 ms saved.
+        if changes or env_vars:
+            change_environment(changes, env_vars)
+            if not (_BLAS_NAMES.isdisjoint(changes) and BLAS_VARIABLES.isdisjoint(env_vars)):
+                default_threads()
+                limits = _more_than_one(thread_limits())
+        if limits:
             limit_threads(limits, self._blas)
         sys_path = settings.get("sys_path")
         if sys_path is not None:
@@ -643,6 +644,11 @@ def thread_limits() -> dict[str, int]:
         found[kind] = os.environ.get(f"{kind.upper()}_NUM_THREADS", every)
     first = {kind: value.partition(",")[0].strip() for kind, value in found.items()}
     return {kind: int(value) for kind, value in first.items() if value.isdecimal() and int(value)}
+
+
+def _more_than_one(limits: dict[str, int]) -> dict[str, int]:
+    """Nothing if each is one: that is what libraries in the zygote have, and 3 ms are saved."""
+    return limits if any(limit != 1 for limit in limits.values()) else {}
 
 
 def limit_threads(limits: Mapping[str, int], libraries: Any = None) -> None:
