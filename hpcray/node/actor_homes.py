@@ -37,7 +37,7 @@ from hpcray.node.records import ClientRecord, TaskRecord
 from hpcray.node.states import Edge, move
 from hpcray.node.tables import Tables, unwired
 from hpcray.node.task_states import FETCHING, QUEUED, RETRY, WAITING
-from hpcray.node.tasks import Tasks
+from hpcray.node.tasks import Binder, Tasks
 from hpcray.protocol import ids, values
 from hpcray.protocol.messages import (
     ActorAt,
@@ -71,13 +71,20 @@ class ActorHomes:
         # It is dead, and no handle is left.
         self.actor_forgotten: Callable[[ActorHome], None] = unwired
 
+    def binder(self) -> Binder:
+        """Of creations."""
+        tasks = self._tasks
+        return Binder(
+            ready=tasks.ready, resend=tasks.bind, again=tasks.requeue, returned=tasks.rebind,
+            refused=self.creation_failed, crashed=self.creation_crashed, over=self.creation_over)
+
     # --- creation ---------------------------------------------------------------------------------
 
     def create(self, client: ClientRecord, message: CreateActor) -> None:
         template = self._templates[message.template_id]
         home = self.homes[message.actor_id] = ActorHome(message, template, client.number)
         task = self._creation_task(home)
-        self._tasks._register(client, task)
+        self._tasks.register(client, task)
         if template.max_restarts and home.refs:
             self._directory.hold_all(home.refs)  # a restart runs the constructor again
         if message.detached:
@@ -120,9 +127,7 @@ class ActorHomes:
                                     task.actor_id.hex(), in_constructor=True)))
         self._tasks.fail(task, error)
 
-    def creation_crashed(
-        self, task: TaskRecord, failure: values.Failure, *, started: bool
-    ) -> None:
+    def creation_crashed(self, task: TaskRecord, failure: values.Failure, started: bool) -> None:
         """The worker that was to run the constructor is gone."""
         home = self.homes.get(task.actor_id)
         if home is None or home.state is _DEAD:  # killed as it was being created

@@ -22,6 +22,7 @@ from typing import Any
 from hpcray.node.actor_records import Hosted, class_name, killed_failure, turn_of
 from hpcray.node.directory import Directory
 from hpcray.node.dispatch import Dispatcher
+from hpcray.node.executor import Executor, Runner
 from hpcray.node.outbox import Outbox
 from hpcray.node.records import TaskRecord
 from hpcray.node.states import move
@@ -30,13 +31,11 @@ from hpcray.node.task_states import CALL_FETCHED, CALLED, FETCHING, RETURNED, RU
 from hpcray.node.tasks import Tasks
 from hpcray.protocol import values
 from hpcray.protocol.messages import (
-    METHOD,
     ActorAt,
     ActorDown,
     ActorStop,
     AssignCall,
     TaskCrashed,
-    TaskFailed,
     TaskReturned,
 )
 
@@ -51,11 +50,12 @@ _AHEAD_LONG = 4
 class ActorHosts:
     def __init__(
         self, tables: Tables, outbox: Outbox, directory: Directory, tasks: Tasks,
-        dispatcher: Dispatcher,
+        executor: Executor, dispatcher: Dispatcher,
     ) -> None:
         self._outbox = outbox
         self._holders = directory.holders
         self._tasks = tasks
+        self._executor = executor
         self._dispatcher = dispatcher
         self._rank = tables.rank
         self._records = tables.tasks
@@ -71,8 +71,16 @@ class ActorHosts:
         self.say_last: Callable[[int, Any], None] = unwired
         # A call of this node was not started, and has to be sent again.
         self.call_returned: Callable[[TaskRecord], None] = unwired
-        # The constructor of an actor of this home raised.
-        self.creation_failed_at_home: Callable[[TaskRecord, bytes], None] = unwired
+
+    def runner(self) -> Runner:
+        """Of calls."""
+        return Runner(
+            fetched=self.call_fetched, over=self.call_over, raised=self.call_over,
+            cancelled=self.go_on)
+
+    def creation_runner(self) -> Runner:
+        return Runner(
+            fetched=self._dispatcher.fetched, over=self.created, raised=self.constructor_raised)
 
     # --- creation ---------------------------------------------------------------------------------
 
@@ -80,25 +88,25 @@ class ActorHosts:
         """The dispatcher has given the creation task to a worker: the actor's from now on."""
         self.hosted[task.actor_id] = Hosted(task, worker, devices)
 
-    def creation_failed(self, task: TaskRecord, error: bytes) -> None:
-        """The constructor raised in our worker (which exits by itself)."""
+    def constructor_raised(self, task: TaskRecord) -> None:
+        """In our worker, which exits by itself."""
         hosted = self.hosted.pop(task.actor_id, None)
         if hosted is not None:
             self._dispatcher.actor_failed(hosted.worker)
-        if task.home == self._rank:
-            self.creation_failed_at_home(task, error)
-        else:
-            self._holders.release_last(
-                task.home, TaskFailed(task.task_id, task.attempt, 0, error, False))
-            self._tasks.forget_foreign(task)
 
-    def _created(self, hosted: Hosted) -> None:
+    def created(self, task: TaskRecord) -> None:
+        """The constructor has returned."""
+        hosted = self.hosted.get(task.actor_id)
+        if hosted is None:
+            return
         hosted.alive = True
         held = hosted.template.held_resources
         self._dispatcher.actor_holds(
             hosted.worker, hosted.template.resources if held is None else held)
         self.say(hosted.home, ActorAt(
             hosted.actor_id, hosted.incarnation, self._workers[hosted.worker].pid))
+        if hosted.calls:
+            self.pump[task.actor_id] = hosted
 
     # --- calls that come --------------------------------------------------------------------------
 
@@ -109,7 +117,7 @@ class ActorHosts:
             # Behind the crashes of that incarnation: who is told of a return sends it again.
             self._holders.release_last(rank, TaskReturned(message.task_id, message.attempt))
             return
-        task = self._tasks.foreign(rank, message, self._templates[message.template_id])
+        task = self._executor.foreign(rank, message, self._templates[message.template_id])
         task.actor_id = message.actor_id
         task.client = message.caller
         task.incarnation = message.incarnation
@@ -131,9 +139,9 @@ class ActorHosts:
         if hosted.blocked and turn_of(task) in hosted.blocked:
             hosted.blocked[turn_of(task)].append(task)
             if task.dep_count:
-                self._tasks.fetch(task)
+                self._executor.fetch(task)
             return
-        if task.dep_count and not self._tasks.fetch(task):
+        if task.dep_count and not self._executor.fetch(task):
             hosted.blocked[turn_of(task)] = deque((task,))
             return
         hosted.calls.append(task)
@@ -179,7 +187,7 @@ class ActorHosts:
             task.worker = -1
             move(task, UNSENT)
             if task.cancelled:
-                self._tasks.drop_cancelled(task)
+                self._executor.drop_cancelled(task)
             else:
                 self._accept(hosted, task)
 
@@ -188,7 +196,7 @@ class ActorHosts:
         did get it, its outcome finds nobody."""
         task = self._records.get(called)
         if task is not None and task.state == RUNNING:
-            self.call_finished(task)
+            self.call_over(task)
             self._tasks.fail(task, values.pack_failure(values.Failure(
                 "WorkerCrashedError", "its caller died as it called", called.hex())))
 
@@ -202,7 +210,7 @@ class ActorHosts:
                 self._hand_over(hosted)
 
     def _hand_over(self, hosted: Hosted) -> None:
-        tasks = self._tasks
+        executor = self._executor
         calls = hosted.calls
         in_flight = hosted.in_flight
         template = hosted.template
@@ -231,20 +239,17 @@ class ActorHosts:
                     room_bytes = 0
                 in_flight[task.task_id] = task
                 alone = not (calls or run) and (concurrent or len(in_flight) == 1)
-                run.append(tasks.run_message(task, hosted.worker, hosted.devices, alone))
+                run.append(executor.run_message(task, hosted.worker, hosted.devices, alone))
             if run:
                 self._outbox.tasks.append((hosted.worker, run))
 
-    def call_finished(self, task: TaskRecord) -> None:
-        """A call (or the creation) of a hosted actor has an outcome."""
+    def call_over(self, task: TaskRecord) -> None:
+        """The run of a call is over."""
         hosted = self.hosted.get(task.actor_id)
-        if hosted is None:
-            return
-        if task.template.kind != METHOD:
-            self._created(hosted)
-        hosted.in_flight.pop(task.task_id, None)
-        if hosted.calls:
-            self.pump[task.actor_id] = hosted
+        if hosted is not None:
+            hosted.in_flight.pop(task.task_id, None)
+            if hosted.calls:
+                self.pump[task.actor_id] = hosted
 
     # --- its end ----------------------------------------------------------------------------------
 
@@ -298,18 +303,18 @@ class ActorHosts:
         else:
             self._holders.release_last(
                 task.home, TaskCrashed(task.task_id, task.attempt, failure, True))
-            self._tasks.forget_foreign(task)
+            self._executor.forget(task)
 
     def _return(self, task: TaskRecord) -> None:
         if task.state is FETCHING:
-            self._tasks.stop_fetching(task)
+            self._executor.stop_fetching(task)
         if task.home == self._rank:
             move(task, RETURNED)
             task.attempt += 1
             self.call_returned(task)
         else:
             self._holders.release_last(task.home, TaskReturned(task.task_id, task.attempt))
-            self._tasks.forget_foreign(task)
+            self._executor.forget(task)
 
     # --- invariants -------------------------------------------------------------------------------
 

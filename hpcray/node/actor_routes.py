@@ -72,7 +72,7 @@ from hpcray.node.records import WAIT_VALUE, ClientRecord, TaskRecord
 from hpcray.node.states import Edge, move
 from hpcray.node.tables import Tables, unwired
 from hpcray.node.task_states import READY, RETURNED, RUNNING, SEND, WAITING
-from hpcray.node.tasks import Tasks
+from hpcray.node.tasks import Binder, Tasks
 from hpcray.protocol import ids, values
 from hpcray.protocol.messages import METHOD, ActorIs, ActorWhere, AssignCall, SubmitCall
 
@@ -99,8 +99,14 @@ class ActorRoutes:
         self.accept: Callable[[TaskRecord], bool] = unwired
         # A call that its caller hands to this worker itself; False: the actor is not there.
         self.accept_called: Callable[[TaskRecord, int], bool] = unwired
-        # The creation task of an actor has an outcome.
-        self.creation_over: Callable[[TaskRecord], None] = unwired
+
+    def binder(self, cancelled: Callable[[TaskRecord], None]) -> Binder:
+        """Of calls. `cancelled`: one is, which may be on its way through a host of this node."""
+        tasks = self._tasks
+        return Binder(
+            ready=self.call_ready, resend=self.came_back, again=self.call_again,
+            returned=self.returned, refused=tasks.fail, crashed=tasks.run_crashed,
+            cancelled=cancelled, over=self.call_over)
 
     # --- submission -------------------------------------------------------------------------------
 
@@ -265,6 +271,11 @@ class ActorRoutes:
         elif not route.sent:
             self._last_answered(route)
 
+    def returned(self, _: int, task: TaskRecord) -> None:
+        """A host elsewhere gave it back."""
+        task.attempt += 1
+        self.came_back(task)
+
     def call_again(self, task: TaskRecord) -> None:
         """A call that raised and is retried for it: the actor is there, and others may go first."""
         route = self.routes[task.actor_id]
@@ -275,10 +286,7 @@ class ActorRoutes:
             self._last_answered(route)
 
     def call_over(self, task: TaskRecord) -> None:
-        """A call of ours (or a creation) has an outcome."""
-        if task.template.kind != METHOD:
-            self.creation_over(task)
-            return
+        """A call of ours has an outcome."""
         if task.rank >= 0:
             route = self.routes[task.actor_id]
             route.sent -= 1

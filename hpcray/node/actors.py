@@ -23,13 +23,22 @@ from hpcray.node.actor_hosts import ActorHosts
 from hpcray.node.actor_routes import ActorRoutes
 from hpcray.node.directory import Directory
 from hpcray.node.dispatch import Dispatcher
+from hpcray.node.executor import Executor
 from hpcray.node.holders import Holders
 from hpcray.node.membership import Membership
 from hpcray.node.outbox import Outbox
 from hpcray.node.records import TaskRecord
 from hpcray.node.tables import Tables
 from hpcray.node.tasks import Tasks
-from hpcray.protocol.messages import ActorAt, ActorDown, ActorIs, ActorStop, ActorWhere
+from hpcray.protocol.messages import (
+    ACTOR_CREATION,
+    METHOD,
+    ActorAt,
+    ActorDown,
+    ActorIs,
+    ActorStop,
+    ActorWhere,
+)
 
 
 class Mail:
@@ -73,11 +82,12 @@ class Mail:
 class Actors:
     def __init__(
         self, tables: Tables, outbox: Outbox, membership: Membership, directory: Directory,
-        tasks: Tasks, dispatcher: Dispatcher,
+        tasks: Tasks, executor: Executor, dispatcher: Dispatcher,
     ) -> None:
         routes = self.routes = ActorRoutes(tables, outbox, membership, directory, tasks)
         homes = self.homes = ActorHomes(tables, directory, tasks)
-        hosts = self.hosts = ActorHosts(tables, outbox, directory, tasks, dispatcher)
+        hosts = self.hosts = ActorHosts(
+            tables, outbox, directory, tasks, executor, dispatcher)
         mail = Mail(tables.rank, outbox, directory.holders)
         # What they hear of each other, from this node or another.
         self.handlers = mail.handlers = {
@@ -93,22 +103,14 @@ class Actors:
         routes.accept = hosts.accept
         routes.accept_called = hosts.accept_called
         hosts.call_returned = routes.came_back
-        # So are creation tasks.
-        routes.creation_over = homes.creation_over
-        hosts.creation_failed_at_home = homes.creation_failed
-        # What tasks are told of, and tell.
-        self.call_ready = routes.call_ready
-        self.call_again = routes.call_again
-        self.call_returned = self.resend = routes.came_back
-        self.home_call_finished = routes.call_over
-        self.call_fetched = hosts.call_fetched
-        self.call_finished = hosts.call_finished
-        self.creation_failed = hosts.creation_failed
-        self.creation_failed_at_home = homes.creation_failed
-        self.creation_crashed = homes.creation_crashed
+        # Who binds their tasks, and has them run.
+        tasks.binders[METHOD] = routes.binder(cancelled=self._call_cancelled)
+        tasks.binders[ACTOR_CREATION] = homes.binder()
+        executor.runners[METHOD] = hosts.runner()
+        executor.runners[ACTOR_CREATION] = hosts.creation_runner()
 
-    def call_cancelled(self, task: TaskRecord) -> None:
-        """Unstarted, and it has its outcome: those behind it must not wait for its dependencies."""
+    def _call_cancelled(self, task: TaskRecord) -> None:
+        """Those behind it must not wait for its dependencies."""
         self.routes.call_ready(task)
         self.hosts.go_on(task)
 

@@ -37,8 +37,8 @@ from hpcray.node.records import TaskRecord, is_here
 from hpcray.node.scheduler import GlobalScheduler, covers, may_run, rating, slots_of
 from hpcray.node.tables import Tables, unwired
 from hpcray.node.task_states import QUEUED
-from hpcray.node.tasks import Tasks
-from hpcray.protocol import ids, labels, values, words
+from hpcray.node.tasks import Tasks, unschedulable
+from hpcray.protocol import ids, labels, words
 from hpcray.protocol.messages import (
     ACTOR_CREATION,
     SPILL,
@@ -112,7 +112,6 @@ class Cluster:
         # Ports: fail a task whose placement group was removed (and whether it was); an actor of
         # this home can be created nowhere, by this error.
         self.refuse_of_group: Callable[[TaskRecord], bool] = unwired
-        self.creation_failed: Callable[[TaskRecord, bytes], None] = unwired
         # What each node has in all, conditions on labels that it meets among it.
         self._totals: dict[int, dict[str, int]] = {}
         self._turns: dict[Shape, Turns] = {}
@@ -170,6 +169,18 @@ class Cluster:
         """What each node has in all. To be copied before it is changed."""
         return self._totals
 
+    # --- binding a task when it is ready ----------------------------------------------------------
+
+    def place(self, task: TaskRecord) -> bool:
+        """Bind it to the node it asks for, or that is better or as good; False: it stays here."""
+        template = task.template
+        if template.rank >= 0:
+            return self.place_at(task)
+        if template.kind == ACTOR_CREATION:
+            self.place_actor(task)
+            return True
+        return self.deal(task) if template.spread else self.place_elsewhere(task)
+
     # --- an affinity ------------------------------------------------------------------------------
 
     def place_at(self, task: TaskRecord) -> bool:
@@ -199,17 +210,10 @@ class Cluster:
             task.template = self._without_affinity(template)
             tasks.bind(task)
             return True
-        creation = template.kind == ACTOR_CREATION
         known = template.rank in self._totals
         node = f"the node of rank {template.rank}" if known else "a node by its id"
-        error = values.pack_failure(values.Failure(
-            "ActorUnschedulableError" if creation else "TaskUnschedulableError",
-            f"{template.name} asks for {node} and no other "
-            f"(soft=False), but {why}"))
-        if creation:
-            self.creation_failed(task, error)
-        else:
-            tasks.fail(task, error)
+        tasks.refuse(task, unschedulable(
+            template, f" asks for {node} and no other (soft=False), but {why}"))
         return True
 
     def _without_affinity(self, template: Template) -> Template:

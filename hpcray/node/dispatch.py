@@ -47,6 +47,7 @@ from collections.abc import Callable, Iterable
 from itertools import islice, takewhile
 from typing import Any
 
+from hpcray.node.executor import Executor
 from hpcray.node.ledger import ResourceLedger, Shape, cpu_part, is_group_shape, without_cpu
 from hpcray.node.outbox import KillWorker, Outbox, StartWorker, TakeBack
 from hpcray.node.records import (
@@ -65,7 +66,6 @@ from hpcray.node.records import (
 from hpcray.node.states import Edge, move
 from hpcray.node.tables import Tables, unwired
 from hpcray.node.task_states import FETCHED, QUEUED, WAITING
-from hpcray.node.tasks import Tasks
 from hpcray.protocol import ids, values
 from hpcray.protocol.messages import ACTOR_CREATION, METHOD, TASK, Stop, Template
 
@@ -153,7 +153,8 @@ def _head_urgency(queue: ShapeQueue) -> int:
 
 class Dispatcher:
     def __init__(
-        self, tables: Tables, outbox: Outbox, ledger: ResourceLedger, tasks: Tasks, lent: set[int],
+        self, tables: Tables, outbox: Outbox, ledger: ResourceLedger, executor: Executor,
+        lent: set[int],
     ) -> None:
         self._tables = tables
         self._objects = tables.objects
@@ -163,7 +164,7 @@ class Dispatcher:
         self._rank = tables.rank
         self._outbox = outbox
         self.ledger = ledger
-        self._tasks = tasks
+        self._executor = executor
         self._lent = lent  # workers that have given their CPU back for memory (NodeMemory)
         self.workers = tables.workers
         # Ports. Of placement groups: fail a task whose group was removed (and whether it was);
@@ -349,7 +350,7 @@ class Dispatcher:
         for datagram in datagrams:
             for task in datagram:
                 # Any task of the first datagram may have been running: results leave per datagram.
-                self._tasks.worker_died(task, failure, started=first)
+                self._executor.worker_died(task, failure, started=first)
             first = False
         self._unlease(worker)
         self._dirty = True
@@ -402,7 +403,7 @@ class Dispatcher:
                 tasks, queue.tasks = queue.tasks, deque()
                 for task in tasks:
                     if not task.cancelled:
-                        self._tasks.refuse(task, (
+                        self._executor.refuse(task, (
                             f"no worker could be started for it on rank {self._rank} for "
                             f"{after_s:g} s: {self.refused}"))
 
@@ -563,7 +564,7 @@ class Dispatcher:
 
     def _fill(self, queue: ShapeQueue, worker: Worker, now_s: float) -> bool:
         """Send one datagram of tasks to the worker; False if none in the queue can run yet."""
-        tasks = self._tasks
+        executor = self._executor
         waiting = queue.tasks
         number = worker.number
         devices = worker.devices
@@ -596,13 +597,13 @@ class Dispatcher:
                 break
             waiting.popleft()
             if task.dep_count:
-                if not tasks.fetch(task):
+                if not executor.fetch(task):
                     continue  # comes back to the front when its dependencies have arrived
                 room_bytes = 0
             room_bytes -= len(task.args)
             datagram.append(task)
             alone = not (run or waiting or worker.datagrams)
-            run.append(tasks.run_message(task, number, devices, alone))
+            run.append(executor.run_message(task, number, devices, alone))
         if not run:
             return False
         if not worker.datagrams:
@@ -799,9 +800,9 @@ class Dispatcher:
         self._drop_empty(worker)
 
     def _take(self, task: TaskRecord) -> None:
-        self._tasks.unrun(task)
+        self._executor.unrun(task)
         if task.cancelled:
-            self._tasks.drop_cancelled(task)
+            self._executor.drop_cancelled(task)
         else:
             self.enqueue(task, front=True)
 
@@ -847,7 +848,7 @@ class Dispatcher:
         for task in [t for t in reversed(queue.tasks) if t.home == home and t.state == QUEUED
                      and t.template.rank < 0 and not t.cancelled][:count]:
             queue.tasks.remove(task)
-            self._tasks.give_back(task)
+            self._executor.give_back(task)
 
     def give_back_foreign(self) -> None:
         """What cannot start here and could elsewhere: other homes' tasks return to them, and actors
@@ -860,7 +861,7 @@ class Dispatcher:
                         continue
                     if (task.home != self._rank and task.state == QUEUED
                             and task.template.rank < 0 and task.template.kind != METHOD):
-                        self._tasks.give_back(task)
+                        self._executor.give_back(task)
                     elif (queue.creation and task.home == self._rank
                             and task.template.rank < 0 and not task.template.group_id):
                         self.place_actor(task)

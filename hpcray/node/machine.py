@@ -20,6 +20,7 @@ from hpcray.node.actors import Actors
 from hpcray.node.cluster import Cluster, describe
 from hpcray.node.directory import Directory
 from hpcray.node.dispatch import Dispatcher
+from hpcray.node.executor import Executor, Runner
 from hpcray.node.explain import Explain
 from hpcray.node.inventory import Inventory
 from hpcray.node.ledger import ResourceLedger
@@ -65,13 +66,16 @@ class Machine:
         self.pulls = Pulls(tables, outbox, self.memory)
         self.streams = Streams(tables, outbox, self.memory, self.directory)
         self.tasks = Tasks(tables, outbox, self.memory, self.directory, self.streams)
+        self.executor = Executor(tables, outbox, self.memory, self.directory, self.tasks)
         self.dispatcher = Dispatcher(
-            tables, outbox, ResourceLedger(resources), self.tasks, self.memory.lent)
+            tables, outbox, ResourceLedger(resources), self.executor, self.memory.lent)
         self.cluster = Cluster(tables, outbox, self.memory, self.tasks, self.dispatcher)
-        self.bundles = Bundles(tables, outbox, self.tasks, self.dispatcher, self.cluster)
+        self.bundles = Bundles(
+            tables, outbox, self.tasks, self.executor, self.dispatcher, self.cluster)
         self.groups = Groups(tables, outbox, self.cluster, self.bundles)
         self.actors = Actors(
-            tables, outbox, self.membership, self.directory, self.tasks, self.dispatcher)
+            tables, outbox, self.membership, self.directory, self.tasks, self.executor,
+            self.dispatcher)
         self.inventory = Inventory(tables, outbox, self.directory, self.tasks)
         self.explain = Explain(
             tables, self.membership, self.memory, self.dispatcher, self.bundles)
@@ -89,7 +93,8 @@ class Machine:
     def _wire(self) -> None:
         """Upward: who hears of what, and who answers what. (Downward, parts know each other.)"""
         memory, directory, tasks = self.memory, self.directory, self.tasks
-        dispatcher, actors, cluster = self.dispatcher, self.actors, self.cluster
+        executor, dispatcher = self.executor, self.dispatcher
+        actors, cluster = self.actors, self.cluster
         memory.set_tight = dispatcher.set_tight
         memory.worker_waits = lambda number: dispatcher.blocked(number, ())
         memory.worker_goes_on = dispatcher.unblocked
@@ -97,36 +102,25 @@ class Machine:
         directory.dependency_ready = tasks.dependency_ready
         directory.dependency_refused = tasks.dependency_refused
         directory.creation_freed = actors.homes.last_handle_gone
-        tasks.enqueue = dispatcher.enqueue
-        tasks.fetched = dispatcher.fetched
-        tasks.run_over = dispatcher.finished
-        tasks.has_room = dispatcher.has_room
-        tasks.learn = cluster.learn
-        tasks.work_came = cluster.work_came
-        tasks.place_at = cluster.place_at
-        tasks.deal = cluster.deal
-        tasks.place_elsewhere = cluster.place_elsewhere
-        tasks.place_actor = cluster.place_actor
+        tasks.enqueue = executor.enqueue = dispatcher.enqueue
+        tasks.place = cluster.place
         tasks.over_elsewhere = cluster.finished
         tasks.back_from = cluster.returned
         tasks.unavailable = cluster.unavailable
-        tasks.call_ready = actors.call_ready
-        tasks.call_returned = actors.call_returned
-        tasks.call_again = actors.call_again
-        tasks.resend = actors.resend
-        tasks.call_cancelled = actors.call_cancelled
-        tasks.call_over = actors.home_call_finished
-        tasks.call_fetched = actors.call_fetched
-        tasks.call_run_over = actors.call_finished
-        tasks.creation_failed = actors.creation_failed
-        tasks.creation_failed_at_home = actors.creation_failed_at_home
-        tasks.creation_crashed = actors.creation_crashed
-        tasks.reason_of_group = self.bundles.reason
+        tasks.learn = cluster.learn
         tasks.refuse_of_group = self.bundles.refuse
+        tasks.arrived = executor.arrived
+        tasks.refused_to_arrive = executor.refused_to_arrive
+        tasks.cancel_here = executor.cancel_here
         tasks.failed_for_good = self.inventory.failed
         self.pulls.arrived = directory.pulled
         self.pulls.failed = directory.pull_failed
         self.pulls.sent = directory.unpin
+        executor.has_room = dispatcher.has_room
+        executor.work_came = cluster.work_came
+        executor.reason_of_group = self.bundles.reason
+        executor.runners[m.TASK] = Runner(
+            fetched=dispatcher.fetched, over=dispatcher.finished, raised=dispatcher.finished)
         dispatcher.refuse_of_group = self.bundles.refuse
         dispatcher.held_shapes = self.bundles.held_shapes
         dispatcher.demanded_shapes = cluster.demanded_shapes
@@ -150,7 +144,6 @@ class Machine:
         self.membership.on_lost += [
             directory.node_lost, cluster.node_lost, self.requests.node_lost, self._end_for]
         cluster.refuse_of_group = self.bundles.refuse
-        cluster.creation_failed = self.bundles.creation_failed = actors.homes.creation_failed
 
     @property
     def now_s(self) -> float:
@@ -411,7 +404,7 @@ class Machine:
         # So do actors of ours: their place was chosen by loads that had changed by then.
         # There are few of either: a look at all that is queued would take milliseconds.
         if (any(queue.creation and queue.tasks for queue in self.dispatcher.queues.values())
-                or any(task.state == QUEUED for task in self.tasks.guests.values())):
+                or any(task.state == QUEUED for task in self.executor.guests.values())):
             if self._foreign_since_s is None:
                 self._foreign_since_s = now_s
             elif now_s - self._foreign_since_s > _FOREIGN_WAIT_S:
@@ -468,6 +461,7 @@ class Machine:
         """Check every collaborator's invariants. Slow: for tests."""
         self.directory.validate()
         self.tasks.validate()
+        self.executor.validate()
         self.streams.validate()
         self.dispatcher.validate()
         self.actors.validate()
@@ -492,9 +486,9 @@ class Machine:
             m.PinForJob: self._pin_for_job,
             m.Get: self._get,
             m.Watch: self._watch,
-            m.Done: self.tasks.done,
-            m.DoneMany: self.tasks.done_many,
-            m.Failed: self.tasks.failed,
+            m.Done: self.executor.done,
+            m.DoneMany: self.executor.done_many,
+            m.Failed: self.executor.failed,
             m.Blocked: lambda client, message: self.dispatcher.blocked(
                 client.number, message.unstarted, message.waits),
             m.Unblocked: lambda client, _: self.dispatcher.unblocked(client.number),
@@ -521,7 +515,7 @@ class Machine:
             m.TemplateDef: lambda _, message: self.tasks.define(message.template),
             m.FetchFunction: self._function_asked,
             m.FunctionDef: self._function_arrived,
-            m.Assign: self.tasks.assigned,
+            m.Assign: self.executor.assigned,
             m.AssignCall: self.actors.hosts.call_assigned,
             m.TaskDone: self.tasks.peer_done,
             m.TaskDoneMany: self.tasks.peer_done_many,
@@ -552,7 +546,7 @@ class Machine:
             m.CollectGarbage: lambda *_: self.collect_garbage(),
             m.GiveBack: lambda rank, message: self.dispatcher.give_back_to(
                 rank, message.shape, message.count),
-            m.RecallTask: lambda _, message: self.tasks.recalled(message),
+            m.RecallTask: lambda _, message: self.executor.recalled(message),
             m.TaskYield: self.streams.peer_yielded,
             m.PrepareBundles: lambda rank, message: self.outbox.peers[rank].append(
                 m.BundlesPrepared(message.group, self.bundles.prepare(message))),

@@ -19,17 +19,18 @@ PG-2  the names of a group that is not here are not in the ledger.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
 from hpcray.node.cluster import Cluster
 from hpcray.node.dispatch import Dispatcher
+from hpcray.node.executor import Executor
 from hpcray.node.ledger import Shape
 from hpcray.node.names import RequestError
 from hpcray.node.outbox import Outbox
 from hpcray.node.records import TaskRecord
 from hpcray.node.scheduler import GlobalScheduler, covers
-from hpcray.node.tables import Tables, unwired
+from hpcray.node.tables import Tables
 from hpcray.node.tasks import Tasks
 from hpcray.protocol import labels, values
 from hpcray.protocol.messages import (
@@ -66,17 +67,16 @@ class Bundles:
     """This node's part."""
 
     def __init__(
-        self, tables: Tables, outbox: Outbox, tasks: Tasks, dispatcher: Dispatcher,
-        cluster: Cluster,
+        self, tables: Tables, outbox: Outbox, tasks: Tasks, executor: Executor,
+        dispatcher: Dispatcher, cluster: Cluster,
     ) -> None:
         self._rank = tables.rank
         self._outbox = outbox
         self._tasks = tasks
+        self._executor = executor
         self._dispatcher = dispatcher
         self._cluster = cluster
         self._ledger = dispatcher.ledger
-        # Port: an actor of this home can be created nowhere, by this error.
-        self.creation_failed: Callable[[TaskRecord, bytes], None] = unwired
         # group -> [(index, shape, devices)]: held, offered once committed.
         self.held: dict[bytes, list[tuple[int, Shape, tuple[int, ...]]]] = {}
         self._committed: set[bytes] = set()
@@ -143,13 +143,10 @@ class Bundles:
         failure = self.reason(task.template)
         if failure is None:
             return False
-        tasks = self._tasks
         if task.home != self._rank:
-            tasks.give_back(task)  # its home knows, or will
-        elif task.template.kind == ACTOR_CREATION:
-            self.creation_failed(task, values.pack_failure(failure))
+            self._executor.give_back(task)  # its home knows, or will
         else:
-            tasks.fail(task, values.pack_failure(failure))
+            self._tasks.refuse(task, values.pack_failure(failure))
         return True
 
     def end_turn(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hpcray.node.directory import Directory
+from hpcray.node.executor import Executor
 from hpcray.node.membership import Membership
 from hpcray.node.memory import NodeMemory
 from hpcray.node.outbox import Outbox
@@ -31,20 +32,32 @@ class Lower:
         self.directory = Directory(self.tables, self.outbox, self.membership, memory)
         streams = Streams(self.tables, self.outbox, memory, self.directory)
         self.tasks = Tasks(self.tables, self.outbox, memory, self.directory, streams)
+        self.executor = Executor(self.tables, self.outbox, memory, self.directory, self.tasks)
         self.queued: list[TaskRecord] = []
-        tasks, directory = self.tasks, self.directory
+        tasks, directory, executor = self.tasks, self.directory, self.executor
         directory.dependency_ready = tasks.dependency_ready
         directory.dependency_refused = tasks.dependency_refused
         directory.creation_freed = lambda object_id: None
         tasks.learn = lambda shape: None
         tasks.enqueue = lambda task, front=False: self.queued.append(task)
-        tasks.place_actor = self.queued.append
+        tasks.place = self.stays_here
         tasks.over_elsewhere = tasks.back_from = lambda rank, task: None
-        tasks.reason_of_group = lambda template: None
         tasks.failed_for_good = lambda task, error: None
+        tasks.arrived = executor.arrived
+        tasks.refused_to_arrive = executor.refused_to_arrive
+        tasks.cancel_here = executor.cancel_here
+        executor.enqueue = self.queued.append
+        executor.work_came = lambda template: None
+        executor.reason_of_group = lambda template: None
         for number in range(clients):
             self.tables.clients[number] = ClientRecord(number)
         self._count = 0
+
+    def stays_here(self, task: TaskRecord) -> bool:
+        """Actors wait for a place that the global scheduler finds."""
+        if task.template.kind == m.ACTOR_CREATION:
+            self.queued.append(task)
+        return task.template.kind == m.ACTOR_CREATION
 
     def template(self, name: bytes, kind: int, **options: Any) -> m.Template:
         template = m.Template(name * 16, b"f" * 16, kind, name.decode(), **options)

@@ -49,10 +49,7 @@ class HomesMachine(RuleBasedStateMachine):
         self.homes.actor_died = lambda actor_id, *_: self.died.append(actor_id)
         self.homes.actor_forgotten = lambda home: self.forgotten.append(home.actor_id)
         lower.directory.creation_freed = self.homes.last_handle_gone
-        tasks = lower.tasks
-        tasks.creation_failed_at_home = self.homes.creation_failed
-        tasks.creation_crashed = self.homes.creation_crashed
-        tasks.call_over = self.homes.creation_over
+        lower.tasks.binders[m.ACTOR_CREATION] = self.homes.binder()
         for name, restarts in ((b"0", 0), (b"1", 1), (b"9", -1)):
             lower.template(name, m.ACTOR_CREATION, max_restarts=restarts)
         self.handles: list[bytes] = []  # actors that client 0 has a handle of
@@ -146,11 +143,11 @@ class HomesMachine(RuleBasedStateMachine):
             self.hosts.add((rank, task.actor_id, task.attempt))
         if rank == 0:
             if how == "created":
-                tasks.complete(task, b"\0none")
+                tasks.complete_many(task, (m.Return(b"\0none"),))
             elif how == "raised":
                 self.homes.creation_failed(task, RAISED)
             else:
-                tasks.worker_died(task, DIED, started=how == "crashed")
+                self.lower.executor.worker_died(task, DIED, started=how == "crashed")
         elif how == "created":
             tasks.peer_done(rank, m.TaskDone(task.task_id, task.attempt, 1, b"\0none"))
         elif how == "raised":

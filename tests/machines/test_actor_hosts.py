@@ -18,7 +18,9 @@ from hpcray.node.ledger import ResourceLedger
 from hpcray.node.outbox import KillWorker
 from hpcray.node.records import TaskRecord, Worker
 from hpcray.node.states import move
+from hpcray.node.tables import unwired
 from hpcray.node.task_states import RUN, SEND
+from hpcray.node.tasks import Binder
 from hpcray.protocol import ids, values
 from hpcray.protocol import messages as m
 
@@ -33,19 +35,20 @@ class HostsMachine(RuleBasedStateMachine):
         super().__init__()
         self.lower = lower = Lower()
         self.dispatcher = Dispatcher(
-            lower.tables, lower.outbox, ResourceLedger({"CPU": 4 * m.UNIT}), lower.tasks, set())
+            lower.tables, lower.outbox, ResourceLedger({"CPU": 4 * m.UNIT}), lower.executor, set())
         self.hosts = ActorHosts(
-            lower.tables, lower.outbox, lower.directory, lower.tasks, self.dispatcher)
+            lower.tables, lower.outbox, lower.directory, lower.tasks, lower.executor,
+            self.dispatcher)
         self.hosts.say = lambda rank, message: lower.outbox.peers[rank].append(message)
         self.hosts.say_last = lower.directory.holders.release_last
         self.hosts.call_returned = lambda task: self.came_back(task, "TaskReturned")
         tasks = lower.tasks
-        tasks.call_fetched = self.hosts.call_fetched
-        tasks.call_run_over = self.hosts.call_finished
-        tasks.call_over = self.is_over
-        tasks.call_cancelled = self.hosts.go_on
-        tasks.resend = lambda task: self.came_back(task, "TaskCrashed")
-        tasks.creation_failed = self.hosts.creation_failed
+        tasks.binders[m.METHOD] = Binder(
+            ready=unwired, again=unwired, returned=unwired, refused=tasks.fail,
+            crashed=tasks.run_crashed, cancelled=self.hosts.go_on, over=self.is_over,
+            resend=lambda task: self.came_back(task, "TaskCrashed"))
+        lower.executor.runners[m.METHOD] = self.hosts.runner()
+        lower.executor.runners[m.ACTOR_CREATION] = self.hosts.creation_runner()
         lower.template(b"c", m.ACTOR_CREATION, resources=(("CPU", m.UNIT),), max_restarts=-1)
         lower.template(b"m", m.METHOD, max_retries=-1)
         lower.template(b"u", m.METHOD, unordered=True)
@@ -146,10 +149,9 @@ class HostsMachine(RuleBasedStateMachine):
         self.worker += 1
         self.lower.tables.workers[self.worker] = Worker(self.worker, False)
         self.lower.tables.clients[self.worker] = self.lower.tables.clients[0].__class__(self.worker)
-        self.creation = self.lower.tasks.foreign(HOME, m.Assign(
-            ids.creation_task_id(self.actor_id), b"c" * 16, self.incarnation, b""),
-            self.lower.tables.templates[b"c" * 16])
-        self.creation.actor_id = self.actor_id
+        self.lower.executor.assigned(HOME, m.Assign(
+            ids.creation_task_id(self.actor_id), b"c" * 16, self.incarnation, b""))
+        self.creation = self.lower.queued.pop()
         move(self.creation, RUN)
         self.creation.worker = self.worker
         self.dispatcher.ledger.acquire((("CPU", m.UNIT),))
@@ -159,7 +161,7 @@ class HostsMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.lives and self.creation.task_id in self.lower.tables.tasks)
     @rule()
     def is_created(self) -> None:
-        self.lower.tasks.done(self.lower.tables.clients[self.worker], m.Done(
+        self.lower.executor.done(self.lower.tables.clients[self.worker], m.Done(
             self.creation.task_id, self.incarnation, 5, b"\0none"))
         self.take()
 
@@ -212,7 +214,7 @@ class HostsMachine(RuleBasedStateMachine):
             object_id = self.lower.task_id(0, 2) + ids.FIRST_RETURN
             record = self.lower.directory.hold(object_id)
             client.add_barrier = self.lower.directory.announce(record)
-        self.lower.tasks.done(client, m.Done(task_id, 0, run_us, b"\0value"))
+        self.lower.executor.done(client, m.Done(task_id, 0, run_us, b"\0value"))
         self.take()
 
     @precondition(lambda self: self.unacknowledged)
@@ -239,7 +241,7 @@ class HostsMachine(RuleBasedStateMachine):
         del self.lower.tables.clients[self.worker]
         if not alive:
             # As the dispatcher does, which knows the creation task. Its calls are told by nobody.
-            self.lower.tasks.worker_died(self.creation, DIED, started=True)
+            self.lower.executor.worker_died(self.creation, DIED, started=True)
             self.told_down = True
         self.take()
 
@@ -259,6 +261,7 @@ class HostsMachine(RuleBasedStateMachine):
     def holds(self) -> None:
         self.hosts.validate()
         self.lower.tasks.validate()
+        self.lower.executor.validate()
 
     def teardown(self) -> None:
         if self.lives:

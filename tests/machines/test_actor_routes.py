@@ -31,11 +31,7 @@ def connected() -> tuple[Lower, ActorRoutes]:
     routes = ActorRoutes(
         lower.tables, lower.outbox, lower.membership, lower.directory, lower.tasks)
     routes.say = lambda rank, message: lower.outbox.peers[rank].append(message)
-    tasks = lower.tasks
-    tasks.call_ready = tasks.call_cancelled = routes.call_ready
-    tasks.call_returned = tasks.resend = routes.came_back
-    tasks.call_again = routes.call_again
-    tasks.call_over = routes.call_over
+    lower.tasks.binders[m.METHOD] = routes.binder(cancelled=routes.call_ready)
     for name, retries in RETRIES.items():
         lower.template(name, m.METHOD, max_retries=retries)
     lower.template(RAISES, m.METHOD, max_retries=-1, retry_exceptions=True)

@@ -13,9 +13,9 @@ from hpcray.node import (
     actor_states,
     directory,
     dispatch,
+    executor,
     records,
     task_states,
-    tasks,
 )
 from hpcray.node.states import Edge, InvalidMoveError, State, Story, Table, move
 
@@ -23,7 +23,7 @@ from hpcray.node.states import Edge, InvalidMoveError, State, Story, Table, move
 SHOWN = [
     (records.OBJECTS, directory),
     (records.WORKERS, dispatch),
-    (task_states.TASKS, tasks),
+    (task_states.TASKS, executor),
     (actor_states.ACTORS, actor_homes),
     (actor_states.ROUTES, actor_routes),
 ]
