@@ -13,9 +13,9 @@ hang: it raises `Stuck` with the seed and the state of everybody.
 
 from __future__ import annotations
 
-import random
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from hpcray.node import outbox as out
@@ -23,10 +23,13 @@ from hpcray.node.inbox import Inboxes
 from hpcray.node.machine import Machine
 from hpcray.node.records import DRIVER
 from hpcray.node.transfers import Transfers
-from hpcray.protocol import ids, messages, values
+from hpcray.protocol import messages, values
 from hpcray.protocol import messages as m
 from hpcray.protocol.sizes import parts
-from hpcray.testing.processes import DATAGRAM_BYTES, Arena, Process, Script, short
+from hpcray.testing.history import History
+from hpcray.testing.memory import Arena
+from hpcray.testing.processes import DATAGRAM_BYTES, Process, Script
+from hpcray.testing.world import Fault, World, short
 from hpcray.transport.base import DataCancelled, DataReceived, DataSent, PeerLost, Received
 from hpcray.transport.loopback import LoopbackNetwork
 
@@ -40,10 +43,6 @@ _BACKGROUND = (m.Load, m.Demand, m.Grant, m.GrantUnused)
 
 class Stuck(AssertionError):
     """Somebody waits and nothing can happen any more; or it does not end."""
-
-
-class Fault(AssertionError):
-    """What a script or a check saw and must never see."""
 
 
 class _Segments:
@@ -71,7 +70,7 @@ class SimulatedNode:
         self.cluster = cluster
         self.rank = rank
         self.machine = Machine(
-            rank, cluster.size, resources, capacity_bytes, cluster.job_id,
+            rank, cluster.world.size, resources, capacity_bytes, cluster.world.job_id,
             {"job_key": "00"})
         self.machine.memory.budget.minimum_segment_bytes = SEGMENT_BYTES
         self.transport = cluster.network.transport(rank)
@@ -103,7 +102,7 @@ class SimulatedNode:
     def step(self) -> bool:
         cluster = self.cluster
         machine = self.machine
-        rng = cluster.rng
+        rng = cluster.world.rng
         progress = False
         for number in self._to_kill:
             process = self.processes.get(number)
@@ -120,13 +119,13 @@ class SimulatedNode:
         for event in self.transport.poll():
             progress = self._on_transport(event) or progress
         self._bury()
-        if cluster.now_s >= self._next_tick_s:
-            self._next_tick_s = cluster.now_s + (0.01 if machine.wants_ticks else 1.0)
-            machine.tick(cluster.now_s)
+        if cluster.world.now_s >= self._next_tick_s:
+            self._next_tick_s = cluster.world.now_s + (0.01 if machine.wants_ticks else 1.0)
+            machine.tick(cluster.world.now_s)
         elif machine.wants_ticks:
-            self._next_tick_s = min(self._next_tick_s, cluster.now_s + 0.01)
+            self._next_tick_s = min(self._next_tick_s, cluster.world.now_s + 0.01)
         for _ in range(8):
-            machine.end_turn(cluster.now_s)
+            machine.end_turn(cluster.world.now_s)
             if not self._carry_out():
                 break
             progress = True
@@ -144,7 +143,7 @@ class SimulatedNode:
         if not box:
             return False
         # Now and then more than one, as from a real socket.
-        for _ in range(len(box) if self.cluster.rng.random() < 0.3 else 1):
+        for _ in range(len(box) if self.cluster.world.rng.random() < 0.3 else 1):
             self.inboxes.of[number].batches.append(messages.decode_to_node(box.popleft()))
         return True
 
@@ -240,8 +239,8 @@ class SimulatedNode:
             # Node and worker may draw from the queue in turn: it keeps what it drew.
             datagrams = list(process.tasks)
             kept: deque[bytes] = deque()
-            if len(datagrams) > 1 and self.cluster.rng.random() < 0.5:
-                kept.append(datagrams.pop(self.cluster.rng.randrange(len(datagrams))))
+            if len(datagrams) > 1 and self.cluster.world.rng.random() < 0.5:
+                kept.append(datagrams.pop(self.cluster.world.rng.randrange(len(datagrams))))
             process.tasks = kept
             taken = []
             for datagram in datagrams:
@@ -274,7 +273,7 @@ class SimulatedNode:
         elif kind is out.CloseSegment:
             for record in machine.directory.records.values():
                 if record.location is not None and record.location.segment == action.segment:
-                    self.cluster.fault(f"segment {action.segment} closed under {record}")
+                    self.cluster.world.fault(f"segment {action.segment} closed under {record}")
             self.memory.pop(action.segment, None)
             if self.segments.arena.has(action.segment):
                 self.segments.arena.remove(action.segment)
@@ -339,31 +338,16 @@ class SimulatedCluster:
         lazy: float = 0.2, time_scale: float = 1.0, resources: dict[str, int] | None = None,
         labels: dict[int, dict[str, str]] | None = None,
     ) -> None:
-        self.size = size
+        self.world = World(size, seed, time_scale)
+        self.history = History(self.world.fault)
         self.bodies = bodies
-        self.seed = seed
-        self.rng = random.Random(seed)
-        self.job_id = ids.job_id(1)
-        self.now_s = 0.0
         self.validating = validating
         # The chance that somebody is not scheduled in a round.
         self.lazy = lazy
-        # A round is 0.1 ms: how much longer the tasks claim to have run, for batching.
-        self.time_scale = time_scale
         # Per round: the chance that some busy worker is killed.
         self.death_rate = 0.0
         self.deaths = 0
-        # What processes have sent each other: values to an "inbox", calls into "tasks".
-        self.direct = {"inbox": 0, "tasks": 0}
         self.network = LoopbackNetwork(size, seed=seed, reorder=reorder)
-        self.templates: dict[bytes, m.Template] = {}
-        self.starts: dict[bytes, list[int]] = {}
-        self.ends: dict[bytes, int] = {}
-        self.ran_on: dict[bytes, int] = {}
-        # (actor, caller) -> calls in the order submitted; and in the order started.
-        self._calls: dict[tuple[bytes, int, int], list[bytes]] = {}
-        self._call_keys: dict[bytes, tuple[bytes, int, int]] = {}
-        self._called: dict[tuple[bytes, int, int], list[bytes]] = {}
         self.processes: dict[tuple[int, int], Process] = {}
         offered = {"CPU": cpus * m.UNIT, **(resources or {})}
         self.nodes = [SimulatedNode(self, rank, dict(offered), capacity_bytes)
@@ -380,8 +364,15 @@ class SimulatedCluster:
         self.driver = self.add_process(head, DRIVER)
         head.machine.welcome(DRIVER)
 
+    @property
+    def now_s(self) -> float:
+        return self.world.now_s
+
     def add_process(self, node: SimulatedNode, number: int) -> Process:
-        process = node.processes[number] = Process(self, node, number)
+        process = node.processes[number] = Process(
+            self.world, self.history, self.bodies, node.rank, number,
+            neighbours=node.processes, send=partial(node.from_client, number),
+            exited=node.exited)
         node.sockets[number] = deque()
         node.inboxes.add(number)
         self.processes[(node.rank, number)] = process
@@ -390,44 +381,14 @@ class SimulatedCluster:
         return process
 
     def forget(self, process: Process) -> None:
-        self.processes.pop((process.node.rank, process.number), None)
-
-    # --- what scripts report ----------------------------------------
-
-    def fault(self, text: str, cause: BaseException | None = None) -> None:
-        raise Fault(f"seed {self.seed}, {self.now_s:.4f} s: {text}") from cause
-
-    def submitted(self, task_id: bytes, template: m.Template) -> None:
-        self.templates[task_id] = template
-
-    def called(self, actor_id: bytes, caller: Process, task_id: bytes) -> None:
-        key = (actor_id, caller.node.rank, caller.number)
-        self._calls.setdefault(key, []).append(task_id)
-        self._call_keys[task_id] = key
-
-    def started(self, run: m.Run, template: m.Template, process: Process) -> None:
-        attempts = self.starts.setdefault(run.task_id, [])
-        if run.attempt in attempts:
-            self.fault(f"attempt {run.attempt} of {short(run.task_id)} started twice")
-        attempts.append(run.attempt)
-        self.ran_on[run.task_id] = process.node.rank
-        key = self._call_keys.get(run.task_id)
-        if key is not None:
-            self._called.setdefault(key, []).append(run.task_id)
-        limit = template.max_retries
-        if template.kind == m.TASK and limit >= 0 and len(attempts) > limit + 1:
-            self.fault(f"{template.name} {short(run.task_id)} started {len(attempts)} times, "
-                       f"max_retries={limit}")
-
-    def finished(self, run: m.Run, process: Process) -> None:
-        self.ends[run.task_id] = self.ends.get(run.task_id, 0) + 1
+        self.processes.pop((process.rank, process.number), None)
 
     # --- running ----------------------------------------
 
     def round(self) -> bool:
         """Everybody may do one thing, in a random order; whether anybody did."""
-        rng = self.rng
-        self.now_s += ROUND_S
+        rng = self.world.rng
+        self.world.now_s += ROUND_S
         if self.death_rate and rng.random() < self.death_rate:
             self.kill_some_worker()
         things: list[SimulatedNode | Process] = [*self.nodes, *self.processes.values()]
@@ -440,7 +401,7 @@ class SimulatedCluster:
             try:
                 progress = thing.step() or progress
             except Exception as error:
-                error.add_note(f"seed {self.seed}, {self.now_s:.4f} s, {thing!r}")
+                error.add_note(f"seed {self.world.seed}, {self.world.now_s:.4f} s, {thing!r}")
                 raise
         return progress
 
@@ -448,7 +409,7 @@ class SimulatedCluster:
         busy = [p for p in self.processes.values() if p.number != DRIVER and p.alive and p.busy]
         if busy:
             # Rather one in the middle of what passes by its node.
-            self.rng.choice([p for p in busy if p.due or (p.run and p.run.sender >= 0)]
+            self.world.rng.choice([p for p in busy if p.due or (p.run and p.run.sender >= 0)]
                             or busy).die()
             self.deaths += 1
 
@@ -471,31 +432,32 @@ class SimulatedCluster:
         Raises:
           Stuck: somebody waits for ever, or it does not become quiet within the bounds.
         """
-        last_s = self.now_s
-        end_s = self.now_s + max_s
+        last_s = self.world.now_s
+        end_s = self.world.now_s + max_s
         for _ in range(max_rounds):
             if self.round():
-                last_s = self.now_s
+                last_s = self.world.now_s
             elif self.idle:
                 wakes = [p.wake_s for p in self.processes.values()
                          if p.wake_s is not None and p.alive]
                 if wakes:
-                    last_s = self.now_s
-                    self.now_s = max(min([*wakes, self.now_s + 0.01]), self.now_s)
-                elif self.now_s - last_s > QUIET_S:
+                    last_s = self.world.now_s
+                    self.world.now_s = max(min([*wakes, self.world.now_s + 0.01]), self.world.now_s)
+                elif self.world.now_s - last_s > QUIET_S:
                     self._check_nobody_waits()
                     return
                 else:
                     wanted = any(n.machine.wants_ticks for n in self.nodes)
-                    self.now_s += 0.01 if wanted else 0.5
-            if self.now_s > end_s:
+                    self.world.now_s += 0.01 if wanted else 0.5
+            if self.world.now_s > end_s:
                 break
-        raise Stuck(f"seed {self.seed}: not quiet after {self.now_s:.2f} s\n{self.describe()}")
+        raise Stuck(f"seed {self.world.seed}: not quiet after {self.now_s:.2f} s\n"
+                    f"{self.describe()}")
 
     def _check_nobody_waits(self) -> None:
         waiting = [p for p in self.processes.values() if p.script is not None]
         if waiting:
-            raise Stuck(f"seed {self.seed}: nothing can happen any more, but "
+            raise Stuck(f"seed {self.world.seed}: nothing can happen any more, but "
                         f"{len(waiting)} wait\n{self.describe()}")
 
     def run(self, script: Script) -> None:
@@ -513,20 +475,5 @@ class SimulatedCluster:
     def check_nothing_is_left(self) -> None:
         found = [line for node in self.nodes for line in node.leftovers()]
         if found:
-            raise Fault(f"seed {self.seed}: left when all refs are gone:\n" + "\n".join(found))
-
-    def check_each_ran_once(self) -> None:
-        for task_id, template in self.templates.items():
-            starts = self.starts.get(task_id, [])
-            if len(starts) != 1 or self.ends.get(task_id) != 1:
-                self.fault(f"{template.name} {short(task_id)}: started {starts}, "
-                           f"ended {self.ends.get(task_id, 0)} times")
-
-    def check_calls_in_order(self) -> None:
-        for key, called in self._called.items():
-            submitted = self._calls[key]
-            first = list(dict.fromkeys(called))
-            expected = [task for task in submitted if task in set(first)]
-            if first != expected:
-                self.fault(f"calls of process {key[2]} of rank {key[1]} on {short(key[0])} out "
-                           f"of order: {[submitted.index(t) for t in first]}")
+            raise Fault(
+                f"seed {self.world.seed}: left when all refs are gone:\n" + "\n".join(found))

@@ -24,9 +24,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any
-
-import msgspec
+from typing import Any
 
 from hpcray.client import waiters
 from hpcray.client.core import Core
@@ -35,36 +33,28 @@ from hpcray.client.references import LOCAL, READY, ObjectRef, ReferenceTable
 from hpcray.client.store import Store
 from hpcray.client.streams import STREAMED, WINDOWED, ObjectRefGenerator
 from hpcray.client.waiters import Waiter
-from hpcray.objects.allocator import RangeAllocator
 from hpcray.protocol import ids, messages, values
 from hpcray.protocol import messages as m
 from hpcray.protocol.sizes import parts
+from hpcray.testing.history import History
+from hpcray.testing.memory import Arena, Readers, View
+from hpcray.testing.values import (
+    INLINE_BYTES,
+    NONE,
+    SystemFailed,
+    TaskFailed,
+    Value,
+    pack,
+    unpack,
+)
+from hpcray.testing.world import World, short
 
-if TYPE_CHECKING:
-    from hpcray.testing.cluster import SimulatedCluster, SimulatedNode
-
-# Small, so that shared memory and the limits of channels are met without moving megabytes.
-INLINE_BYTES = 512
+# Small, so that the limits of channels are met without moving megabytes.
 DATAGRAM_BYTES = 2048
-_REF, _PLACEHOLDER = 1, 2
-# A freed range is painted, so that a reader who was not counted sees it.
-_POISON = 0xDD
 
 Script = Generator[Any, Any, Any]
 Ref = ObjectRef[Any]
 Stream = ObjectRefGenerator[Any]
-
-
-class SystemFailed(Exception):
-    """A value was a FAILURE: the system could not make it."""
-
-    def __init__(self, failure: values.Failure) -> None:
-        super().__init__(f"{failure.kind}: {failure.message} {failure.subject}")
-        self.failure = failure
-
-
-class TaskFailed(Exception):
-    """A value was an ERROR: the body raised; the text is its own."""
 
 
 def reference_kinds(dropped: deque[bytes]) -> tuple[type[Any], type[Any]]:
@@ -85,105 +75,6 @@ def reference_kinds(dropped: deque[bytes]) -> tuple[type[Any], type[Any]]:
     return SimulatedRef, SimulatedGenerator
 
 
-class View:
-    """A pinned range of shared memory; unpins at its death, and compares the bytes then."""
-
-    __slots__ = ("__weakref__", "_bytes", "_copy", "_fault", "_id", "_unpins")
-
-    def __init__(
-        self, object_id: bytes, view: memoryview, unpins: deque[bytes],
-        fault: Callable[[str], None],
-    ) -> None:
-        self._id = object_id
-        self._bytes = view
-        self._copy = bytes(view)
-        self._unpins = unpins
-        self._fault = fault
-
-    def packed(self) -> bytes:
-        return self._copy
-
-    def __del__(self) -> None:
-        if self._bytes != self._copy:
-            self._fault(f"the memory of {short(self._id)} was reused under a pinned view")
-        self._unpins.append(self._id)
-
-
-class Value(list[Any]):
-    """A value read from shared memory; `view` is its pin."""
-
-    view: View | None = None
-
-
-class Large:
-    """Asks for a value that does not fit into a message."""
-
-    __slots__ = ("pad_bytes", "value")
-
-    def __init__(self, value: Any, pad_bytes: int = 2 * INLINE_BYTES) -> None:
-        self.value = value
-        self.pad_bytes = pad_bytes
-
-
-class Arena:
-    """Segments of simulated shared memory owned by one process (or by the node itself)."""
-
-    def __init__(self) -> None:
-        self._segments: dict[int, tuple[RangeAllocator, memoryview]] = {}
-
-    def add(self, segment: int, memory: memoryview, nbytes: int) -> None:
-        self._segments[segment] = (RangeAllocator(nbytes), memory)
-
-    def has(self, segment: int) -> bool:
-        return segment in self._segments
-
-    def allocate(self, nbytes: int) -> tuple[int, int, memoryview] | None:
-        for segment, (allocator, memory) in self._segments.items():
-            offset = allocator.allocate(nbytes)
-            if offset is not None:
-                return segment, offset, memory[offset : offset + nbytes]
-        return None
-
-    def release(self, segment: int, offset: int) -> None:
-        allocator, memory = self._segments[segment]
-        size = allocator.size_of(offset)
-        memory[offset : offset + size] = bytes((_POISON,)) * size
-        allocator.release(offset)
-
-    def remove(self, segment: int) -> None:
-        del self._segments[segment]
-
-    def empty_segments(self) -> list[int]:
-        return [s for s, (allocator, _) in self._segments.items() if allocator.empty]
-
-    @property
-    def used_bytes(self) -> int:
-        return sum(allocator.used_bytes for allocator, _ in self._segments.values())
-
-
-class Readers:
-    """Segments that a process has opened for reading."""
-
-    def __init__(self) -> None:
-        self._open: dict[int, memoryview] = {}
-
-    def has(self, segment: int) -> bool:
-        return segment in self._open
-
-    def add(self, segment: int, memory: memoryview, nbytes: int) -> None:
-        self._open[segment] = memory
-
-    def view(self, segment: int, offset: int, nbytes: int) -> memoryview:
-        return self._open[segment][offset : offset + nbytes]
-
-    def forget(self, segment: int) -> None:
-        self._open.pop(segment, None)
-
-
-def short(id_: bytes) -> str:
-    return id_.hex()[:8] + ".." + id_.hex()[16:]
-
-
 def _over(waiter: Waiter) -> Callable[[], bool]:
     def over() -> bool:
         return waiter.remaining <= 0
@@ -194,23 +85,27 @@ def _over(waiter: Waiter) -> Callable[[], bool]:
 class _Wire:
     """Stands for a duplicate of the node's end of another process's channel."""
 
-    def __init__(self, sender: Process, number: int, box: str) -> None:
-        self._sender = sender
+    def __init__(
+        self, world: World, neighbours: dict[int, Process], count: dict[str, int], number: int,
+        box: str,
+    ) -> None:
+        self._world = world
+        self._neighbours = neighbours
+        self._count = count
         self._number = number
         self._box = box
 
     def send(self, datagram: bytes, _flags: int) -> int:
-        cluster = self._sender.cluster
-        target = self._sender.node.processes.get(self._number)
+        target = self._neighbours.get(self._number)
         if target is None or not target.alive:
             raise BrokenPipeError(errno.EPIPE, "closed")
-        if cluster.rng.random() < 0.1:
+        if self._world.rng.random() < 0.1:
             raise BlockingIOError  # it is full
         if self._box == "inbox":
             target.inbox.append((datagram, []))
         else:
             target.tasks.append(datagram)
-        cluster.direct[self._box] += 1
+        self._count[self._box] += 1
         return len(datagram)
 
     def close(self) -> None:
@@ -220,10 +115,20 @@ class _Wire:
 class Process:
     """One client. The cluster calls `step`; scripts call the rest."""
 
-    def __init__(self, cluster: SimulatedCluster, node: SimulatedNode, number: int) -> None:
-        self.cluster = cluster
-        self.node = node
+    def __init__(
+        self, world: World, history: History, bodies: dict[str, Callable[..., Any]], rank: int,
+        number: int, *, neighbours: dict[int, Process], send: Callable[[bytes], None],
+        exited: Callable[[Process], None],
+    ) -> None:
+        """`neighbours`: the processes of its node, by number. `send`: a datagram to the node."""
+        self.world = world
+        self.history = history
+        self.rank = rank
         self.number = number
+        self._bodies = bodies
+        self._neighbours = neighbours
+        self._send = send
+        self._exited = exited
         self.alive = True
         # Client channel, from the node: datagrams, and what comes with them.
         self.inbox: deque[tuple[bytes, list[Any]]] = deque()
@@ -245,14 +150,15 @@ class Process:
         self.core = Core(
             refs=ReferenceTable(kind, self._dropped),
             store=lambda outbox: Store(outbox, self.arena, Readers()),
-            wire=lambda descriptor: _Wire(self, descriptor[1], descriptor[0]),
+            wire=lambda descriptor: _Wire(
+                world, neighbours, history.direct, descriptor[1], descriptor[0]),
             generator=generator)
         core = self.core
         core.on_cancel = self._on_cancel
         core.number = core.neighbours.number = number
-        core.tail = ids.id_tail(node.rank, cluster.job_id)
+        core.tail = ids.id_tail(rank, world.job_id)
         if number == 0:
-            core.begin_task(ids.driver_task_id(node.rank, cluster.job_id), 0)
+            core.begin_task(ids.driver_task_id(rank, world.job_id), 0)
         else:
             core.begin_task(b"", 0, number.to_bytes(4, "little"))
         # Encoded, and not taken by the socket yet: as a real process, it does nothing else then.
@@ -274,7 +180,7 @@ class Process:
             what = f"runs {self._name(self.run)} {short(self.run.task_id)}"
         if self.waiting is not None:
             what += f", waits ({self.waiting.__qualname__})"
-        return f"process {self.number} of rank {self.node.rank}: {what}"
+        return f"process {self.number} of rank {self.rank}: {what}"
 
     # --- the loop ----------------------------------------
 
@@ -283,7 +189,7 @@ class Process:
         if not self.alive:
             return False
         if (self.inbox or self._unsent or self._dropped or self.due
-                or self.core.has_more(self.cluster.now_s) or self.core.refs.new_holds):
+                or self.core.has_more(self.world.now_s) or self.core.refs.new_holds):
             return True
         if self.script is not None:
             return self.waiting is None or self._cancelled or self.waiting()
@@ -298,7 +204,7 @@ class Process:
         """Do one small thing; False if there was nothing to do."""
         if not self.runnable:
             return False
-        rng = self.cluster.rng
+        rng = self.world.rng
         if self._unsent:
             self._push()
             return True
@@ -328,7 +234,7 @@ class Process:
     def _finalise(self) -> None:
         """What a finaliser of the user's may do while its process waits: put something, and let go
         of it."""
-        ref = self.core.put_inline(*self._pack([]))
+        ref = self.core.put_inline(*pack([]))
         del ref
 
     def start(self, script: Script) -> None:
@@ -352,7 +258,7 @@ class Process:
             self.script = None
             self.waiting = None
             self.failed = error
-            self.cluster.fault(f"{self!r} failed: {error!r}", error)
+            self.world.fault(f"{self!r} failed: {error!r}", error)
 
     def read_one(self) -> None:
         datagram, descriptors = self.inbox.popleft()
@@ -361,7 +267,7 @@ class Process:
             if type(message) is m.Yielded:
                 stream = self.core.streams.find(message.task_id)
                 if stream is not None and message.index != stream.known:
-                    self.cluster.fault(
+                    self.world.fault(
                         f"{self!r}: item {message.index} after {stream.known} items")
             self.core.receive([message], descriptors)
         while self.core.effects:
@@ -375,7 +281,7 @@ class Process:
         """As `Link.flush`."""
         if self.due and not self._unsent:
             self._speak()
-        outbox = self.core.collect(self.cluster.now_s, drain=True)
+        outbox = self.core.collect(self.world.now_s, drain=True)
         self._unsent.extend(parts(outbox, messages.encode, DATAGRAM_BYTES))
         outbox.clear()
         self._push()
@@ -383,12 +289,12 @@ class Process:
     def _push(self) -> None:
         """What is encoded, as far as the socket takes it."""
         while self._unsent:
-            if self.cluster.rng.random() < 0.05:
+            if self.world.rng.random() < 0.05:
                 return  # it is full
-            self.node.from_client(self.number, self._unsent.popleft())
+            self._send(self._unsent.popleft())
             self._datagrams += 1
         self.due = self.core.neighbours.waiting
-        if self.due and self.cluster.rng.random() < 0.7:  # else it may die between the two
+        if self.due and self.world.rng.random() < 0.7:  # else it may die between the two
             self._speak()
 
     def _speak(self) -> None:
@@ -406,57 +312,12 @@ class Process:
             script.close()  # nobody dies inside its own script: a Stop is not one
         self.actor = None
         self.waiting = None
-        self.node.exited(self)
+        self._exited(self)
 
     # --- values ----------------------------------------
 
-    def _pack(self, value: Any, deps: list[bytes] | None = None) -> tuple[bytes, bytes]:
-        """(packed, joined ids of the refs inside). With `deps`, refs directly in `value` become
-        dependencies."""
-        contained: list[bytes] = []
-        pad = b""
-        if isinstance(value, Large):
-            pad = bytes((len(contained) * 7 + 3,)) * value.pad_bytes
-            value = value.value
-
-        def hook(item: Any) -> Any:
-            if isinstance(item, ObjectRef):
-                contained.append(item._id)
-                return msgspec.msgpack.Ext(_REF, item._id)
-            raise TypeError(f"{item!r} cannot be a simulated value")
-
-        if deps is not None:
-            placed = []
-            for item in value:
-                if isinstance(item, ObjectRef):
-                    placed.append(msgspec.msgpack.Ext(_PLACEHOLDER, bytes((len(deps),))))
-                    deps.append(item._id)
-                else:
-                    placed.append(item)
-            value = placed
-        packed = b"\0" + msgspec.msgpack.encode([value, pad], enc_hook=hook)
-        return packed, b"".join(contained)
-
-    def _unpack(self, packed: bytes, deps: Sequence[Any] = ()) -> Any:
-        if packed[0] == values.FAILURE:
-            failure = values.unpack_failure(packed)
-            if failure.kind == "ReferenceCountingAssertionError":
-                self.cluster.fault(f"{self!r}: {failure.message} {failure.subject}")
-            raise SystemFailed(failure)
-        if packed[0] == values.ERROR:
-            raise TaskFailed(packed[1:].decode())
-
-        def hook(code: int, data: memoryview) -> Any:
-            return self.core.refs.intern(bytes(data)) if code == _REF else deps[data[0]]
-
-        try:
-            return msgspec.msgpack.decode(packed[1:], ext_hook=hook)[0]
-        except msgspec.DecodeError:
-            self.cluster.fault(f"{self!r}: a value has been overwritten: {packed[:40]!r}")
-            raise
-
     def put(self, value: Any) -> Generator[Any, Any, Ref]:
-        packed, contained = self._pack(value)
+        packed, contained = pack(value)
         if len(packed) <= INLINE_BYTES:
             return self.core.put_inline(packed, contained)
         location = yield from self._write(packed)
@@ -510,7 +371,7 @@ class Process:
         while not store.is_open(location.segment):
             yield from self._exchange(store.open(location.segment))
         return View(object_id, store.view(location), self.core.objects.unpins,
-                    self.cluster.fault)
+                    self.world.fault)
 
     # --- get and wait ----------------------------------------
 
@@ -518,6 +379,12 @@ class Process:
         """The value; raises TaskFailed or SystemFailed."""
         found = yield from self.get_packed([ref])
         return self.open(found[0])
+
+    def _unpack(self, packed: bytes, deps: Sequence[Any] = ()) -> Any:
+        return unpack(packed, self.core.refs.intern, self._fault, deps)
+
+    def _fault(self, text: str) -> None:
+        self.world.fault(f"{self!r}: {text}")
 
     def open(self, found: bytes | View) -> Any:
         if isinstance(found, bytes):
@@ -533,11 +400,7 @@ class Process:
             missing = [i for i, item in enumerate(result) if item is None]
             if not missing:
                 return result
-            absent: dict[bytes, None] = {}
-            for i in missing:
-                result[i] = objects.find(refs[i])
-                if result[i] is None and refs[i]._id not in objects.arrivals:
-                    absent[refs[i]._id] = None
+            absent = objects.look(refs, result)
             if absent:
                 waiter = Waiter(len(absent))
                 called = None
@@ -578,7 +441,7 @@ class Process:
             ready, rest = group.take(len(given))
             group.leave(objects.ready_waiters)
         if ready != given or rest:
-            self.cluster.fault(f"{self!r}: {len(rest)} of {len(given)} refs are not ready")
+            self.world.fault(f"{self!r}: {len(rest)} of {len(given)} refs are not ready")
 
     def _wait(self, condition: Callable[[], bool]) -> Script:
         """As a real client: give the CPU back only if it really waits."""
@@ -610,10 +473,10 @@ class Process:
 
     def sleep(self, seconds: float) -> Script:
         """Compute for that long, without giving anything back."""
-        until_s = self.cluster.now_s + seconds
+        until_s = self.world.now_s + seconds
 
         def awake() -> bool:
-            return self.cluster.now_s >= until_s
+            return self.world.now_s >= until_s
 
         while not awake():
             self.wake_s = until_s
@@ -644,16 +507,16 @@ class Process:
         self, template: m.Template, args: Sequence[Any], actor: bytes = b""
     ) -> list[Any]:
         deps: list[bytes] = []
-        packed, contained = self._pack(list(args), deps)
+        packed, contained = pack(list(args), deps)
         count = template.return_count
         if template.stream:
             count = WINDOWED if template.stream_window else STREAMED
         found = self.core.submit(
             template.template_id, packed, b"".join(deps) + contained, len(deps), count, actor)
         task_id = self.core.last_task_id
-        self.cluster.submitted(task_id, template)
+        self.history.submitted(task_id, template)
         if actor:
-            self.cluster.called(actor, self, task_id)
+            self.history.called(actor, self.rank, self.number, task_id)
         return found
 
     def open_stream(
@@ -681,7 +544,7 @@ class Process:
         """The next item of the stream this task makes; waits for room if it has a window."""
         run = self.run
         assert run is not None
-        packed, contained = self._pack(value)
+        packed, contained = pack(value)
         item: bytes | m.Located = packed
         if len(packed) > INLINE_BYTES:
             item = yield from self._write(packed)
@@ -717,10 +580,10 @@ class Process:
         options.setdefault("held_resources", ())
         template = self.template(body, kind=m.ACTOR_CREATION, **options)
         deps: list[bytes] = []
-        packed, contained = self._pack(list(args), deps)
+        packed, contained = pack(list(args), deps)
         handle = self.core.create_actor(m.CreateActor(
             actor_id, template.template_id, packed, b"".join(deps) + contained, len(deps), name))
-        self.cluster.submitted(ids.creation_task_id(actor_id), template)
+        self.history.submitted(ids.creation_task_id(actor_id), template)
         return handle
 
     def call(self, handle: Ref, name: str, args: Sequence[Any] = (), **options: Any) -> list[Ref]:
@@ -748,7 +611,7 @@ class Process:
         self.script = self._execute(item)
 
     def _execute(self, run: m.Run) -> Script:
-        self._began_s = self.cluster.now_s
+        self._began_s = self.world.now_s
         report: Any
         template = None
         try:
@@ -757,11 +620,11 @@ class Process:
             self.core.begin_task(run.task_id, run.attempt)
             if template.kind != m.METHOD:
                 if self._environment not in (None, template.environment):
-                    self.cluster.fault(f"{self!r} has run in {self._environment!r}, not in "
+                    self.world.fault(f"{self!r} has run in {self._environment!r}, not in "
                                        f"{template.environment!r}")
                 self._environment = template.environment
-            self.cluster.started(run, template, self)
-            body = self.cluster.bodies[template.name]
+            self.history.started(run, template, self.rank)
+            body = self._bodies[template.name]
             self._emitted = 0
             if template.stream_window:
                 self.core.rooms.open(run.task_id)
@@ -789,12 +652,12 @@ class Process:
             report = m.Failed(run.task_id, run.attempt, self._run_us(), value, retry)
         self.core.rooms.close(run.task_id)
         self.core.report(report, run.reply_to)
-        self.cluster.finished(run, self)
+        self.history.finished(run, self.rank)
         self.run = None
         self._cancelled = False
 
     def _run_us(self) -> int:
-        return int((self.cluster.now_s - self._began_s) * 1e6 * self.cluster.time_scale) + 5
+        return int((self.world.now_s - self._began_s) * 1e6 * self.world.time_scale) + 5
 
     def _load(self, run: m.Run) -> Generator[Any, Any, m.Template]:
         template = self._templates.get(run.template_id)
@@ -803,7 +666,7 @@ class Process:
                 run.template_id, ids.home_of_task(run.task_id)))
             template = answer.template
             if template.kind != m.METHOD and not answer.function:
-                self.cluster.fault(f"{self!r}: no definition of {template.name}")
+                self.world.fault(f"{self!r}: no definition of {template.name}")
             self._templates[run.template_id] = template
         return template
 
@@ -837,14 +700,14 @@ class Process:
 
     def _outcome(self, run: m.Run, template: m.Template, result: Any) -> Script:
         if template.stream:
-            done = m.Return(b"\0" + b"\x92\xc0\xc4\x00")
+            done = m.Return(NONE)
             return m.DoneMany(run.task_id, run.attempt, self._run_us(), (done,))
         if template.kind == m.ACTOR_CREATION or result is None:
-            return m.Done(run.task_id, run.attempt, self._run_us(), b"\0" + b"\x92\xc0\xc4\x00")
+            return m.Done(run.task_id, run.attempt, self._run_us(), NONE)
         parts = result if template.return_count != 1 else (result,)
         returns = []
         for part in parts:
-            packed, contained = self._pack(part)
+            packed, contained = pack(part)
             if template.return_count == 1 and not contained and len(packed) <= INLINE_BYTES:
                 return m.Done(run.task_id, run.attempt, self._run_us(), packed)
             value: bytes | m.Located = packed

@@ -24,14 +24,8 @@ from hpcray.node.placement import group_name
 from hpcray.protocol import ids
 from hpcray.protocol.labels import TAKEN
 from hpcray.protocol.messages import SPILL, UNIT
-from hpcray.testing.processes import (
-    Large,
-    Process,
-    Ref,
-    Script,
-    SystemFailed,
-    TaskFailed,
-)
+from hpcray.testing.processes import Process, Ref, Script
+from hpcray.testing.values import Large, SystemFailed, TaskFailed
 
 Pair = list[Any]  # [Ref, label, path in the tree of submissions]
 
@@ -143,7 +137,7 @@ class Body:
         if self.group is None:
             group, count = rng.randbytes(18), rng.randint(1, 2)
             strategies = ["PACK", "SPREAD", "STRICT_PACK"]
-            if count <= p.cluster.size:
+            if count <= p.world.size:
                 strategies.append("STRICT_SPREAD")
             yield from p.request("create_placement_group", {
                 "group": group, "bundles": [{"CPU": UNIT // 2}] * count,
@@ -201,7 +195,7 @@ class Body:
         path = self.child()
         options: dict[str, Any] = {"max_retries": rng.choice((0, 1, 3))}
         if rng.random() < 0.2:
-            options["rank"] = rng.randrange(p.cluster.size)
+            options["rank"] = rng.randrange(p.world.size)
         if rng.random() < 0.1:
             options["resources"] = (("CPU", UNIT // 2),)
         if rng.random() < 0.1:
@@ -283,10 +277,10 @@ class Body:
             if self.mix.groups:
                 allowed = (*allowed, *_GROUPS)
             if not any(kind in str(error) for kind in allowed):
-                p.cluster.fault(f"{p!r} got {error!r} from {pair[0]!r}", error)
+                p.world.fault(f"{p!r} got {error!r} from {pair[0]!r}", error)
             return None
         if value[0] != pair[1]:
-            p.cluster.fault(f"{p!r} found {value[0]} behind {pair[0]!r}, not {pair[1]}")
+            p.world.fault(f"{p!r} found {value[0]} behind {pair[0]!r}, not {pair[1]}")
         return value
 
     def follow(self, pair: Pair) -> Script:

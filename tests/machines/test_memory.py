@@ -18,7 +18,7 @@ from hpcray.node.machine import Machine
 from hpcray.objects.budget import NODE
 from hpcray.protocol import ids
 from hpcray.protocol import messages as m
-from hpcray.testing.processes import Arena
+from hpcray.testing.memory import Arena
 
 CAPACITY_BYTES = 256 * 1024
 

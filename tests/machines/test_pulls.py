@@ -12,7 +12,7 @@ from hpcray.node.pulls import Pulls
 from hpcray.node.tables import Tables
 from hpcray.protocol import ids, values
 from hpcray.protocol import messages as m
-from hpcray.testing.processes import Arena
+from hpcray.testing.memory import Arena
 
 CAPACITY_BYTES = 64 * 1024
 

@@ -12,7 +12,8 @@ import pytest
 
 from hpcray.protocol.messages import UNIT
 from hpcray.testing.cluster import SimulatedCluster
-from hpcray.testing.processes import Large, Process, Script
+from hpcray.testing.processes import Process, Script
+from hpcray.testing.values import Large
 
 
 def make(p: Process, n: int) -> Script:

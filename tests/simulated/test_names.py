@@ -12,7 +12,8 @@ import pytest
 from hpcray.protocol import ids
 from hpcray.protocol.messages import UNIT
 from hpcray.testing.cluster import SimulatedCluster
-from hpcray.testing.processes import Process, Script, SystemFailed
+from hpcray.testing.processes import Process, Script
+from hpcray.testing.values import SystemFailed
 
 SEEDS = range(25)
 
@@ -86,7 +87,7 @@ def test_whoever_has_a_handle_by_name_can_call_it(seed: int) -> None:
     c = cluster(seed)
     c.run(program(c.driver))
     c.check_nothing_is_left()
-    c.check_each_ran_once()
+    c.history.check_each_ran_once()
 
 
 @pytest.mark.parametrize("seed", SEEDS)

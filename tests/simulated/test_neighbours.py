@@ -14,7 +14,8 @@ from collections.abc import Callable
 import pytest
 
 from hpcray.testing.cluster import SimulatedCluster
-from hpcray.testing.processes import Process, Ref, Script, SystemFailed
+from hpcray.testing.processes import Process, Ref, Script
+from hpcray.testing.values import SystemFailed
 
 SEEDS = range(10)
 
@@ -128,8 +129,8 @@ def one_at_a_time(p: Process) -> Script:
 def test_one_at_a_time(seed: int, nodes: int) -> None:
     world = cluster(seed, nodes)
     world.run(one_at_a_time(world.driver))
-    assert world.direct["inbox"] > 40  # most of them went this way
-    world.check_each_ran_once()
+    assert world.history.direct["inbox"] > 40  # most of them went this way
+    world.history.check_each_ran_once()
     world.check_nothing_is_left()
 
 
@@ -138,7 +139,7 @@ def test_workers_die_between_the_outcome_and_the_value(seed: int) -> None:
     world = cluster(seed, 1)
     world.death_rate = 0.1
     world.run(one_at_a_time(world.driver))
-    assert world.direct["inbox"] > 10 and world.deaths > 10
+    assert world.history.direct["inbox"] > 10 and world.deaths > 10
     world.check_nothing_is_left()
 
 
@@ -160,8 +161,8 @@ def test_calls_of_an_actor(seed: int, death_rate: float) -> None:
     world = cluster(seed, 1)
     world.death_rate = death_rate
     world.run(program(world.driver))
-    assert world.direct["inbox"] > (20 if not death_rate else 0)
-    world.check_calls_in_order()
+    assert world.history.direct["inbox"] > (20 if not death_rate else 0)
+    world.history.check_calls_in_order()
     world.check_nothing_is_left()
 
 
@@ -175,7 +176,7 @@ def test_what_a_worker_said_before_it_answered_comes_first(seed: int) -> None:
 
     world = cluster(seed, 1)
     world.run(program(world.driver))
-    assert world.direct["inbox"] > 10
+    assert world.history.direct["inbox"] > 10
     world.check_nothing_is_left()
 
 
@@ -191,9 +192,9 @@ def test_who_converses_with_an_actor_calls_it_itself(seed: int, nodes: int) -> N
 
     world = cluster(seed, nodes)
     world.run(program(world.driver))
-    assert world.direct["tasks"] > 15 * (3 - nodes)
-    world.check_each_ran_once()
-    world.check_calls_in_order()
+    assert world.history.direct["tasks"] > 15 * (3 - nodes)
+    world.history.check_each_ran_once()
+    world.history.check_calls_in_order()
     world.check_nothing_is_left()
 
 
@@ -213,9 +214,9 @@ def test_calls_past_the_node_keep_their_order_with_others(seed: int, name: str) 
 
     world = cluster(seed, 1)
     world.run(program(world.driver))
-    assert world.direct["tasks"] > 10
-    world.check_each_ran_once()
-    world.check_calls_in_order()
+    assert world.history.direct["tasks"] > 10
+    world.history.check_each_ran_once()
+    world.history.check_calls_in_order()
     world.check_nothing_is_left()
 
 
@@ -240,7 +241,7 @@ def test_callers_die_between_the_word_to_the_node_and_the_call(seed: int) -> Non
     world.death_rate = 0.3
     kill_only(world, lambda p: p.due and p.actor is None)
     world.run(program(world.driver))
-    assert world.direct["tasks"] > 10 and world.deaths > 3
+    assert world.history.direct["tasks"] > 10 and world.deaths > 3
     world.check_nothing_is_left()
 
 
@@ -256,7 +257,7 @@ def test_actors_die_of_calls_that_their_node_has_not_read_about(seed: int) -> No
     world.death_rate = 0.3
     kill_only(world, lambda p: p.run is not None and p.run.sender >= 0)
     world.run(program(world.driver))
-    assert world.direct["tasks"] > 10 and world.deaths > 3
+    assert world.history.direct["tasks"] > 10 and world.deaths > 3
     world.check_nothing_is_left()
 
 
@@ -274,8 +275,8 @@ def test_callers_and_actors_die_at_any_time(seed: int) -> None:
     world = cluster(seed, 1)
     world.death_rate = 0.05
     world.run(program(world.driver))
-    assert world.direct["tasks"] > 10 and world.deaths > 3
-    world.check_calls_in_order()
+    assert world.history.direct["tasks"] > 10 and world.deaths > 3
+    world.history.check_calls_in_order()
     world.check_nothing_is_left()
 
 
@@ -297,7 +298,7 @@ def test_a_call_does_not_overtake_what_its_caller_has_heard_of(seed: int) -> Non
 
     world = cluster(seed, 1)
     world.run(program(world.driver))
-    assert world.direct["tasks"] > 5
+    assert world.history.direct["tasks"] > 5
     world.check_nothing_is_left()
 
 
@@ -321,7 +322,7 @@ def test_nor_what_the_actor_has_done_that_answered_it(seed: int) -> None:
 
     world = cluster(seed, 1)
     world.run(program(world.driver))
-    assert world.direct["tasks"] > 5
+    assert world.history.direct["tasks"] > 5
     world.check_nothing_is_left()
 
 
@@ -340,5 +341,5 @@ def test_nor_what_its_own_caller_had_done(seed: int) -> None:
 
     world = cluster(seed, 1)
     world.run(program(world.driver))
-    assert world.direct["tasks"] > 5
+    assert world.history.direct["tasks"] > 5
     world.check_nothing_is_left()

@@ -13,7 +13,8 @@ from hpcray.node.scheduler import GlobalScheduler
 from hpcray.protocol.labels import TAKEN
 from hpcray.protocol.messages import FAIL, SPILL, UNIT
 from hpcray.testing.cluster import SimulatedCluster
-from hpcray.testing.processes import Process, Script, SystemFailed
+from hpcray.testing.processes import Process, Script
+from hpcray.testing.values import SystemFailed
 
 CPU = ("CPU", UNIT)
 SEEDS = range(4)
@@ -22,7 +23,7 @@ LABELS = {0: {"zone": "a"}, 1: {"zone": "b", "gpu": "yes"}, 2: {"zone": "b"}}
 
 def where(p: Process, seconds: float = 0.0) -> Script:
     yield from p.sleep(seconds)
-    return p.node.rank
+    return p.rank
 
 
 def actor(p: Process) -> None:
@@ -30,24 +31,26 @@ def actor(p: Process) -> None:
 
 
 def ask(p: Process) -> int:
-    return p.node.rank
+    return p.rank
 
 
-def note(p: Process, number: int, seconds: float = 0.001) -> Script:
-    p.cluster.order.append(number)  # type: ignore[attr-defined]
-    yield from p.sleep(seconds)
-    return number
+def bodies(order: list[int] | None) -> dict[str, Any]:
+    """`order` takes the numbers of the tasks "note", as they start."""
+    def note(p: Process, number: int, seconds: float = 0.001) -> Script:
+        assert order is not None
+        order.append(number)
+        yield from p.sleep(seconds)
+        return number
+
+    return {"where": where, "actor": actor, "ask": ask, "note": note}
 
 
-BODIES = {"where": where, "actor": actor, "ask": ask, "note": note}
-
-
-def cluster(seed: int, nodes: int = 3, cpus: int = 2) -> SimulatedCluster:
-    found = SimulatedCluster(
-        nodes, BODIES, seed=seed, cpus=cpus, lazy=0.3,
+def cluster(
+    seed: int, nodes: int = 3, cpus: int = 2, order: list[int] | None = None
+) -> SimulatedCluster:
+    return SimulatedCluster(
+        nodes, bodies(order), seed=seed, cpus=cpus, lazy=0.3,
         labels={rank: LABELS[rank] for rank in range(nodes)})
-    found.order = []  # type: ignore[attr-defined]
-    return found
 
 
 def with_labels(*names: str) -> dict[str, Any]:
@@ -135,7 +138,7 @@ def test_spread_goes_round_a_node_that_is_full(seed: int) -> None:
         yield from p.sleep(0.05)
         refs = [p.submit("where", [0.01], spread=True)[0] for _ in range(12)]
         found = yield from gather(p, refs)
-        assert p.cluster.now_s < 2.0, "they waited for the full node"
+        assert p.world.now_s < 2.0, "they waited for the full node"
         yield from gather(p, held)
         return found
 
@@ -157,11 +160,11 @@ def test_affinity_to_a_node_that_is_full(seed: int, rank: int) -> None:
         for ref in (fails, p.call(no_actor, "ask")[0]):
             try:
                 yield from p.get(ref)
-                p.cluster.fault("it did not fail")
+                p.world.fault("it did not fail")
             except SystemFailed as error:
                 assert "UnschedulableError" in str(error), error
         found = yield from gather(p, [spills])
-        assert p.cluster.now_s < 0.9, "it waited"
+        assert p.world.now_s < 0.9, "it waited"
         return found + (yield from gather(p, [waits, *held]))
 
     ranks = ran_on(cluster(seed), program)
@@ -181,7 +184,7 @@ def test_affinity_that_can_never_be(seed: int, options: dict[str, Any]) -> None:
         for ref in (p.submit("where", **options)[0], p.call(actors[0], "ask")[0]):
             try:
                 yield from p.get(ref)
-                p.cluster.fault("it did not fail")
+                p.world.fault("it did not fail")
             except SystemFailed as error:
                 assert "UnschedulableError" in str(error), error
         if options.get("resources", ((),))[0] == ("CPU", 9 * UNIT):
@@ -211,9 +214,9 @@ def test_priorities(seed: int, rank: int) -> None:
         yield from gather(p, refs)
         return []
 
-    c = SimulatedCluster(rank + 1, BODIES, seed=seed, cpus=1, lazy=0.3, resources={"tool": UNIT})
     order: list[int] = []
-    c.order = order  # type: ignore[attr-defined]
+    c = SimulatedCluster(
+        rank + 1, bodies(order), seed=seed, cpus=1, lazy=0.3, resources={"tool": UNIT})
     ran_on(c, program)
     assert [PRIORITIES[n] for n in order] == sorted(PRIORITIES, reverse=True)
     for shape in (0, 1):
@@ -231,9 +234,9 @@ def test_priorities_of_what_is_not_bound_yet(seed: int) -> None:
         yield from gather(p, refs)
         return []
 
-    c = cluster(seed, nodes=2, cpus=1)
-    ran_on(c, program)
-    order = [n // 4 for n in c.order]  # type: ignore[attr-defined]
+    noted: list[int] = []
+    ran_on(cluster(seed, nodes=2, cpus=1, order=noted), program)
+    order = [n // 4 for n in noted]
     last_urgent = max(i for i, priority in enumerate(order) if priority == 2)
     assert last_urgent < order.index(0), order
 
@@ -245,18 +248,19 @@ def test_what_is_free_is_known_when_a_burst_is_over(seed: int) -> None:
         for _ in range(5):
             refs = [p.submit("where", [0.002], spread=True)[0] for _ in range(60)]
             yield from gather(p, refs)
-            scheduler = p.node.machine.cluster.scheduler
+            scheduler = c.nodes[0].machine.cluster.scheduler
             assert scheduler is not None
 
             def known(scheduler: GlobalScheduler = scheduler) -> bool:
                 return all(
-                    view.free["CPU"] == p.cluster.nodes[rank].machine.dispatcher.ledger.free["CPU"]
+                    view.free["CPU"] == c.nodes[rank].machine.dispatcher.ledger.free["CPU"]
                     for rank, view in scheduler.views.items())
 
             for _ in range(30):  # 0.3 s: no heartbeat comes so soon
                 if not known():
                     yield from p.sleep(0.01)
-            assert known(), p.cluster.now_s
+            assert known(), p.world.now_s
         return []
 
-    ran_on(cluster(seed), program)
+    c = cluster(seed)
+    ran_on(c, program)

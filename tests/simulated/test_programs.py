@@ -32,8 +32,8 @@ def test_programs_without_failures(nodes: int, block: int, seed_shift: int) -> N
     for seed in range(seed_shift + 8 * block, seed_shift + 8 * block + 8):
         # Long tasks go one by one; short ones share datagrams and are prefetched.
         cluster = run(seed, nodes=nodes, mix=Mix(steps=14), time_scale=(1.0, 0.02)[seed % 2])
-        cluster.check_each_ran_once()
-        cluster.check_calls_in_order()
+        cluster.history.check_each_ran_once()
+        cluster.history.check_calls_in_order()
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 3])
@@ -78,8 +78,8 @@ def test_programs_that_say_where(nodes: int, deaths: bool, seed_shift: int) -> N
         mix = Mix(steps=20, placing=True, deaths=deaths, wild=deaths, restarts=True)
         cluster = run(seed, nodes=nodes, mix=mix, death_rate=0.02 if deaths else 0.0,
                       labels=labels)
-        for task_id, rank in cluster.ran_on.items():
-            template = cluster.templates.get(task_id)
+        for task_id, rank in cluster.history.ran_on.items():
+            template = cluster.history.templates.get(task_id)
             for name, _ in template.resources if template is not None else ():
                 if name[0] == "?":
                     assert meets(labels.get(rank, {}), name), (name, rank)
@@ -89,5 +89,5 @@ def test_the_same_seed_gives_the_same_run() -> None:
     runs = []
     for _ in range(2):
         cluster = run(7, nodes=3, mix=Mix(steps=12, deaths=True), death_rate=0.02)
-        runs.append((cluster.now_s, cluster.starts, cluster.ran_on, cluster.deaths))
+        runs.append((cluster.now_s, cluster.history.starts, cluster.history.ran_on, cluster.deaths))
     assert runs[0] == runs[1]

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from hpcray.protocol.messages import UNIT
-from hpcray.testing.cluster import Fault, SimulatedCluster, Stuck
-from hpcray.testing.processes import Large, Process, Ref, Script
+from hpcray.testing.cluster import SimulatedCluster, Stuck
+from hpcray.testing.processes import Process, Ref, Script
+from hpcray.testing.values import Large
+from hpcray.testing.world import Fault
 
 SEEDS = range(12)
 
@@ -87,7 +89,7 @@ def test_refs_inside_a_result_made_elsewhere(seed: int, large: bool) -> None:
     c = cluster(seed)
     c.run(program(c.driver))
     c.check_nothing_is_left()
-    c.check_each_ran_once()
+    c.history.check_each_ran_once()
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -31,8 +31,8 @@ def test_200_nodes_share_5000_tasks() -> None:
                          lazy=0.0)
     c.run(program(c.driver))
     c.check_nothing_is_left()
-    c.check_each_ran_once()
-    ranks = list(c.ran_on.values())
+    c.history.check_each_ran_once()
+    ranks = list(c.history.ran_on.values())
     counts = [ranks.count(rank) for rank in range(200)]
     assert min(counts) > 0
     assert max(counts) < 2 * 5000 / 200, "one node got more than twice its share"
