@@ -42,8 +42,16 @@ import msgspec
 
 import hpcray
 from hpcray.transport import datagrams
-from hpcray.worker import zygote
-from hpcray.worker.zygote import Exited, Forked, ForkRefused, Preloaded, Ready, Trying
+from hpcray.worker import own_process, zygote_messages
+from hpcray.worker.zygote_messages import (
+    Event,
+    Exited,
+    Forked,
+    ForkRefused,
+    Preloaded,
+    Ready,
+    Trying,
+)
 
 # Room for every event: the largest is Preloaded with its list of problems.
 _EVENT_BYTES = 64 * 1024
@@ -67,7 +75,7 @@ class ZygoteLost:
 
 PoolEvent = Ready | Forked | ForkRefused | Exited | Preloaded | ZygoteLost
 
-_event_decoder: msgspec.msgpack.Decoder[zygote.Event] = msgspec.msgpack.Decoder(zygote.Event)
+_event_decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
 
 
 def raise_descriptor_limit() -> int:
@@ -84,7 +92,7 @@ def raise_descriptor_limit() -> int:
 def spawn_zygote(
     environ: Mapping[str, str],
     *,
-    target: str = zygote.DEFAULT_TARGET,
+    target: str = zygote_messages.DEFAULT_TARGET,
     sys_path: Sequence[str] | None = None,
     descriptor_limit: int | None = None,
 ) -> tuple[socket.socket, subprocess.Popen[bytes]]:
@@ -99,7 +107,7 @@ def spawn_zygote(
     # it; and threads of BLAS libraries must not be started. Both only while it starts.
     package_root = str(Path(hpcray.__file__).resolve().parent.parent)
     search_path = environ.get("PYTHONPATH")
-    changes = zygote.for_imports(environ)
+    changes = own_process.for_imports(environ)
     changes["PYTHONPATH"] = package_root + (os.pathsep + search_path if search_path else "")
     node_end, zygote_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with zygote_end:
@@ -179,7 +187,7 @@ class WorkerPool:
         environ: Mapping[str, str],
         preload: Sequence[str] = (),
         *,
-        target: str = zygote.DEFAULT_TARGET,
+        target: str = zygote_messages.DEFAULT_TARGET,
         sys_path: Sequence[str] | None = None,
     ) -> None:
         """Starts the zygote: to be called before MPI_Init, from the main thread.
@@ -226,7 +234,7 @@ class WorkerPool:
         """A folder, made by workers, that the zygote removes when they have ended."""
         self._cleanup_folder = folder
         if self._socket is not None and folder:
-            self._send(_Outgoing(_encode(zygote.CleanupRequest(folder))))
+            self._send(_Outgoing(_encode(zygote_messages.CleanupRequest(folder))))
 
     def flush(self) -> None:
         """Send what waits, as far as the socket takes it."""
@@ -276,7 +284,7 @@ class WorkerPool:
 
     def preload(
         self, modules: Sequence[str], settings: Mapping[str, Any] | None = None, *,
-        patience_s: float = zygote.PRELOAD_PATIENCE_S, quiet: bool = False,
+        patience_s: float = zygote_messages.PRELOAD_PATIENCE_S, quiet: bool = False,
     ) -> None:
         """Have this zygote, and those after it, import modules; workers asked for later have them.
 
@@ -297,7 +305,7 @@ class WorkerPool:
     def start(self, number: int, settings: Mapping[str, Any]) -> WorkerHandle:
         """Ask for a worker. Its channels can be used at once; Forked or ForkRefused follows.
 
-        `settings` holds what msgpack can carry; see `zygote.WorkerSettings`.
+        `settings` holds what msgpack can carry; see `zygote_messages.WorkerSettings`.
 
         Raises:
           ZygoteGoneError: there is no zygote. ValueError: the number is in use.
@@ -335,7 +343,7 @@ class WorkerPool:
         )
         self._handles[number] = handle
         closing = [client_far.detach(), pipes[0][1], pipes[1][1], *memfd]
-        request = zygote.ForkRequest(number, inline)
+        request = zygote_messages.ForkRequest(number, inline)
         self._send(_Outgoing(_encode(request), [task_far.fileno(), *closing], closing))
         return handle
 
@@ -387,7 +395,7 @@ class WorkerPool:
         handle = self._handles[number]
         if handle.pid and not handle.dead:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(handle.pid, zygote.INTERRUPT_SIGNAL)
+                os.kill(handle.pid, own_process.INTERRUPT_SIGNAL)
 
     def forget(self, number: int) -> None:
         """Close everything of a dead worker, once its sockets have been read dry.
@@ -405,7 +413,7 @@ class WorkerPool:
         if handle.zombie:
             _kill_group(handle)
             if self._socket is not None:
-                self._send(_Outgoing(_encode(zygote.ReapRequest(number))))
+                self._send(_Outgoing(_encode(zygote_messages.ReapRequest(number))))
         handle.close()
 
     def again(self) -> WorkerPool:
@@ -422,7 +430,7 @@ class WorkerPool:
         self._closed = True
         if self._socket is not None:
             _close_outgoing(self._outgoing)
-            self._send(_Outgoing(_encode(zygote.StopRequest(grace_s))))
+            self._send(_Outgoing(_encode(zygote_messages.StopRequest(grace_s))))
             if self._asked and not any(h.pid and not h.dead for h in self._handles.values()):
                 # It is importing, which may take long, for nobody.
                 assert self._process is not None
@@ -477,7 +485,7 @@ class WorkerPool:
     def _ask_to_preload(self, preload: _Preload) -> None:
         modules = [name for name in preload.modules if name not in self._unfit]
         inline, memfd = _settings_memfd(_encode({**preload.settings, "modules": modules}))
-        request = zygote.PreloadRequest(inline, preload.patience_s, preload.quiet)
+        request = zygote_messages.PreloadRequest(inline, preload.patience_s, preload.quiet)
         self._asked.append(preload)
         self._send(_Outgoing(_encode(request), memfd, list(memfd)))
 
@@ -486,7 +494,7 @@ class WorkerPool:
         self._outgoing.append(outgoing)
         self.flush()
 
-    def _note(self, event: zygote.Event) -> None:
+    def _note(self, event: Event) -> None:
         match event:
             case Forked(number, pid):
                 handle = self._handles[number]
@@ -548,7 +556,7 @@ class WorkerPool:
             sessions.add(self._trial_pid)
             self._trial_pid = 0
         if sessions:
-            zygote.end_sessions(sessions)
+            own_process.end_sessions(sessions)
 
 
 def _encode(message: Any) -> bytes:
@@ -557,7 +565,7 @@ def _encode(message: Any) -> bytes:
 
 def _settings_memfd(encoded: bytes) -> tuple[bytes, list[int]]:
     """What goes into the request, and what along with it."""
-    if len(encoded) <= zygote.INLINE_SETTINGS_BYTES:
+    if len(encoded) <= zygote_messages.INLINE_SETTINGS_BYTES:
         return encoded, []
     memfd = os.memfd_create("settings", os.MFD_CLOEXEC)
     try:

@@ -64,7 +64,7 @@ from hpcray.transport.base import (
     Transport,
 )
 from hpcray.transport.patience import Patience
-from hpcray.worker.zygote import Exited, ForkRefused, Preloaded, Ready
+from hpcray.worker.zygote_messages import Exited, ForkRefused, Preloaded, Ready
 
 _TICK_S = 0.01
 _SLOW_TICK_S = 1.0

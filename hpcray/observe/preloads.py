@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from hpcray.launch.doctor import Finding
 from hpcray.node.pool import WorkerPool, ZygoteLost
-from hpcray.worker.zygote import Preloaded
+from hpcray.worker.zygote_messages import Preloaded
 
 _END_S = 5.0
 

@@ -16,7 +16,7 @@ from typing import Any
 from hpcray.client import references
 from hpcray.client.client import Client
 from hpcray.worker import surroundings
-from hpcray.worker.zygote import INTERRUPT_SIGNAL
+from hpcray.worker.own_process import INTERRUPT_SIGNAL
 
 # An interrupt that a finaliser has swallowed comes again after this.
 _AGAIN_S = 0.002

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from hpcray import exceptions
 from hpcray.config import expanded
 from hpcray.protocol.messages import WORKING_DIR, Template
-from hpcray.worker import zygote
+from hpcray.worker import own_process, zygote
 
 if TYPE_CHECKING:
     from hpcray.client.client import Client
@@ -36,8 +36,9 @@ def enter(client: Client, folder: str, template: Template) -> None:
       RuntimeEnvSetupError: a package cannot be unpacked.
     """
     os.environ.update(expanded(dict(template.env_vars)))
-    if not zygote.BLAS_VARIABLES.isdisjoint(dict(template.env_vars)):
-        zygote.limit_threads(zygote.thread_limits())  # of libraries that are loaded already
+    if not own_process.BLAS_VARIABLES.isdisjoint(dict(template.env_vars)):
+        # Of libraries that are loaded already.
+        own_process.limit_threads(own_process.thread_limits())
     if not template.packages:
         return
     try:

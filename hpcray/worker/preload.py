@@ -41,8 +41,8 @@ import msgspec
 
 from hpcray.launch.progress import cpu_progress
 from hpcray.transport.patience import Patience
-from hpcray.worker import zygote
-from hpcray.worker.zygote import Problem
+from hpcray.worker import own_process
+from hpcray.worker.zygote_messages import Problem
 
 # A trial for each module that spoils its process. Those that depend on it are found out cheaply
 # (`_Watch`), but somewhere is an end: workers wait.
@@ -53,7 +53,8 @@ _ENDLESS = 10
 _TEXT_CHARS = 300
 _NAME_BYTES = 512
 # An import may replace none of these: the zygote's or the worker's life hangs on them.
-_SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, zygote.INTERRUPT_SIGNAL)
+_SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
+            own_process.INTERRUPT_SIGNAL)
 # Whatever has one of them open has a driver's state, which a fork does not get.
 _GPU_DEVICES = ("/dev/nvidia", "/dev/kfd", "/dev/dri/")
 
@@ -246,7 +247,7 @@ class Preloading:
 
     def _end_trial(self) -> int:
         """Kill it and what it has started; how it ended."""
-        zygote.end_sessions({self.pid})
+        own_process.end_sessions({self.pid})
         # It may have been quicker than its own setsid().
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
@@ -420,7 +421,7 @@ class _Process:
     def harm(self) -> str:
         """What has been done to it, so that no fork of it is as good as a new one; empty if
         nothing."""
-        threads = zygote.thread_count() - 1
+        threads = own_process.thread_count() - 1
         if threads:
             return f"starts {threads} thread{'s'[:threads > 1]}"
         handlers = _handlers()
@@ -483,14 +484,15 @@ def surroundings(settings: Mapping[str, Any], stderr: int | None = None) -> Iter
         undo.callback(sys.path.__setitem__, slice(None), path)
         if settings.get("sys_path") is not None:
             sys.path[:] = settings["sys_path"]
-        zygote.change_environment(settings.get("environ") or {}, settings.get("env_vars") or {})
-        os.environ.update(zygote.for_imports(os.environ))
+        own_process.change_environment(
+            settings.get("environ") or {}, settings.get("env_vars") or {})
+        os.environ.update(own_process.for_imports(os.environ))
         started = dict(os.environb)
         try:
-            zygote.enter_as_ray(settings)
+            own_process.enter_as_ray(settings)
             yield
         finally:
             new = {name: value for name, value in os.environb.items()
                    if started.get(name) != value}
             gone = dict.fromkeys(os.environb.keys() - environ.keys())
-            zygote.change_environment({**gone, **environ, **new}, {})
+            own_process.change_environment({**gone, **environ, **new}, {})

@@ -26,14 +26,14 @@ A dead worker stays a zombie until its node says `ReapRequest`: so its pid and p
 cannot be reused while the node may still send signals to them.
 
 What must not go in here: threads (a fork copies only the calling one, and whatever lock another
-held stays locked for ever), user tasks, MPI, and any import at module level that the node, which
-imports this module for its messages, does not need.
+held stays locked for ever), user tasks, MPI.
 """
 
 from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]
 import contextlib
+import ctypes
 import gc
 import importlib
 import json
@@ -46,57 +46,60 @@ import socket
 import sys
 import time
 import types
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn, TypedDict
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import msgspec
 
-# Rings a worker's bell. Ignored by default, so a worker that is not listening yet takes no harm.
-INTERRUPT_SIGNAL = signal.SIGURG
-
-DEFAULT_TARGET = "hpcray.worker.main:prepare"
+from hpcray.worker import title
+from hpcray.worker.own_process import (
+    BLAS_VARIABLES,
+    blas_controller,
+    change_environment,
+    default_threads,
+    end_sessions,
+    enter_as_ray,
+    kill_sessions,
+    limit_threads,
+    thread_count,
+    thread_limits,
+)
+from hpcray.worker.zygote_messages import (
+    DEFAULT_GRACE_S,
+    DEFAULT_TARGET,
+    INLINE_SETTINGS_BYTES,
+    CleanupRequest,
+    Event,
+    Exited,
+    Forked,
+    ForkRefused,
+    ForkRequest,
+    Preloaded,
+    PreloadRequest,
+    Ready,
+    ReapRequest,
+    Request,
+    StopRequest,
+    Trying,
+)
 
 # What a worker runs: (number, task_fd, client_fd, settings) -> exit code, None is 0. It comes from
 # the function that the zygote is told, which it calls once.
 Target = Callable[[int, int, int, dict[str, Any]], int | None]
 
-# Read by BLAS and OpenMP libraries when they are loaded, and never again.
-BLAS_VARIABLES = frozenset((
-    "OMP_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "BLIS_NUM_THREADS",
-    "NUMEXPR_NUM_THREADS",
-    "VECLIB_MAXIMUM_THREADS",
-))
 _BLAS_NAMES = frozenset(os.fsencode(name) for name in BLAS_VARIABLES)
-
-# Read by pyarrow's allocator when it is loaded: it would start a thread.
-_ARROW_VARIABLE, _ARROW_THREADLESS = "JE_ARROW_MALLOC_CONF", "background_thread:false"
 
 # What every worker needs; missing ones (numpy in a minimal installation) are not an error.
 _ALWAYS_PRELOADED = ("msgspec", "cloudpickle", "numpy", "random", "threadpoolctl")
 
-# Settings larger than this travel in a memfd: a datagram has to fit into a socket buffer
-# (208 KiB by default), and an environment with module systems in it may not.
-INLINE_SETTINGS_BYTES = 64 * 1024
+# Larger settings travel in a memfd.
 _RECEIVE_BYTES = INLINE_SETTINGS_BYTES + 4096
-
-# A preload that makes no progress for so long hangs. Patience with a file system that many nodes
-# read at once: a module is dropped for the whole job.
-PRELOAD_PATIENCE_S = 30.0
 
 # So many are told, for the sake of the datagram: nobody reads more.
 _PROBLEMS = 50
 
-# How long workers have between SIGTERM and SIGKILL when their node is gone without a word.
-DEFAULT_GRACE_S = 1.0
 # A process in uninterruptible sleep does not die of SIGKILL; do not wait for it for ever.
 _REAP_LIMIT_S = 5.0
-# Generations that may be forked while their elders are killed: only something that forks without
-# end gets that far.
-_LOOKS_FOR_CHILDREN = 50
-
 # Names that PreloadRequests have put into sys.modules, in the zygote and its workers.
 preloaded: set[str] = set()
 
@@ -107,123 +110,6 @@ _DEFAULT_IN_FORKS = (int(signal.SIGCHLD), int(signal.SIGTERM), int(signal.SIGHUP
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
-
-
-class WorkerSettings(TypedDict, total=False):
-    """What the zygote itself reads from a request's settings. The target gets all of them and
-    may define more. Missing means: as the zygote has it."""
-
-    cwd: str
-    sys_path: list[str]
-    environ: dict[bytes, bytes | None]  # changes of the zygote's own; None takes one away
-    env_vars: dict[str, str]  # on top of those, with ${NAME} in them replaced
-    as_ray: bool  # `import ray` gives hpcray, from the first user code on
-
-
-# --- node -> zygote -----------------------------------------------------------------------------
-
-
-class ForkRequest(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=1):
-    """Four descriptors come along: task, client, stdout, stderr; a fifth (a memfd) holds the
-    settings if they are not inline."""
-
-    number: int
-    settings: bytes = b""  # msgpack, decoded by the worker
-
-
-class ReapRequest(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=2):
-    """The node is done with this dead worker's pid. Kills what is left of its session."""
-
-    number: int
-
-
-class CleanupRequest(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=3):
-    """Remove this folder once all workers have ended."""
-
-    folder: str
-
-
-class StopRequest(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=4):
-    """An orderly end: terminate the workers and exit.
-
-    The node hangs up behind it, so that a preload is not waited for.
-    """
-
-    grace_s: float
-
-
-class PreloadRequest(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=5):
-    """Import settings["modules"], in this order, as a worker with these settings would; but none
-    that harms forks. A descriptor (a memfd) holds the settings if they are not inline."""
-
-    settings: bytes = b""
-    patience_s: float = PRELOAD_PATIENCE_S  # longest time without progress
-    quiet: bool = False  # comes back in Preloaded
-
-
-Request = ForkRequest | ReapRequest | CleanupRequest | StopRequest | PreloadRequest
-
-# --- zygote -> node -----------------------------------------------------------------------------
-
-
-class Ready(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=1):
-    """The zygote's own imports are done. `problems`: a line for each that failed."""
-
-    pid: int
-    import_s: float
-    problems: tuple[str, ...]
-
-
-class Forked(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=2):
-    number: int
-    pid: int
-
-
-class ForkRefused(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=3):
-    """There is no such worker; `reason` says what to do about it."""
-
-    number: int
-    reason: str
-
-
-class Exited(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=4):
-    """The worker is dead (a zombie until ReapRequest); `wait_status` as waitpid has it."""
-
-    number: int
-    pid: int
-    wait_status: int
-
-    @property
-    def exit_code(self) -> int:
-        """0 to 255, or the negative number of the signal that killed it."""
-        return os.waitstatus_to_exitcode(self.wait_status)
-
-
-class Problem(msgspec.Struct, frozen=True, gc=False, array_like=True):
-    """A module that is not preloaded: "it `text`"."""
-
-    module: str
-    text: str
-    crashed: bool = False  # or hung
-
-
-class Preloaded(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=5):
-    """The first unanswered PreloadRequest is done. `problems`: the first that there were, with
-    those that crashed in front."""
-
-    import_s: float
-    problems: tuple[Problem, ...]
-    quiet: bool
-    pid: int  # of the zygote from here on: a child of the former one, or still the same
-
-
-class Trying(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=6):
-    """A child imports modules on trial, as leader of a session of its own."""
-
-    pid: int
-
-
-Event = Ready | Forked | ForkRefused | Exited | Preloaded | Trying
 
 
 class _NodeGone(Exception):
@@ -258,7 +144,7 @@ class Zygote:
 
     def _take_stock(self) -> None:
         """What imports have left behind, found out once so that a worker need not."""
-        self._blas = _blas_controller()
+        self._blas = blas_controller()
         self._random = _numpy_words()
         self._thread_limits = _more_than_one(thread_limits())
 
@@ -575,12 +461,6 @@ class Zygote:
 # --- small tools --------------------------------------------------------------------------------
 
 
-def thread_count() -> int:
-    """Threads of this process, those of C libraries included."""
-    # Its link count is 2 + the number of threads: one system call instead of a listing.
-    return os.stat("/proc/self/task").st_nlink - 2
-
-
 def ignore_signals() -> None:
     """The end comes with the node's. A batch system that sends SIGTERM to every process of the
     job would otherwise take the one process away that can clean up."""
@@ -609,8 +489,6 @@ def _numpy_words() -> memoryview | None:
     numpy = sys.modules.get("numpy")
     if numpy is None:
         return None
-    import ctypes
-
     generator = numpy.random.get_bit_generator()
     if generator.state["bit_generator"] != "MT19937":
         return None
@@ -621,88 +499,9 @@ def _numpy_words() -> memoryview | None:
     return words if words == known else None
 
 
-def for_imports(environ: Mapping[str, str]) -> dict[str, str]:
-    """Variables with which libraries start no threads as they are loaded."""
-    arrow = environ.get(_ARROW_VARIABLE)
-    return {
-        **dict.fromkeys(BLAS_VARIABLES, "1"),
-        _ARROW_VARIABLE: f"{arrow},{_ARROW_THREADLESS}" if arrow else _ARROW_THREADLESS,
-    }
-
-
-def default_threads() -> None:
-    """One thread for each kind of library that the environment says nothing of."""
-    for name in BLAS_VARIABLES:
-        os.environ.setdefault(name, "1")
-
-
-def thread_limits() -> dict[str, int]:
-    """Threads that the environment allows to the libraries of each kind (threadpoolctl's names)."""
-    every = os.environ.get("OMP_NUM_THREADS", "")
-    found = {"openmp": every}
-    for kind in ("openblas", "mkl", "blis"):
-        found[kind] = os.environ.get(f"{kind.upper()}_NUM_THREADS", every)
-    first = {kind: value.partition(",")[0].strip() for kind, value in found.items()}
-    return {kind: int(value) for kind, value in first.items() if value.isdecimal() and int(value)}
-
-
 def _more_than_one(limits: dict[str, int]) -> dict[str, int]:
     """Nothing if each is one: that is what libraries in the zygote have, and 3 ms are saved."""
     return limits if any(limit != 1 for limit in limits.values()) else {}
-
-
-def limit_threads(limits: Mapping[str, int], libraries: Any = None) -> None:
-    """Have libraries that are loaded already do as if they had been loaded with these limits.
-
-    `libraries`: a ThreadpoolController, if its owner has looked for them before.
-    """
-    if libraries is None:
-        libraries = _blas_controller()
-    if libraries is not None:
-        for kind, limit in limits.items():
-            same = {"user_api": kind} if kind == "openmp" else {"internal_api": kind}
-            libraries.select(**same).limit(limits=limit)
-    torch = sys.modules.get("torch")
-    if torch is not None and "openmp" in limits:
-        torch.set_num_threads(limits["openmp"])
-
-
-def enter_as_ray(settings: Mapping[str, Any]) -> None:
-    """From here on `import ray` gives hpcray, if the job wants it."""
-    if settings.get("as_ray"):
-        importlib.import_module("hpcray.as_ray").install()
-
-
-def kill_sessions(sessions: set[int], signal_number: int) -> set[int]:
-    """Signal every process of these sessions, whatever its process group; the pids there were.
-
-    Zombies do not count. What has left its session (a daemon) is not found.
-    """
-    found: set[int] = set()
-    for name in os.listdir("/proc"):
-        if not name.isdigit():
-            continue
-        try:
-            with open(f"/proc/{name}/stat", "rb") as file:
-                # "pid (command) state ppid pgrp session": the command may contain anything.
-                state, _, _, session = file.read().rpartition(b")")[2].split()[:4]
-            if int(session) in sessions and state not in b"ZX":
-                os.kill(int(name), signal_number)
-                found.add(int(name))
-        except (OSError, ValueError):
-            continue  # It has ended between two of these lines.
-    return found
-
-
-def end_sessions(sessions: set[int]) -> None:
-    """SIGKILL to all of them, until a look finds nobody new: one look misses what is forked
-    while it goes on. Who was killed can fork no more, so each look finds children only."""
-    killed: set[int] = set()
-    for _ in range(_LOOKS_FOR_CHILDREN):
-        found = kill_sessions(sessions, signal.SIGKILL)
-        if found <= killed:
-            return
-        killed |= found
 
 
 def _no_action(signal_number: int, frame: types.FrameType | None) -> None:
@@ -728,22 +527,6 @@ def _read_settings(
     return msgspec.msgpack.decode(encoded, type=dict[str, Any])
 
 
-def change_environment(changes: Mapping[bytes, bytes | None], env_vars: Mapping[str, str]) -> None:
-    old_zone = os.environ.get("TZ")
-    # As bytes: a variable need not be UTF-8, and messages carry no other text.
-    for name, value in changes.items():
-        if value is None:
-            os.environb.pop(name, None)
-        else:
-            os.environb[name] = value
-    if env_vars:
-        from hpcray.config import expanded
-
-        os.environ.update(expanded(env_vars))
-    if os.environ.get("TZ") != old_zone:
-        time.tzset()
-
-
 def _exit_code(stop: SystemExit) -> int:
     if stop.code is None or isinstance(stop.code, int):
         return stop.code or 0
@@ -760,19 +543,8 @@ def _thread_names() -> list[str]:
 
 
 def _load_prctl() -> Callable[..., int]:
-    import ctypes  # Not at module level: the node imports this module too.
-
     prctl: Callable[..., int] = ctypes.CDLL(None).prctl
     return prctl
-
-
-def _blas_controller() -> Any:
-    """Finds the loaded BLAS libraries once, so that a worker need not; None if not installed."""
-    try:
-        from threadpoolctl import ThreadpoolController
-    except ImportError:
-        return None
-    return ThreadpoolController()
 
 
 # --- start --------------------------------------------------------------------------------------
@@ -802,8 +574,6 @@ def load_target(name: str) -> Target | str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     import argparse
-
-    from hpcray.worker import title  # Not at module level: the node imports this module too.
 
     title.prepare()
     parser = argparse.ArgumentParser(prog="hpcray.worker.zygote", description=__doc__)

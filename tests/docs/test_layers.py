@@ -51,8 +51,8 @@ EXCEPTIONS = {
     ("worker.preload", "launch.progress"):
         "what the kernel says of another process; it imports nothing",
 }
-# Of the worker's room a node may know this one module.
-NODE_KNOWS_OF_WORKER = {"worker", "worker.zygote"}
+# Of the worker's room a node may know these.
+NODE_KNOWS_OF_WORKER = {"worker", "worker.own_process", "worker.zygote_messages"}
 # External packages and where they may be imported.
 EXTERNAL = {
     "mpi4py": ("transport.mpi", "collective."),
@@ -76,9 +76,6 @@ PURE = ("protocol.", "objects.allocator", "objects.budget", "transport.peers", "
             "core", "objects", "groups", "requests", "waiters", "pending")))
 WORLD = {"socket", "select", "selectors", "threading", "time", "os", "signal", "subprocess", "mmap",
          "multiprocessing", "asyncio", "ctypes", "fcntl", "pathlib", "random", "secrets", "mpi4py"}
-
-# Rooms whose files still import each other in circles.
-CIRCULAR: set[str] = {"worker"}
 
 Edge = tuple[str, str, int]
 
@@ -179,10 +176,7 @@ def circle_in(room: str) -> list[str]:
 @pytest.mark.parametrize("room", sorted({room_of(module) for module in MODULES}))
 def test_files_of_a_room_have_an_order(room: str) -> None:
     circle = circle_in(room)
-    if room in CIRCULAR:
-        assert circle, f"{room} has no circle any more: take it off CIRCULAR"
-    else:
-        assert not circle, " <- ".join(circle)
+    assert not circle, " <- ".join(circle)
 
 
 def test_client_and_node_meet_only_as_messages() -> None:

@@ -26,7 +26,7 @@ from hpcray.node.pool import (
 )
 from hpcray.protocol.sizes import DATAGRAM_MAX_BYTES
 from hpcray.transport.datagrams import FULL, SENT
-from hpcray.worker.zygote import Exited, Forked, ForkRefused, Preloaded, Ready
+from hpcray.worker.zygote_messages import Exited, Forked, ForkRefused, Preloaded, Ready
 
 TARGETS = str(Path(__file__).parent.parent / "worker")
 LIMIT_S = 30

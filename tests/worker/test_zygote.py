@@ -18,8 +18,8 @@ import msgspec
 import pytest
 
 from hpcray.node.pool import spawn_zygote
-from hpcray.worker import zygote
-from hpcray.worker.zygote import Exited, Forked, ForkRefused, Ready
+from hpcray.worker import own_process, zygote_messages
+from hpcray.worker.zygote_messages import Exited, Forked, ForkRefused, Ready
 
 HERE = str(Path(__file__).parent)
 LIMIT_S = 20
@@ -55,18 +55,19 @@ class RawZygote:
         self.socket, self.process = spawn_zygote(environ, sys_path=[HERE, *sys.path], **options)
         self.pid = self.process.pid
 
-    def event(self, limit_s: float = LIMIT_S) -> zygote.Event:
+    def event(self, limit_s: float = LIMIT_S) -> zygote_messages.Event:
         wait_readable(self.socket, limit_s)
-        event: zygote.Event = msgspec.msgpack.decode(self.socket.recv(65536), type=zygote.Event)
+        event: zygote_messages.Event = msgspec.msgpack.decode(
+            self.socket.recv(65536), type=zygote_messages.Event)
         return event
 
-    def request(self, request: zygote.Request, descriptors: tuple[int, ...] = ()) -> None:
+    def request(self, request: zygote_messages.Request, descriptors: tuple[int, ...] = ()) -> None:
         socket.send_fds(self.socket, [msgspec.msgpack.encode(request)], list(descriptors))
 
     def fork(self, number: int, **settings: Any) -> Worker:
         worker = Worker()
         encoded = msgspec.msgpack.encode(settings)
-        self.request(zygote.ForkRequest(number, encoded), worker.far_descriptors())
+        self.request(zygote_messages.ForkRequest(number, encoded), worker.far_descriptors())
         worker.close_far()
         return worker
 
@@ -141,7 +142,7 @@ def test_zygote_forks_and_reports_the_exit(raw: RawZygote) -> None:
     assert exited.exit_code == 5
     with open(f"/proc/{forked.pid}/stat") as stat:
         assert stat.read().rpartition(")")[2].split()[0] == "Z", "the pid stays reserved"
-    raw.request(zygote.ReapRequest(3))
+    raw.request(zygote_messages.ReapRequest(3))
     wait_gone([forked.pid])
     worker.close()
 
@@ -152,7 +153,7 @@ def test_worker_is_a_process_of_its_own(raw: RawZygote, tmp_path: Path) -> None:
         "do": "describe", "cwd": str(tmp_path), "sys_path": path,
         "environ": {b"NEW": b"this", b"TZ": b"UTC", b"HOME": None},
         "env_vars": {"TOP": "${NEW}!"}}
-    two_threads = dict.fromkeys(zygote.BLAS_VARIABLES, "2")
+    two_threads = dict.fromkeys(own_process.BLAS_VARIABLES, "2")
     workers = [raw.fork(3, do="describe"), raw.fork(1, **settings),
                raw.fork(2, **{**settings, "env_vars": {"TOP": "${NEW}!", **two_threads}})]
     plain, one, two = (worker.hear() for worker in workers)
@@ -263,13 +264,13 @@ def modules(tmp_path: Path) -> Modules:
 
 
 def preload(node: RawZygote, settings: dict[str, Any], patience_s: float = LIMIT_S) -> None:
-    node.request(zygote.PreloadRequest(msgspec.msgpack.encode(settings), patience_s))
+    node.request(zygote_messages.PreloadRequest(msgspec.msgpack.encode(settings), patience_s))
 
 
-def preloaded(node: RawZygote) -> dict[str, zygote.Problem]:
-    while isinstance(event := node.event(3 * LIMIT_S), zygote.Trying):
+def preloaded(node: RawZygote) -> dict[str, zygote_messages.Problem]:
+    while isinstance(event := node.event(3 * LIMIT_S), zygote_messages.Trying):
         pass
-    assert isinstance(event, zygote.Preloaded), event
+    assert isinstance(event, zygote_messages.Preloaded), event
     node.pid = event.pid
     assert len({problem.module for problem in event.problems}) == len(event.problems)
     return {problem.module: problem for problem in event.problems}
@@ -428,7 +429,7 @@ if open("/proc/self/comm").read() == "hpcray:trial\\n":
 """)
     preload(raw, modules.settings())
     younger = raw.fork(2, do="look", look_for=modules.names)
-    assert isinstance(raw.event(), zygote.Trying)
+    assert isinstance(raw.event(), zygote_messages.Trying)
     with open(gate, "w"):  # it is in the middle of the import
         elder.task.send(b"exit")
         exited = raw.event()
@@ -470,7 +471,7 @@ def test_a_clean_trial_is_the_zygote_unless_there_are_workers(
     if not workers:
         elder.task.send(b"exit")
         assert isinstance(raw.event(), Exited)
-        raw.request(zygote.ReapRequest(1))
+        raw.request(zygote_messages.ReapRequest(1))
         wait_gone([forked.pid])
     modules.add("counted", COUNTS)
     preload(raw, modules.settings(environ={b"COUNT": str(count).encode()}))
@@ -548,15 +549,15 @@ def test_the_end_does_not_wait_for_a_preload(modules: Modules, orderly: bool) ->
                         f"open({str(gate)!r}).read()")
     preload(node, modules.settings())
     trying = node.event()
-    assert isinstance(trying, zygote.Trying)
+    assert isinstance(trying, zygote_messages.Trying)
     with open(gate, "w"):
         if orderly:
-            node.request(zygote.StopRequest(1.0))
+            node.request(zygote_messages.StopRequest(1.0))
             node.socket.shutdown(socket.SHUT_WR)
         else:
             node.socket.close()
         assert node.process.wait(LIMIT_S) == 0
-    assert not zygote.kill_sessions({trying.pid}, 0), "nor is anything of the trial left"
+    assert not own_process.kill_sessions({trying.pid}, 0), "nor is anything of the trial left"
     node.close()
 
 
@@ -571,7 +572,7 @@ def test_libraries_imported_before_the_fork_work_after_it(
     there = [name for name in wanted if importlib.util.find_spec(name.split(".")[0])]
     preload(raw, {"modules": there, "sys_path": sys.path}, 60.0)
     assert preloaded(raw) == {}
-    env_vars = dict.fromkeys(zygote.BLAS_VARIABLES, str(threads)) if threads > 1 else {}
+    env_vars = dict.fromkeys(own_process.BLAS_VARIABLES, str(threads)) if threads > 1 else {}
     workers = [raw.fork(number, do="use_libraries", folder=str(tmp_path), env_vars=env_vars)
                for number in (1, 2)]
     seeds = set()
@@ -596,7 +597,7 @@ def test_end_of_node_ends_whole_sessions(tmp_path: Path, heir: bool) -> None:
     assert isinstance(node.event(), Ready)
     kept = tmp_path / "somebody_elses"
     kept.touch()
-    node.request(zygote.CleanupRequest(str(tmp_path / "never_made")))
+    node.request(zygote_messages.CleanupRequest(str(tmp_path / "never_made")))
     if heir:
         preload(node, {"modules": ["this"]})
         assert not preloaded(node) and node.pid != node.process.pid
@@ -607,7 +608,7 @@ def test_end_of_node_ends_whole_sessions(tmp_path: Path, heir: bool) -> None:
     node.close()
     assert node.process.returncode == 0
     wait_gone(pids)
-    assert time.monotonic() - started_s < zygote.DEFAULT_GRACE_S + 5
+    assert time.monotonic() - started_s < zygote_messages.DEFAULT_GRACE_S + 5
     assert kept.exists()
     family.close()
     stubborn.close()
@@ -620,11 +621,11 @@ def test_what_workers_have_unpacked_goes_with_them(tmp_path: Path, orderly: bool
     folder = tmp_path / "packages"
     folder.mkdir()
     (folder / "unpacked").touch()
-    node.request(zygote.CleanupRequest(str(folder)))
+    node.request(zygote_messages.CleanupRequest(str(folder)))
     worker = node.fork(1, do="stubborn")
     assert worker.hear() == "up"
     if orderly:
-        node.request(zygote.StopRequest(0.0))
+        node.request(zygote_messages.StopRequest(0.0))
         node.process.wait(LIMIT_S)
     node.close()
     assert not folder.exists()
@@ -666,8 +667,8 @@ def test_libraries_have_one_thread_unless_the_environment_says_more() -> None:
                             ({b"OPENBLAS_NUM_THREADS": b"3"}, 3)):
         worker = node.fork(number, do="describe", environ=environ)
         found = worker.hear()
-        assert {name: found["environ"].get(name) for name in zygote.BLAS_VARIABLES} == {
-            **dict.fromkeys(zygote.BLAS_VARIABLES, "1"), "OPENBLAS_NUM_THREADS": str(number)}
+        assert {name: found["environ"].get(name) for name in own_process.BLAS_VARIABLES} == {
+            **dict.fromkeys(own_process.BLAS_VARIABLES, "1"), "OPENBLAS_NUM_THREADS": str(number)}
         assert found["blas_threads"] == [number], "numpy brings OpenBLAS along"
         worker.close()
     node.close()
