@@ -224,7 +224,7 @@ def kill_only(world: SimulatedCluster, chosen: Callable[[Process], bool]) -> Non
     def kill() -> None:
         found = [p for p in world.processes.values() if p.number and p.alive and chosen(p)]
         if found:
-            world.rng.choice(found).die()
+            world.world.rng.choice(found).die()
             world.deaths += 1
 
     world.kill_some_worker = kill  # type: ignore[method-assign]
