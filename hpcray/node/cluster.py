@@ -344,6 +344,8 @@ class Cluster:
             for task in self._actors_waiting.pop(shape):
                 if not task.cancelled:
                     self.refuse_of_group(task)
+            if self._demanded.pop((shape, True), None) is not None:
+                self._to_scheduler(Demand(shape, 0, True))
 
     def granted(self, message: Grant, now_s: float) -> None:
         unused = (self._actors_granted if message.actor else self._tasks_granted)(message)

@@ -27,7 +27,7 @@ from hpcray.node.ledger import ResourceLedger
 from hpcray.node.membership import Membership
 from hpcray.node.memory import NodeMemory
 from hpcray.node.outbox import FailJob, Outbox, Preload, ServePull, StopJob
-from hpcray.node.placement import Bundles, Groups
+from hpcray.node.placement import GROUPS_RANK, Bundles, Groups
 from hpcray.node.pulls import Pulls
 from hpcray.node.records import DRIVER, WAIT_LOCAL, WAIT_READY, WAIT_VALUE, ClientRecord
 from hpcray.node.requests import Requests
@@ -144,6 +144,8 @@ class Machine:
         self.membership.on_lost += [
             directory.node_lost, cluster.node_lost, self.requests.node_lost, self._end_for]
         cluster.refuse_of_group = self.bundles.refuse
+        if self.rank == GROUPS_RANK:
+            self.bundles.gone = self.groups.is_gone
 
     @property
     def now_s(self) -> float:
@@ -343,6 +345,7 @@ class Machine:
     def _demand(self, rank: int, message: m.Demand) -> None:
         if self.cluster.scheduler is not None:
             self.cluster.scheduler.demand(rank, message)
+            self.groups.demanded(rank, message.shape)
 
     def _grant_unused(self, rank: int, message: m.GrantUnused) -> None:
         if self.cluster.scheduler is not None:

@@ -2,7 +2,8 @@
 
     create --> PENDING --PrepareBundles--> every chosen node --BundlesPrepared(ok)--> CREATED
                   ^---------- somebody has no room: ReleaseBundles to the others ---+   |
-    remove --> REMOVED: GroupRemoved to every node: its work ends, then the room is free <+
+    remove --> REMOVED: GroupRemoved to those nodes: its work ends, then the room is free <+
+                        and to every node that asks for room in it (Demand)
 
 Node 0 decides (`Groups`); each node holds its bundles (`Bundles`). A bundle is a piece of the
 node's ledger under names of its own: `CPU@<group>` for the group's share of this node,
@@ -63,6 +64,12 @@ def group_name(resource: str, group: bytes, index: int = -1) -> str:
     return name if index < 0 else f"{name}:{index}"
 
 
+def group_of(name: str) -> bytes:
+    """The group that a resource is a part of; empty: of none."""
+    _, found, group = name.partition("@")
+    return bytes.fromhex(group.partition(":")[0]) if found else b""
+
+
 class Bundles:
     """This node's part."""
 
@@ -82,7 +89,10 @@ class Bundles:
         self._committed: set[bytes] = set()
         # Removed, but its workers are not dead yet.
         self.ending: set[bytes] = set()
-        self._removed: set[bytes] = set()
+        # Those this node has heard of lately.
+        self._removed: dict[bytes, None] = {}
+        # Port: whether node 0, if this is it, knows that there is no such group.
+        self.gone: Callable[[bytes], bool] = lambda group: False
 
     def prepare(self, message: PrepareBundles) -> bool:
         """Hold the bundles if there is room for all of them."""
@@ -121,7 +131,9 @@ class Bundles:
 
     def removed(self, group: bytes) -> None:
         """End what runs in the group and fail what waits for it."""
-        self._removed.add(group)
+        self._removed[group] = None
+        if len(self._removed) > _REMOVED_KEPT:
+            del self._removed[next(iter(self._removed))]
         if group in self._committed:
             self._ledger.withdraw(group_name("", group))
             self.ending.add(group)
@@ -132,7 +144,8 @@ class Bundles:
 
     def reason(self, template: Template) -> values.Failure | None:
         """Why what ran in a removed group has died."""
-        if template.group_id not in self._removed:
+        group = template.group_id
+        if not group or (group not in self._removed and not self.gone(group)):
             return None
         kind = "ActorPlacementGroupRemoved" if template.kind == ACTOR_CREATION else (
             "TaskPlacementGroupRemoved")
@@ -208,7 +221,6 @@ class Groups:
         self, tables: Tables, outbox: Outbox, cluster: Cluster, bundles: Bundles,
     ) -> None:
         self._rank = tables.rank
-        self._nodes = tables.nodes
         self._outbox = outbox
         self._cluster = cluster
         self._bundles = bundles
@@ -244,8 +256,23 @@ class Groups:
             del self.groups[self._over.popleft()]
         if self.pending.pop(group.group, None) is not None:
             self._wait_no_more(group)
-        for rank in list(self._nodes):
+        for rank in sorted({self._rank, *group.asked}):
             self._send(rank, GroupRemoved(group.group))
+
+    def is_gone(self, group: bytes) -> bool:
+        """Whether it was removed. So long ago that it is not known: too, since a program has a
+        group only when it is known here."""
+        found = self.groups.get(group)
+        return found is None or found.state == REMOVED
+
+    def demanded(self, rank: int, shape: Shape) -> None:
+        """A node asks for room: it is told if the group is gone."""
+        for name, _ in shape:
+            group = group_of(name)
+            if group:
+                if self.is_gone(group):
+                    self._send(rank, GroupRemoved(group))
+                return
 
     def table(self, arguments: Any) -> list[dict[str, Any]]:
         """Of one group (by id, or by name), or of all."""

@@ -816,7 +816,7 @@ class ReleaseBundles(_Message, tag=45):
 
 
 class GroupRemoved(_Message, tag=46):
-    """Node 0, to all: end what runs in it, fail what waits for it."""
+    """Node 0, to those that hold bundles or ask for room: end what runs in it, fail what waits."""
 
     group: bytes
 
