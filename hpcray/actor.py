@@ -424,8 +424,7 @@ class ActorClass(Generic[T]):
             template = options_.actor_template(
                 definition.function_id, cls.__name__,
                 environment.inherited(client, self._options), is_async)
-            self._template = template
-        self._definition.define(client, template)
+        self._template = self._definition.define(client, template)
         self._client = client
         return client
 

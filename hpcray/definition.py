@@ -162,20 +162,20 @@ class Definition:
             self._signature = CallSignature(_call_parameters(self.target))
         return self._signature
 
-    def define(self, client: Client, template: Template) -> None:
-        """Make the client's node know the template and what it runs.
+    def define(self, client: Client, template: Template) -> Template:
+        """Make the client's node know the template and what it runs. What is returned is to be kept
+        for as long as tasks are submitted by its id.
 
         Raises:
           TypeError: it cannot be pickled.
           ValueError: it is larger than MAX_PICKLED_BYTES.
         """
-        if client.is_defined(template.template_id):
-            return
+        known = client.template(template.template_id)
+        if known is not None:
+            return known
         if client.is_defined(self.function_id):
-            client.define(template, None)
-        else:
-            message = self._pack(client)
-            client.define(template, message)
+            return client.define(template, None)
+        return client.define(template, self._pack(client))
 
     def _pack(self, client: Client) -> DefineFunction:
         from hpcray.client import serialization

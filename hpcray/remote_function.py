@@ -108,8 +108,7 @@ class RemoteFunction(Generic[P, R]):
             self._most = definition.signature.most
             self._return_count = submitted_returns(template)
             self._template_id = template.template_id
-            self._template = template
-        self._definition.define(client, template)
+        self._template = self._definition.define(client, template)
         self._client = client
         return client
 

@@ -24,8 +24,8 @@ class Calls:
         self._pending = PendingCalls(core.objects)
         self._imports = imports
 
-    def define(self, template: Template, function: DefineFunction | None) -> None:
-        """Make the node know the template (and, before it, its function).
+    def define(self, template: Template, function: DefineFunction | None) -> Template:
+        """Make the node know the template (and, before it, its function); the one to keep.
 
         A new function may refer to modules imported meanwhile.
         """
@@ -33,7 +33,7 @@ class Calls:
         with self._link:
             if news:
                 self._core.outbox.append(Preload(news))
-            self._core.define(template, function)
+            return self._core.define(template, function)
 
     def new_actor_id(self) -> bytes:
         with self._link:

@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import ref
 
 from hpcray.client.neighbours import Neighbours, Wire
 from hpcray.client.objects import Objects
@@ -33,6 +34,7 @@ from hpcray.client.streams import WINDOWED, ObjectRefGenerator, Rooms, Streams
 from hpcray.client.waiters import Waiter
 from hpcray.protocol import ids, values
 from hpcray.protocol.messages import (
+    METHOD,
     ActorChannel,
     CancelTask,
     ChannelOf,
@@ -44,6 +46,7 @@ from hpcray.protocol.messages import (
     Done,
     DoneMany,
     Drop,
+    ForgetTemplates,
     Get,
     Hold,
     InlineLimit,
@@ -80,6 +83,16 @@ _CANCELLED_MAX = 1000
 Handlers = Mapping[type, Callable[[Any, list[Any]], None]]
 
 
+# Templates that nobody uses any more, told of together.
+_UNUSED_MAX = 64
+
+
+class TemplateRef(ref[Template]):
+    __slots__ = ("template_id",)
+
+    template_id: bytes
+
+
 class Core:
     def __init__(
         self, *, refs: ReferenceTable, store: Callable[[list[Any]], Store],
@@ -100,7 +113,11 @@ class Core:
         self.rooms = Rooms()
         self.requests = Requests(self.outbox)
         self._wire = wire
-        self._defined: set[bytes] = set()
+        self._defined: set[bytes] = set()  # functions, and templates of methods
+        # Of tasks and actors; and those that have died, which other threads and the garbage
+        # collector add to.
+        self._templates: dict[bytes, TemplateRef] = {}
+        self._unused: deque[TemplateRef] = deque()
         # Tasks of this worker that were cancelled, of which some may not have been read yet.
         self.cancelled: dict[bytes, None] = {}
         self.on_output: Callable[[Output], None] = lambda output: None
@@ -224,15 +241,45 @@ class Core:
         """The node has its definition."""
         self._defined.add(function_id)
 
-    def define(self, template: Template, function: DefineFunction | None) -> None:
-        """Make the node know the template, and before it its function."""
-        if template.template_id in self._defined:
-            return
+    def define(self, template: Template, function: DefineFunction | None) -> Template:
+        """Make the node know the template, and before it its function. What is returned is to be
+        kept for as long as tasks are submitted by its id: then the node forgets it."""
+        if template.kind == METHOD:
+            if template.template_id not in self._defined:
+                self._defined.add(template.template_id)
+                self.outbox.append(DefineTemplate(template))
+            return template
+        if len(self._unused) >= _UNUSED_MAX:
+            self._forget_unused()
+        template_id = template.template_id
+        known = self._templates.get(template_id)
+        living = None if known is None else known()
+        if living is not None:
+            return living
         if function is not None and template.function_id not in self._defined:
             self._defined.add(template.function_id)
             self.outbox.append(function)
-        self._defined.add(template.template_id)
-        self.outbox.append(DefineTemplate(template))
+        self._templates[template_id] = new = TemplateRef(template, self._unused.append)
+        new.template_id = template_id
+        if known is None:  # else the node has not been told to forget it
+            self.outbox.append(DefineTemplate(template))
+        return template
+
+    def template(self, template_id: bytes) -> Template | None:
+        """What the node was told, if somebody here still uses it. (Without the lock.)"""
+        known = self._templates.get(template_id)
+        return None if known is None else known()
+
+    def _forget_unused(self) -> None:
+        """Templates that nobody in this process has any more."""
+        gone = []
+        for _ in range(len(self._unused)):
+            old = self._unused.popleft()
+            if self._templates.get(old.template_id) is old:  # else it was defined again since
+                del self._templates[old.template_id]
+                gone.append(old.template_id)
+        if gone:
+            self.outbox.append(ForgetTemplates(tuple(gone)))
 
     def submit(
         self, template_id: bytes, args: bytes, refs: bytes, dep_count: int, return_count: int,

@@ -112,6 +112,9 @@ class Cluster:
         # Ports: fail a task whose placement group was removed (and whether it was); an actor of
         # this home can be created nowhere, by this error.
         self.refuse_of_group: Callable[[TaskRecord], bool] = unwired
+        # Of `Templates`: one more is known here; nothing needs a derived one by its origin.
+        self.define: Callable[[Template], None] = unwired
+        self.derived_gone: Callable[[Template], None] = unwired
         # What each node has in all, conditions on labels that it meets among it.
         self._totals: dict[int, dict[str, int]] = {}
         self._turns: dict[Shape, Turns] = {}
@@ -224,8 +227,14 @@ class Cluster:
             other = msgspec.structs.replace(
                 template, template_id=name, rank=-1, soft=False, unavailable=WAIT)
             self._movable[template.template_id] = other
-            self._tasks.define(other)
+            self.define(other)
         return other
+
+    def template_gone(self, template: Template) -> None:
+        """It is forgotten here, and so is what was made of it."""
+        other = self._movable.pop(template.template_id, None)
+        if other is not None:
+            self.derived_gone(other)
 
     # --- dealing out ------------------------------------------------------------------------------
 

@@ -840,6 +840,11 @@ class Dispatcher:
         self._queue_of = {template_id: queue for template_id, queue in self._queue_of.items()
                           if self.queues.get((queue.shape, queue.creation)) is queue}
 
+    def template_gone(self, template: Template) -> None:
+        """It is forgotten here."""
+        self._queue_of.pop(template.template_id, None)
+        self._back_offs.pop(template.template_id, None)
+
     def give_back_to(self, home: int, shape: Shape, count: int) -> None:
         """The home has a better place for tasks it bound here and that have not started."""
         queue = self.queues.get((shape, False))

@@ -156,6 +156,8 @@ class Inventory:
         self._failed: dict[bytes, tuple[TaskRecord, bytes]] = {}
         self._failed_since: set[bytes] = set()
         self.failed_counts: dict[bytes, int] = {}
+        # Of templates that are forgotten, by function: one of them, runs that ended well, failures.
+        self._forgotten: dict[bytes, tuple[Template, int, int]] = {}
         self.dead_actors: deque[ActorHome] = deque(maxlen=KEPT)
         self.gone_workers: deque[WorkerFacts] = deque(maxlen=KEPT)
         # Of one turn: calls that run, by actor; running tasks, by the prefix of their children.
@@ -342,19 +344,37 @@ class Inventory:
 
     def _count_finished(self, question: Question, names: list[str]) -> None:
         """Successful runs here, and failures of this home's tasks, by function."""
-        for template_id, statistics in self._tables.statistics.items():
-            template = self._tables.templates[template_id]
+        counted = [self._counted(template) for template in self._tables.templates.values()]
+        for template, finished, failed in (*counted, *self._forgotten.values()):
             if not template.events:
                 continue
-            for state, number in (
-                ("FINISHED", statistics.count - statistics.told - statistics.raised),
-                ("FAILED", self.failed_counts.get(template_id, 0)),
-            ):
+            for state, number in (("FINISHED", finished), ("FAILED", failed)):
                 if number > 0:
-                    record = _ended(template_id, template, self._rank)
+                    record = _ended(template.template_id, template, self._rank)
                     row = [column(self, record) for column in question.columns]
                     row[names.index("state")] = state
                     _count(question, row, number, 0)
+
+    def _counted(self, template: Template) -> tuple[Template, int, int]:
+        """Runs here that ended well, and failures of this home's tasks."""
+        known = self._tables.statistics[template.template_id]
+        return (template, known.count - known.told - known.raised,
+                self.failed_counts.get(template.template_id, 0))
+
+    def template_gone(self, template: Template) -> None:
+        """It is forgotten here, but what was counted of it is not."""
+        _, finished, failed = self._counted(template)
+        self.failed_counts.pop(template.template_id, None)
+        shown, finished_before, failed_before = self._forgotten.get(
+            template.function_id, (template, 0, 0))
+        self._forgotten[template.function_id] = (
+            shown, finished_before + finished, failed_before + failed)
+
+    def asked_for(self) -> list[bytes]:
+        """Templates of tasks that are over and can be listed."""
+        return [*self._remembered.values(),
+                *(task.template.template_id for task, _ in self._failed.values()),
+                *(template_id for _, template_id, _ in self._home_tasks.lineage)]
 
     # --- sources: where records come from ---------------------------------------------------------
 

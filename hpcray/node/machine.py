@@ -35,6 +35,7 @@ from hpcray.node.streams import Streams
 from hpcray.node.tables import Tables
 from hpcray.node.task_states import QUEUED
 from hpcray.node.tasks import Tasks
+from hpcray.node.templates import Templates
 from hpcray.node.waiting import Waiting
 from hpcray.protocol import ids, values
 from hpcray.protocol import messages as m
@@ -69,6 +70,7 @@ class Machine:
         self.executor = Executor(tables, outbox, self.memory, self.directory, self.tasks)
         self.dispatcher = Dispatcher(
             tables, outbox, ResourceLedger(resources), self.executor, self.memory.lent)
+        self.templates = Templates(tables, outbox)
         self.cluster = Cluster(tables, outbox, self.memory, self.tasks, self.dispatcher)
         self.bundles = Bundles(
             tables, outbox, self.tasks, self.executor, self.dispatcher, self.cluster)
@@ -102,12 +104,19 @@ class Machine:
         directory.dependency_ready = tasks.dependency_ready
         directory.dependency_refused = tasks.dependency_refused
         directory.creation_freed = actors.homes.last_handle_gone
+        templates = self.templates
+        templates.learn = cluster.learn
+        templates.asked_for = self.inventory.asked_for
+        templates.on_forgotten += [
+            dispatcher.template_gone, cluster.template_gone, self.inventory.template_gone]
+        tasks.tell_template = templates.tell
+        cluster.define = templates.define
+        cluster.derived_gone = templates.derived_from
         tasks.enqueue = executor.enqueue = dispatcher.enqueue
         tasks.place = cluster.place
         tasks.over_elsewhere = cluster.finished
         tasks.back_from = cluster.returned
         tasks.unavailable = cluster.unavailable
-        tasks.learn = cluster.learn
         tasks.refuse_of_group = self.bundles.refuse
         tasks.arrived = executor.arrived
         tasks.refused_to_arrive = executor.refused_to_arrive
@@ -142,7 +151,8 @@ class Machine:
         serve("holdings", lambda arguments: self.waiting.holdings(arguments["names"]))
         serve("statistics", lambda _: self.statistics())
         self.membership.on_lost += [
-            directory.node_lost, cluster.node_lost, self.requests.node_lost, self._end_for]
+            directory.node_lost, templates.node_lost, cluster.node_lost, self.requests.node_lost,
+            self._end_for]
         cluster.refuse_of_group = self.bundles.refuse
         if self.rank == GROUPS_RANK:
             self.bundles.gone = self.groups.is_gone
@@ -196,6 +206,7 @@ class Machine:
         self.dispatcher.worker_gone(number, failure)
         if client is not None:
             self.directory.answer_after_all(client.told)
+            self.templates.client_gone(client)
             self.actors.hosts.caller_died(client.called)
             for other in self.clients.values():
                 if other.number in client.introduced or number in other.actors:
@@ -227,7 +238,10 @@ class Machine:
                 self.outbox.peers[rank].append(message)
 
     def _define_template(self, client: ClientRecord, message: m.DefineTemplate) -> None:
-        self.tasks.define(message.template)
+        self.templates.from_client(client, message.template)
+
+    def _forget_templates(self, client: ClientRecord, message: m.ForgetTemplates) -> None:
+        self.templates.client_lets_go(client, message.template_ids)
 
     def _fetch_template(self, client: ClientRecord, message: m.FetchTemplate) -> None:
         template = self.tasks.templates[message.template_id]
@@ -384,6 +398,7 @@ class Machine:
         self.tables.now_s = now_s
         self.dispatcher.tick(now_s)
         self.memory.tick(now_s)
+        self.templates.tick(now_s)
         if self.explain.open:
             self.explain.tick(now_s)
         if self.size > 1:
@@ -478,6 +493,7 @@ class Machine:
             m.Hello: self._hello,
             m.DefineFunction: self._define_function,
             m.DefineTemplate: self._define_template,
+            m.ForgetTemplates: self._forget_templates,
             m.SubmitTask: self.tasks.submit,
             m.SubmitCall: self.actors.routes.call,
             m.CreateActor: self.actors.homes.create,
@@ -515,7 +531,9 @@ class Machine:
 
     def _peer_handlers(self) -> dict[type, Callable[[int, Any], None]]:
         return {
-            m.TemplateDef: lambda _, message: self.tasks.define(message.template),
+            m.TemplateDef: lambda rank, message: self.templates.from_peer(rank, message.template),
+            m.ForgetTemplates: lambda rank, message: self.templates.peer_lets_go(
+                rank, message.template_ids),
             m.FetchFunction: self._function_asked,
             m.FunctionDef: self._function_arrived,
             m.Assign: self.executor.assigned,

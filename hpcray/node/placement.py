@@ -20,7 +20,7 @@ PG-2  the names of a group that is not here are not in the ledger.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
 from hpcray.node.cluster import Cluster

@@ -178,7 +178,7 @@ class ClientRecord:
     """A process connected to this node: the driver (number 0) or a worker."""
 
     __slots__ = ("actors", "add_barrier", "called", "held", "introduced", "met", "number", "pid",
-                 "pins", "released_bytes", "told", "welcomed")
+                 "pins", "released_bytes", "templates", "told", "welcomed")
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -186,6 +186,7 @@ class ClientRecord:
         self.held: set[bytes] = set()
         # Views of shared memory that live in it: object id -> how many.
         self.pins: dict[bytes, int] = {}
+        self.templates: set[bytes] = set()  # that it has defined and not let go
         # Bytes of its own segments given back since it last asked for memory.
         self.released_bytes = 0
         # The last HolderAdd that its refs caused (see node/holders.py); 0: none.

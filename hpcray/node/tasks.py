@@ -31,7 +31,6 @@ from hpcray.node.records import (
     ClientRecord,
     ObjectRecord,
     TaskRecord,
-    TemplateStatistics,
 )
 from hpcray.node.states import move
 from hpcray.node.streams import Streams
@@ -66,7 +65,6 @@ from hpcray.protocol.messages import (
     TaskFailed,
     TaskReturned,
     Template,
-    TemplateDef,
 )
 from hpcray.protocol.sizes import gathers
 
@@ -135,8 +133,6 @@ class Tasks:
         self.over_elsewhere: Callable[[int, TaskRecord], None] = unwired
         self.back_from: Callable[[int, TaskRecord], None] = unwired
         self.unavailable: Callable[[TaskRecord], bool] = unwired
-        # Resources that a new template names.
-        self.learn: Callable[[Any], None] = unwired
         # Fail a task if its placement group is removed: whether it was.
         self.refuse_of_group: Callable[[TaskRecord], bool] = unwired
         # Of the executor on this node: an object that a task there waits for is here, or cannot be
@@ -146,20 +142,14 @@ class Tasks:
         self.cancel_here: Callable[..., str] = unwired
         # A task of this home has failed for good.
         self.failed_for_good: Callable[[TaskRecord, bytes], None] = unwired
-        # Templates each peer knows already.
-        self._told: dict[int, set[bytes]] = {}
+        # Make another node know a template before the first task of it (`Templates.tell`).
+        self.tell_template: Callable[[int, Template], None] = unwired
         # (task, template, refs) of new tasks, for the control store.
         self.lineage: list[tuple[bytes, bytes, bytes]] = []
         self.submitted = 0
         self.finished = 0
 
     # --- submission -------------------------------------------------------------------------------
-
-    def define(self, template: Template) -> None:
-        if template.template_id not in self.templates:
-            self.learn(template.resources)
-            self.templates[template.template_id] = template
-            self.statistics[template.template_id] = TemplateStatistics()
 
     def submit(self, client: ClientRecord, message: SubmitTask) -> None:
         template = self.templates[message.template_id]
@@ -266,12 +256,6 @@ class Tasks:
         self.enqueue(task)
 
     # --- binding to another rank ------------------------------------------------------------------
-
-    def tell_template(self, rank: int, template: Template) -> None:
-        told = self._told.setdefault(rank, set())
-        if template.template_id not in told:
-            told.add(template.template_id)
-            self._outbox.peers[rank].append(TemplateDef(template))
 
     def assign(self, task: TaskRecord, rank: int) -> None:
         """Bind to another rank."""

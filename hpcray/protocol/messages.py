@@ -52,7 +52,7 @@ STREAM = 1
 DYNAMIC = 2
 
 
-class Template(msgspec.Struct, array_like=True, gc=False, frozen=True):
+class Template(msgspec.Struct, array_like=True, frozen=True, weakref=True):
     """What the calls of one remote function with the same options have in common.
 
     Sent once per channel before its first use; afterwards tasks name it by `template_id`.
@@ -370,12 +370,19 @@ class Preload(_Message, tag=82):
     modules: tuple[str, ...]
 
 
+class ForgetTemplates(_Message, tag=83):
+    """To the node, or to one that was told of them: nothing here uses these any more; whoever does
+    again defines them again."""
+
+    template_ids: tuple[bytes, ...]
+
+
 ToNode = (
     Hello | DefineFunction | DefineTemplate | SubmitTask | SubmitCall | CreateActor | PutInline
     | PutLocated | Hold | Drop | Unpin | PinForJob | Get | Watch | Done | DoneMany | Failed
     | Blocked | Unblocked | SegmentRequest | SegmentReturn | SegmentOpen | FetchTemplate | Request
     | EndJob | ActorExit | Yield | StreamTaken | StreamDropped | Untold | Unsent | Meanwhile
-    | Taken | Preload
+    | Taken | Preload | ForgetTemplates
 )
 
 # --- node -> client -----------------------------------------------------------------------------
@@ -973,7 +980,7 @@ ToPeer = (
     | ActorWhere | ActorIs | ActorStop | ActorDown | PeerRequest | PeerReply
     | PeerOutput | Notice | RecallTask | GiveBack | PullMapped | PullEnded | TaskYield | TaskRoom
     | PrepareBundles | BundlesPrepared | CommitBundles | ReleaseBundles | GroupRemoved
-    | PeerRows | ActorAt | Preload | CollectGarbage
+    | PeerRows | ActorAt | Preload | CollectGarbage | ForgetTemplates
 )
 
 encode = msgspec.msgpack.Encoder().encode

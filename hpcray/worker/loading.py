@@ -18,6 +18,9 @@ from hpcray.client.client import Client
 from hpcray.protocol import ids, values
 from hpcray.protocol.messages import ARGS_IN_DEP, METHOD, NO_ARGS, Located, Run, Template
 
+# Of so many templates, the ones loaded last.
+_LOADED_KEPT = 1000
+
 
 class Loaded:
     """A template and what it stands for in this process."""
@@ -69,6 +72,8 @@ class Loader:
                     f"{ids.home_of_task(run.task_id)})")
             function = serialization.deserialize(packed)
             self._client.knows_function(template.function_id)
+        if len(self._loaded) >= _LOADED_KEPT:
+            del self._loaded[next(iter(self._loaded))]  # it is fetched again
         loaded = self._loaded[run.template_id] = Loaded(template, function)
         return loaded
 

@@ -13,6 +13,7 @@ from hpcray.node.records import ClientRecord, TaskRecord
 from hpcray.node.streams import Streams
 from hpcray.node.tables import Tables
 from hpcray.node.tasks import Tasks
+from hpcray.node.templates import Templates
 from hpcray.protocol import ids
 from hpcray.protocol import messages as m
 
@@ -38,7 +39,9 @@ class Lower:
         directory.dependency_ready = tasks.dependency_ready
         directory.dependency_refused = tasks.dependency_refused
         directory.creation_freed = lambda object_id: None
-        tasks.learn = lambda shape: None
+        self.templates = Templates(self.tables, self.outbox)
+        self.templates.learn = lambda shape: None
+        tasks.tell_template = self.templates.tell
         tasks.enqueue = lambda task, front=False: self.queued.append(task)
         tasks.place = self.stays_here
         tasks.over_elsewhere = tasks.back_from = lambda rank, task: None
@@ -61,7 +64,7 @@ class Lower:
 
     def template(self, name: bytes, kind: int, **options: Any) -> m.Template:
         template = m.Template(name * 16, b"f" * 16, kind, name.decode(), **options)
-        self.tasks.define(template)
+        self.templates.define(template)
         return template
 
     def task_id(self, client: int = 0, home: int = 0) -> bytes:

@@ -100,7 +100,7 @@ def test_a_task_whose_argument_finds_no_room_has_the_error_and_the_next_one_trie
     node, object_id = elsewhere()
     machine = node.machine
     template = m.Template(b"t" * 16, b"f" * 16, m.TASK, "f", resources=(("CPU", m.UNIT),))
-    machine.tasks.define(template)
+    machine.templates.define(template)
     machine.dispatcher.start_workers(1)
     machine.connect(2)
     machine.dispatcher.workers[1].number = 1
