@@ -29,7 +29,7 @@ class Lower:
         self.membership = Membership(self.tables)
         for rank in range(size):
             self.membership.joined(m.Joined(rank, "host", "host", 1, ()))
-        memory = NodeMemory(self.tables, self.outbox, 1 << 26)
+        memory = self.memory = NodeMemory(self.tables, self.outbox, 1 << 26)
         self.directory = Directory(self.tables, self.outbox, self.membership, memory)
         streams = Streams(self.tables, self.outbox, memory, self.directory)
         self.tasks = Tasks(self.tables, self.outbox, memory, self.directory, streams)
