@@ -9,6 +9,7 @@ Here is only the command line: the rest is in `hpcray/testing/timed/`.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,9 +75,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             measure_to(options.output or costs.FILE)
         else:
             simulate(work, costs.load(options.costs), options.plot, by_clock=options.clock)
+        sys.stdout.flush()
     except (costs.CostsError, MeasureError, plot.PlotError) as error:
         print(error, file=sys.stderr)
         return 1
+    except BrokenPipeError:  # whoever reads it, `head` perhaps, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -93,7 +97,7 @@ def measure_to(path: Path) -> None:
 def simulate(
     work: Workload, cost: costs.Costs, picture: Path | None = None, *, by_clock: bool = False
 ) -> Report:
-    """Run it, print what came of it, and draw it."""
+    """Run it, draw what came of it, and print that."""
     if picture is not None:
         plot.check()
     with no_collector():
@@ -103,10 +107,10 @@ def simulate(
             others=ClockGovernedNode if by_clock else Node)
         cluster.run()
     report = Report(cluster)
-    for line in report.lines():
-        print(line)
     if picture is not None:
         plot.plot(report, picture)
+    for line in report.lines():
+        print(line)
     return report
 
 

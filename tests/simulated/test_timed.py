@@ -195,6 +195,18 @@ def test_a_picture_without_matplotlib(
     assert not said.out
 
 
+def test_who_reads_has_read_enough() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "hpcray.testing.simulate", *SMALL],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()  # before anything is printed
+        assert process.stderr.read() == ""
+        assert process.wait(60) == 0
+
+
 def test_shares_of_a_picture() -> None:
     parts = plot.shares([[10.0, 0.5], [10.25, 0.5]], 10.0, 1.0, 2)
     quarter = len(parts) // 4
