@@ -52,6 +52,7 @@ from hpcray.protocol.messages import NO_ARGS, CreateActor, Template
 
 if TYPE_CHECKING:
     from hpcray.client.client import Client
+    from hpcray.client.core import Use
     from hpcray.client.streams import ObjectRefGenerator
     from hpcray.methods import Method, MethodDecorator, SeveralReturnsDecorator
 
@@ -348,6 +349,7 @@ class ActorClass(Generic[T]):
         self._inherited = b""
         self._client: Client | None = None
         # Set by _prepare:
+        self._use: Use  # keeps the template known there
         self._kind: _Kind
 
     def remote(self, /, *args: Any, **kwargs: Any) -> ActorHandle[T]:
@@ -424,7 +426,8 @@ class ActorClass(Generic[T]):
             template = options_.actor_template(
                 definition.function_id, cls.__name__,
                 environment.inherited(client, self._options), is_async)
-        self._template = self._definition.define(client, template)
+            self._template = template
+        self._use = self._definition.define(client, template)
         self._client = client
         return client
 

@@ -22,6 +22,7 @@ from hpcray.protocol.messages import STREAM, DefineFunction, Template
 
 if TYPE_CHECKING:
     from hpcray.client.client import Client
+    from hpcray.client.core import Use
 
 # Ray's limit. Data this large belongs into an object: put(data) and pass the ref.
 MAX_PICKLED_BYTES = 95 * 1024 * 1024
@@ -162,15 +163,15 @@ class Definition:
             self._signature = CallSignature(_call_parameters(self.target))
         return self._signature
 
-    def define(self, client: Client, template: Template) -> Template:
-        """Make the client's node know the template and what it runs. What is returned is to be kept
-        for as long as tasks are submitted by its id.
+    def define(self, client: Client, template: Template) -> Use:
+        """Make the client's node know the template and what it runs, for as long as what is
+        returned lives.
 
         Raises:
           TypeError: it cannot be pickled.
           ValueError: it is larger than MAX_PICKLED_BYTES.
         """
-        known = client.template(template.template_id)
+        known = client.use_of(template.template_id)
         if known is not None:
             return known
         if client.is_defined(self.function_id):

@@ -22,6 +22,7 @@ from hpcray.protocol.messages import NO_ARGS, Template
 
 if TYPE_CHECKING:
     from hpcray.client.client import Client
+    from hpcray.client.core import Use
     from hpcray.client.streams import ObjectRefGenerator
 
 P = ParamSpec("P")
@@ -59,6 +60,7 @@ class RemoteFunction(Generic[P, R]):
         # The client our template is defined at; None before the first call.
         self._client: Client | None = None
         # Set by _prepare:
+        self._use: Use  # keeps the template known there
         self._least: int
         self._most: int
 
@@ -108,7 +110,8 @@ class RemoteFunction(Generic[P, R]):
             self._most = definition.signature.most
             self._return_count = submitted_returns(template)
             self._template_id = template.template_id
-        self._template = self._definition.define(client, template)
+            self._template = template
+        self._use = self._definition.define(client, template)
         self._client = client
         return client
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hpcray.client.core import Core
+from hpcray.client.core import Core, Use
 from hpcray.client.imports import Imports
 from hpcray.client.link import Link
 from hpcray.client.pending import PendingCalls, exceeded
@@ -24,8 +24,8 @@ class Calls:
         self._pending = PendingCalls(core.objects)
         self._imports = imports
 
-    def define(self, template: Template, function: DefineFunction | None) -> Template:
-        """Make the node know the template (and, before it, its function); the one to keep.
+    def define(self, template: Template, function: DefineFunction | None) -> Use:
+        """Make the node know the template (and, before it, its function); see `Core.define`.
 
         A new function may refer to modules imported meanwhile.
         """

@@ -52,7 +52,7 @@ class Client:
         "is_driver", "is_known", "known_part", "knows_function", "link", "look_up",
         "new_actor_id", "note_pending", "notify", "on_runs", "open_room", "pack_arguments",
         "packages", "pinned", "put", "put_packed", "put_serialized", "refs", "request", "submit",
-        "template", "unpin", "wait", "write", "write_packed",
+        "unpin", "use_of", "wait", "write", "write_packed",
     )
 
     def __init__(self, *, is_driver: bool, imports: Imports | None = None) -> None:
@@ -90,7 +90,7 @@ class Client:
         # The parts' methods under one roof. Not methods that pass on: a call less for each.
         self.define = calls.define
         self.is_defined = core.is_defined
-        self.template = core.template
+        self.use_of = core.use_of
         self.pack_arguments = Arguments(refs.check_session, puts.put_serialized).pack
         self.submit = calls.submit
         self.new_actor_id = calls.new_actor_id

@@ -87,7 +87,13 @@ Handlers = Mapping[type, Callable[[Any, list[Any]], None]]
 _UNUSED_MAX = 64
 
 
-class TemplateRef(ref[Template]):
+class Use:
+    """Whoever submits by a template's id keeps this: the node knows the template until it dies."""
+
+    __slots__ = ("__weakref__",)
+
+
+class UseRef(ref[Use]):
     __slots__ = ("template_id",)
 
     template_id: bytes
@@ -114,10 +120,10 @@ class Core:
         self.requests = Requests(self.outbox)
         self._wire = wire
         self._defined: set[bytes] = set()  # functions, and templates of methods
-        # Of tasks and actors; and those that have died, which other threads and the garbage
-        # collector add to.
-        self._templates: dict[bytes, TemplateRef] = {}
-        self._unused: deque[TemplateRef] = deque()
+        # Templates of tasks and actors, and who uses them; and those that nobody does any more, to
+        # which other threads and the garbage collector add.
+        self._templates: dict[bytes, UseRef] = {}
+        self._unused: deque[UseRef] = deque()
         # Tasks of this worker that were cancelled, of which some may not have been read yet.
         self.cancelled: dict[bytes, None] = {}
         self.on_output: Callable[[Output], None] = lambda output: None
@@ -241,14 +247,14 @@ class Core:
         """The node has its definition."""
         self._defined.add(function_id)
 
-    def define(self, template: Template, function: DefineFunction | None) -> Template:
-        """Make the node know the template, and before it its function. What is returned is to be
-        kept for as long as tasks are submitted by its id: then the node forgets it."""
+    def define(self, template: Template, function: DefineFunction | None) -> Use:
+        """Make the node know the template, and before it its function, for as long as what is
+        returned lives; a method's, for ever."""
         if template.kind == METHOD:
             if template.template_id not in self._defined:
                 self._defined.add(template.template_id)
                 self.outbox.append(DefineTemplate(template))
-            return template
+            return Use()
         if len(self._unused) >= _UNUSED_MAX:
             self._forget_unused()
         template_id = template.template_id
@@ -259,14 +265,15 @@ class Core:
         if function is not None and template.function_id not in self._defined:
             self._defined.add(template.function_id)
             self.outbox.append(function)
-        self._templates[template_id] = new = TemplateRef(template, self._unused.append)
+        use = Use()
+        self._templates[template_id] = new = UseRef(use, self._unused.append)
         new.template_id = template_id
         if known is None:  # else the node has not been told to forget it
             self.outbox.append(DefineTemplate(template))
-        return template
+        return use
 
-    def template(self, template_id: bytes) -> Template | None:
-        """What the node was told, if somebody here still uses it. (Without the lock.)"""
+    def use_of(self, template_id: bytes) -> Use | None:
+        """Of a template that the node knows. (Without the lock.)"""
         known = self._templates.get(template_id)
         return None if known is None else known()
 

@@ -52,7 +52,7 @@ STREAM = 1
 DYNAMIC = 2
 
 
-class Template(msgspec.Struct, array_like=True, frozen=True, weakref=True):
+class Template(msgspec.Struct, array_like=True, gc=False, frozen=True):
     """What the calls of one remote function with the same options have in common.
 
     Sent once per channel before its first use; afterwards tasks name it by `template_id`.

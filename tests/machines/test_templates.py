@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hpcray.client.core import _UNUSED_MAX, Core
+from hpcray.client.core import _UNUSED_MAX, Core, Use
 from hpcray.client.references import ReferenceTable
 from hpcray.client.store import Store
 from hpcray.node import outbox as out
@@ -160,7 +160,7 @@ def test_a_process_lets_go_of_what_nothing_has_any_more() -> None:
     core = Core(refs=ReferenceTable(), store=Store, wire=lambda *_: None)  # type: ignore[arg-type]
     said: list[Any] = []
 
-    def define(number: int) -> m.Template:
+    def define(number: int) -> Use:
         found = core.define(template(number), None)
         said.extend(m.decode_to_node(m.encode(core.outbox)))
         core.outbox.clear()  # as what has been sent
@@ -174,8 +174,8 @@ def test_a_process_lets_go_of_what_nothing_has_any_more() -> None:
     for number in range(2000, 2000 + 2 * _UNUSED_MAX):
         define(number)
     assert len(core._templates) <= _UNUSED_MAX + 2
-    assert core.template(kept.template_id) is kept
-    assert core.template(again.template_id) is again
+    assert core.use_of(template(1).template_id) is kept
+    assert core.use_of(template(1009).template_id) is again
     known: set[bytes] = set()  # as the node has it
     for message in said:
         if type(message) is m.DefineTemplate:
