@@ -45,13 +45,18 @@ class Gets:
           an exception that is the value of one of them, as soon as it is known: others may be on
             their way. Of several that are known, the first in the order given.
         """
-        if len(refs) == 1:
-            value = refs[0]._value
-            if value is None:
-                value = self._get_one(refs[0], timeout_s)
-            if value is not None:  # known already: no lock, no message
-                return [_open(value)]
-        return [_open(item) for item in self.get_packed(refs, timeout_s, fail_fast=True)]
+        try:
+            if len(refs) == 1:
+                value = refs[0]._value
+                if value is None:
+                    value = self._get_one(refs[0], timeout_s)
+                if value is not None:  # known already: no lock, no message
+                    return [_open(value)]
+            return [_open(item) for item in self.get_packed(refs, timeout_s, fail_fast=True)]
+        except exceptions.ObjectStoreFullError:
+            with self._link:
+                self._objects.forget_refusals(refs)
+            raise
 
     def _get_one(self, ref: ObjectRef[Any], timeout_s: float | None) -> bytes | None:
         """`get_packed` of one ref, for a small value; None: it is not one."""

@@ -112,6 +112,16 @@ class Objects:
         """Where it lies, for the one who will map it: it is pinned once."""
         return self.arrivals.pop(object_id, None)
 
+    def forget_refusals(self, refs: Iterable[ObjectRef[Any]]) -> None:
+        """That there was no room for a copy here was the answer of one `get`, and is no value: the
+        next one asks again. (If it was a task's outcome, the node says so again.)"""
+        for ref in refs:
+            value = ref._value
+            if value is not None and value[0] == values.FAILURE and (
+                    values.unpack_failure(value).kind == "ObjectStoreFullError"):
+                ref._value = None
+                ref._ready = READY
+
     # --- what the node says -----------------------------------------------------------------------
 
     def on_value(self, message: Value, _: list[Any]) -> None:

@@ -109,6 +109,30 @@ assert mine.nbytes == BYTES and mine[list(PLACES)].tolist() == list(range(7, 7 +
     job.finish(timeout_s=110)
 
 
+def test_what_found_no_room_is_there_once_there_is(start: Start):
+    """That there was no room for a copy is the answer of one `get`, and no value."""
+    job = start(HEAD + """
+@ray.remote
+def make(n):
+    return np.ones(n, np.uint8)
+
+start(num_cpus=1, object_store_memory=150_000_000)
+kept = ray.get(ray.put(np.zeros(100_000_000, np.uint8)))
+ref = make.options(scheduling_strategy=on[1]).remote(100_000_000)
+for get in (lambda: ray.get(ref), lambda: ray.get([ref, ref]), lambda: ref.future().result()):
+    try:
+        get()
+        print("no error")
+    except ray.exceptions.ObjectStoreFullError as error:
+        assert "from rank 1 does not fit" in str(error), error
+del kept
+assert int(ray.get(ref).sum()) == 100_000_000
+print("there")
+""", ranks=2)
+    output = job.finish()
+    assert "there" in output and "no error" not in output
+
+
 def test_an_object_larger_than_the_store_is_an_error(start: Start):
     job = start(HEAD + """
 @ray.remote(max_retries=0)
