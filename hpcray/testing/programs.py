@@ -245,14 +245,16 @@ class Body:
         label = rng.getrandbits(30)
         path = self.child()
         handle = rng.choice(self.handles)
+        retries = rng.choice((0, 1, -1)) if self.mix.restarts else 0
         if rng.random() < 0.5:
-            ref = p.call(handle, "keep", [label, path, self.some(self.pairs)])[0]
+            ref = p.call(handle, "keep", [label, path, self.some(self.pairs)],
+                         max_retries=retries)[0]
         elif self.mix.wild and rng.random() < 0.2:
             ref = p.call(handle, "boom", [label, path, self.some(self.pairs)],
                          max_retries=rng.choice((0, 1)), retry_exceptions=True,
                          unordered=rng.random() < 0.5)[0]
         else:
-            ref = p.call(handle, "give", [label, path])[0]
+            ref = p.call(handle, "give", [label, path], max_retries=retries)[0]
         self.pairs.append([ref, label, path])
         if rng.random() < 0.1:
             self.handles.remove(handle)

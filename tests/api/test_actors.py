@@ -483,6 +483,20 @@ def test_handle_in_a_ref_keeps_the_actor(ray, Counter):
     assert ray.get(ray.get(box)[0].add.remote()) == 2
 
 
+@pytest.mark.parametrize("submitted", ["before it died", "afterwards"])
+def test_a_call_to_a_dead_actor_does_not_wait_for_its_arguments(ray, Counter, gate, submitted):
+    counter = Counter.remote()
+    assert ray.get(counter.get.remote()) == 0
+    later = ray.remote(gate.enter).remote(1)
+    refs = [counter.add.remote(later)] if submitted == "before it died" else []
+    ray.kill(counter)
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(refs[0] if refs else counter.add.remote(later), timeout=20)
+    assert not ray.wait([later], timeout=0)[0]
+    gate.open()
+    assert ray.get(later) == 1
+
+
 def test_exit_actor(ray, eventually):
     @ray.remote
     class A:
