@@ -21,7 +21,6 @@ import contextlib
 import gc
 import math
 import os
-import resource
 import secrets
 import shutil
 import signal
@@ -44,17 +43,17 @@ from hpcray.node import beginning
 from hpcray.node import outbox as out
 from hpcray.node.connections import Connection, Connections
 from hpcray.node.journal import Journal
+from hpcray.node.local_workers import LocalWorkers
 from hpcray.node.machine import Machine
 from hpcray.node.output import WorkerOutput
-from hpcray.node.pool import WorkerPool, ZygoteGoneError, ZygoteLost
+from hpcray.node.pool import WorkerPool
 from hpcray.node.processes import process_state
 from hpcray.node.records import DRIVER
 from hpcray.node.transfers import Segments, Transfers, ranks_to_map
 from hpcray.node.waiting import PATIENCE_S
-from hpcray.node.watcher import READ, WRITE, Watcher
+from hpcray.node.watcher import Watcher
 from hpcray.objects.budget import MINIMUM_SEGMENT_BYTES
-from hpcray.protocol import ids, labels, messages, sizes, values, words
-from hpcray.transport import datagrams
+from hpcray.protocol import ids, labels, messages, sizes, words
 from hpcray.transport.base import (
     DataCancelled,
     DataReceived,
@@ -64,7 +63,6 @@ from hpcray.transport.base import (
     Transport,
 )
 from hpcray.transport.patience import Patience
-from hpcray.worker.zygote_messages import Exited, ForkRefused, Preloaded, Ready
 
 _TICK_S = 0.01
 _SLOW_TICK_S = 1.0
@@ -85,21 +83,9 @@ _FAILED_SILENT_S = 2.0
 # long to end them.
 _GRACE_S = 1.0
 _ZYGOTE_SILENT_S = 3.0
-# A batch system that ends a job sends SIGTERM to each of its processes, workers before the driver
-# and us. Their death would be an error of the program: it is one if the job is still there then.
-_TOLD_S = 0.5
 # The journal's thread ends without an event.
 _ENDING_TICK_S = 0.005
 _SPIN_S = 0.0002
-# Descriptors of this process that workers leave to segments and messages, or an eighth of few. A
-# worker takes 9 while it starts, 5 then; actors leave the same once more to workers for tasks.
-_SPARE_DESCRIPTORS = 64
-_SHORT_OF_DESCRIPTORS = (
-    "its node is short of file descriptors, of which each worker takes 5; raise the hard limit "
-    "(ulimit -Hn), or run fewer actors")
-# A zygote that died before it was ready is followed by another one, later and later.
-_ZYGOTE_DELAY_S = 0.1
-_ZYGOTE_LAST_DELAY_S = 5.0
 # Up to so many messages for a peer are encoded at once.
 _SMALL_BATCH = 64
 # Encoded ahead for a slow peer.
@@ -111,16 +97,14 @@ JOINING, RUNNING, ENDING, PARKED, LEFT = range(5)
 class NodeServer:
     # Python finds attributes sooner so, if there are more than 30.
     __slots__ = (
-        "_config", "_connections", "_dead", "_driver", "_early", "_ended", "_ended_own",
+        "_config", "_connections", "_driver", "_early", "_ended", "_ended_own",
         "_ending_park", "_epoch", "_job_count", "_job_key", "_joined", "_journal",
         "_last_mpi_s", "_last_words", "_late_s", "_left", "_machine", "_me", "_next_due_s",
         "_next_journal_s", "_next_look_s", "_next_tick_s", "_notices", "_output",
-        "_packages", "_patience", "_pool", "_postponed", "_preload_quietly", "_refused",
-        "_segments", "_settings", "_spin", "_state", "_stop_reason", "_to_peers",
-        "_told_end", "_told_short", "_told_to_die", "_transfers", "_transport", "_unsent",
-        "_watcher", "_why", "_zygote_delay_s", "_zygote_due_s", "_zygote_fd",
-        "_zygote_patience", "drop_shared_files", "exit_status", "left_behind", "rank",
-        "size",
+        "_packages", "_patience", "_postponed", "_segments", "_spin", "_state", "_stop_reason",
+        "_to_peers", "_told_end", "_told_short", "_transfers", "_transport", "_unsent",
+        "_watcher", "_why", "_workers", "_zygote_patience", "drop_shared_files", "exit_status",
+        "left_behind", "rank", "size",
     )
 
     def __init__(
@@ -131,7 +115,6 @@ class NodeServer:
         self.rank = 0 if transport is None else transport.rank
         self.size = 1 if transport is None else transport.size
         self._transport = transport
-        self._pool = pool
         self._journal = journal
         self._me = joined
         self._job_key = job_key
@@ -144,10 +127,9 @@ class NodeServer:
         self._watcher = Watcher()
         self._connections = Connections(self._watcher, pool, self._handle)
         self._output = WorkerOutput(self.rank, self._connections, self._to_node0)
-        self._dead: list[tuple[int, values.Failure]] = []
-        # Of a SIGTERM, and when that counts: others of the job may get one as well.
-        self._told_to_die: list[tuple[float, int, values.Failure]] = []
-        self._refused: dict[int, str] = {}  # of the dead: those that were never forked, and why
+        self._workers = LocalWorkers(
+            self.rank, joined.host, pool, self._watcher, self._connections, self._output,
+            self._read_client)
         self._machine: Machine | None = None
         self._segments = Segments()
         self._transfers: Transfers | None = None
@@ -159,8 +141,6 @@ class NodeServer:
         self.drop_shared_files: Callable[[], None] = lambda: None
         self._config: dict[str, Any] | None = None
         self._early: list[tuple[int, list[Any]]] = []
-        self._settings: dict[str, Any] = {}
-        self._preload_quietly = False  # nobody has named the modules: they may well be unfit
         self._packages = ""
         self._last_mpi_s = time.monotonic()
         self._next_tick_s = 0.0
@@ -186,10 +166,6 @@ class NodeServer:
         self._postponed: list[out.Action] = []
         self._told_short = False
         self.exit_status = 0
-        self._watcher.watch(pool.fileno(), self._on_zygote)
-        self._zygote_fd = pool.fileno()
-        self._zygote_due_s = math.inf  # when a new one is to be started
-        self._zygote_delay_s = 0.0
         self._driver = driver
         if driver is not None:
             driver.setblocking(False)
@@ -232,8 +208,8 @@ class NodeServer:
                     continue  # one of the many looks at MPI that find nothing
             if not events and self._segments.touching:
                 self._segments.touch_some()
-            if self._dead:
-                self._bury()
+            if self._workers.dead:
+                self._workers.bury()
             self._turn(now_s)
         signal.set_wakeup_fd(-1)
         os.close(wake_read)
@@ -259,9 +235,8 @@ class NodeServer:
 
     def _turn(self, now_s: float) -> None:
         machine = self._machine
-        while self._told_to_die and self._told_to_die[0][0] <= now_s:
-            self._dead.append(self._told_to_die.pop(0)[1:])
-            self._bury()
+        if now_s >= self._workers.due_s:
+            self._workers.turn(now_s)
         if self._notices and self._state == RUNNING:
             for text in self._notices:
                 self._output.notice(text)
@@ -293,16 +268,12 @@ class NodeServer:
             self._tell_late()
         if self._output.deadline_s is not None:
             self._output.tick(now_s)
-        if now_s >= self._zygote_due_s:
-            self._restart_zygote(now_s)
         if self._transport is not None or self._to_peers:
             self._flush_peers()
         # Without a job there is nothing to tick.
         due_s = now_s + _SLOW_TICK_S if machine is None else self._next_tick_s
-        if self._zygote_due_s < due_s:
-            due_s = self._zygote_due_s
-        if self._told_to_die:
-            due_s = min(due_s, self._told_to_die[0][0])
+        if self._workers.due_s < due_s:
+            due_s = self._workers.due_s
         if self._output.deadline_s is not None:
             due_s = min(due_s, max(self._output.deadline_s, now_s + 0.001))
         if machine is not None:
@@ -331,7 +302,7 @@ class NodeServer:
             for number in interrupts:
                 if number in self._connections.clients:
                     self._connections.send(number, box.clients.pop(number, []))
-                    self._pool.interrupt(number)
+                    self._workers.pool.interrupt(number)
         if box.clients:
             clients = box.clients
             for number, batch in clients.items():
@@ -378,49 +349,6 @@ class NodeServer:
                 f"Warning: rank {self.rank} is short of file descriptors or memory and tries again "
                 f"({error}); raise the limit (ulimit -n), or run fewer actors")
 
-    def _start_worker(self, machine: Machine, action: out.StartWorker) -> None:
-        number = action.number
-        handle = None
-        reason, details = _descriptors_missing(1 if action.for_tasks else 2)
-        if not reason:
-            try:
-                handle = self._pool.start(number, self._settings)
-            except ZygoteGoneError:
-                if self._zygote_delay_s > _ZYGOTE_DELAY_S:
-                    reason = ("the process that starts workers dies as it starts, see its output "
-                              "above")
-                    details = "a library that the job preloads may crash"
-                else:
-                    reason = "the process that starts workers has died"
-                    details = "a new one is being started"
-            except OSError as error:
-                reason, details = _SHORT_OF_DESCRIPTORS, str(error)
-        if handle is None:
-            machine.dispatcher.worker_refused(number, reason, details)
-            return
-        machine.connect(number)
-        datagrams.enlarge_buffers(handle.task_socket)
-        self._connections.add(number, handle.client_socket)
-        self._watcher.watch(handle.client_socket.fileno(), partial(self._on_client, number))
-        for stream, fd in (("stdout", handle.stdout_fd), ("stderr", handle.stderr_fd)):
-            self._watcher.watch(fd, partial(self._on_output, number, stream))
-        if self._pool.wants_write:
-            self._watch_zygote()
-
-    def _kill_worker(self, machine: Machine, action: out.KillWorker) -> None:
-        if action.number in self._connections.clients:
-            self._pool.kill(action.number)
-
-    def _take_back(self, machine: Machine, action: out.TakeBack) -> None:
-        if action.number in self._connections.clients:
-            try:
-                task_ids = self._connections.take_back(action.number)
-            except datagrams.Malformed as error:
-                # A task is lost, and nobody can say which: all of this worker's have crashed.
-                self._connections.clients[action.number].fail(str(error))
-            else:
-                machine.dispatcher.taken_back(action.number, task_ids)
-
     def _grant_segment(self, machine: Machine, action: out.GrantSegment) -> None:
         if action.client not in self._connections.clients:
             return  # it died meanwhile: its segments went with it (NodeMemory.client_gone)
@@ -453,7 +381,7 @@ class NodeServer:
         if action.worker in self._connections.clients:
             self._connections.send(
                 action.client, [messages.ActorChannel(action.actor_id, action.worker)],
-                (self._pool.handle(action.worker).task_socket.fileno(),))
+                (self._workers.pool.handle(action.worker).task_socket.fileno(),))
 
     def _close_segment(self, machine: Machine, action: out.CloseSegment) -> None:
         self._segments.close(action.segment)
@@ -470,13 +398,6 @@ class NodeServer:
         assert self._transfers is not None
         self._transfers.serve(action)
 
-    def _preload(self, machine: Machine, action: out.Preload) -> None:
-        # In order with the requests for workers. Without descriptors they import it themselves.
-        with contextlib.suppress(OSError):
-            self._pool.preload(action.modules, self._settings, quiet=self._preload_quietly)
-        if self._pool.wants_write:
-            self._watch_zygote()
-
     def _stop_job(self, machine: Machine, action: out.StopJob) -> None:
         self._end_job(park=action.park)
 
@@ -486,14 +407,6 @@ class NodeServer:
         with contextlib.suppress(BlockingIOError):
             if signal.SIGTERM in os.read(fd, 4096):
                 self._terminate("SIGTERM")
-
-    def _on_client(self, number: int, _fd: int) -> None:
-        connection = self._connections.clients.get(number)
-        if connection is not None and not self._read_client(connection):
-            # A worker that hung up is dying: its exit follows.
-            self._watcher.unwatch(connection.socket.fileno())
-            if connection.fault:
-                self._pool.kill(number)
 
     def _read_client(self, connection: Connection) -> bool:
         """Hear what the client sent; False at its end."""
@@ -555,139 +468,6 @@ class NodeServer:
                     "the driver has ended without shutdown(): it was killed, or ended by "
                     f"{self._last_words.who()}")
         self._end_job(park=False)
-
-    def _on_zygote(self, _fd: int) -> None:
-        for event in self._pool.read_zygote():
-            if isinstance(event, Exited) and event.exit_code == -signal.SIGTERM:
-                self._told_to_die.append((
-                    time.monotonic() + _TOLD_S, event.number, self._exit_failure(event)))
-            elif isinstance(event, Exited):
-                self._dead.append((event.number, self._exit_failure(event)))
-            elif isinstance(event, ForkRefused):
-                self._refused[event.number] = event.reason
-                self._dead.append((event.number, values.Failure(
-                    "WorkerCrashedError", f"no worker could be forked: {event.reason}")))
-            elif isinstance(event, Ready):
-                self._zygote_delay_s = 0.0
-                for problem in event.problems:
-                    self._output.notice(f"Warning: {problem}")
-            elif isinstance(event, Preloaded):
-                self._tell_problems(event)
-            elif isinstance(event, ZygoteLost) and self._pool.closed:
-                self._watcher.unwatch(self._zygote_fd)
-            elif isinstance(event, ZygoteLost):
-                failure = values.Failure(
-                    "WorkerCrashedError", "the process that starts workers on this node died "
-                    f"(exit code {event.exit_code}) and took its workers with it")
-                self._dead.extend((number, failure) for number in event.numbers)
-                self._watcher.unwatch(self._zygote_fd)
-                if self._zygote_delay_s == 0.0:
-                    without = f", without {words.listed(list(event.dropped))}" * bool(event.dropped)
-                    self._output.notice(
-                        f"Warning: {failure.message}; starting a new one{without}")
-                self._zygote_due_s = time.monotonic() + self._zygote_delay_s  # see `_turn`
-                self._zygote_delay_s = min(
-                    max(2 * self._zygote_delay_s, _ZYGOTE_DELAY_S), _ZYGOTE_LAST_DELAY_S)
-        if self._zygote_fd == self._pool.fileno():
-            self._watch_zygote()
-
-    def _tell_problems(self, event: Preloaded) -> None:
-        """Once for the job: nodes have the same modules as a rule, and a worker that imports one
-        has its own error."""
-        if self.rank == 0:
-            for problem in event.problems:
-                if problem.crashed or not event.quiet:
-                    self._output.notice(
-                        f"Warning: {problem.module} is not preloaded: it {problem.text}. "
-                        "Workers that need it import it themselves")
-
-    def _restart_zygote(self, now_s: float) -> None:
-        """It is time; until then workers were refused."""
-        self._zygote_due_s = math.inf
-        if self._pool.closed:
-            return
-        try:
-            self._pool.restart_zygote()
-        except OSError:  # short of descriptors, processes or memory
-            self._zygote_due_s = now_s + _ZYGOTE_LAST_DELAY_S
-        else:
-            self._watch_zygote()
-
-    def _watch_zygote(self) -> None:
-        fd = self._pool.fileno()
-        if fd < 0:
-            return
-        mask = READ | (WRITE if self._pool.wants_write else 0)
-        if self._watcher.watches(fd):
-            self._watcher.change(fd, mask)
-        else:
-            self._zygote_fd = fd
-            self._watcher.watch(fd, self._on_zygote, mask)
-
-    def _exit_failure(self, event: Exited) -> values.Failure:
-        code = event.exit_code
-        connection = self._connections.clients.get(event.number)
-        if connection is not None and connection.fault:
-            how = f"was ended: {connection.fault}"
-        elif code < 0:
-            try:
-                name = signal.Signals(-code).name
-            except ValueError:
-                name = str(-code)
-            how = f"was killed by signal {-code} ({name})"
-            if -code == signal.SIGKILL:
-                how += "; the out-of-memory killer, a batch limit or a person may have done it"
-        else:
-            how = f"exited with status {code}"
-        return values.Failure(
-            "WorkerCrashedError",
-            f"the worker pid={event.pid} on {self._me.host} (rank {self.rank}) {how}")
-
-    def _bury(self) -> None:
-        """Workers that have ended: what they still said is heard first, and then what those did who
-        may have called their actors."""
-        if not self._dead:
-            return
-        dead, self._dead = self._dead, []
-        for number, failure in dead:
-            connection = self._connections.clients.get(number)
-            if connection is None:
-                continue
-            if self._machine is not None:
-                self._read_dry(connection)
-                for caller in self._machine.may_have_called(number):
-                    if caller in self._connections.clients:
-                        self._read_dry(self._connections.clients[caller])
-            self._connections.pop(number)
-            self._detach(connection)
-            self._pool.forget(number)
-            reason = self._refused.pop(number, None)
-            if self._machine is not None:
-                if reason is not None:
-                    self._machine.dispatcher.worker_refused(number, reason, "fork failed")
-                self._machine.worker_exited(number, failure)
-
-    def _read_dry(self, connection: Connection) -> None:
-        while connection.readable() and self._read_client(connection):
-            pass
-
-    def _detach(self, connection: Connection) -> None:
-        """Pass on a worker's last words and stop watching it; its descriptors are the pool's."""
-        number = connection.number
-        handle = self._pool.handle(number)
-        for stream, fd in (("stdout", handle.stdout_fd), ("stderr", handle.stderr_fd)):
-            while self._on_output(number, stream, fd):
-                pass
-            self._watcher.unwatch(fd)
-        self._output.forget(number)
-        self._connections.detach(connection)
-
-    def _on_output(self, number: int, stream: str, fd: int) -> bool:
-        """Pass worker output on towards the driver; False when there is no more."""
-        more = self._output.read(self._machine, number, stream, fd)
-        if more is None:
-            self._watcher.unwatch(fd)
-        return bool(more)
 
     # --- other ranks ------------------------------------------------------------------------------
 
@@ -952,12 +732,8 @@ class NodeServer:
         # Workers unpack runtime environments there; it is there only if one did.
         node_id = ids.node_id_hex(self.rank, session["job_key"])
         self._packages = os.path.join(tempfile.gettempdir(), f"hpcray-packages-{node_id}")
-        if self._pool.closed:  # by the end of an earlier job
-            self._pool = self._connections.pool = self._pool.again()
-            self._watch_zygote()
-        self._pool.set_cleanup_folder(self._packages)
         # Workers are forks of the zygote, so they start with this node's environment.
-        self._settings = {
+        settings = {
             "environ": session["environ"], "setup_hook": session["setup_hook"],
             "env_vars": config.get("runtime_env", {}).get("env_vars"),
             "cwd": config.get("cwd") or os.getcwd(),
@@ -967,9 +743,11 @@ class NodeServer:
             "gpus": {"variable": self._me.gpus.variable, "ids": session["gpus"][self.rank]},
             "as_ray": config.get("as_ray", False),
         }
-        self._settings = {k: v for k, v in self._settings.items() if v is not None}
-        self._preload_quietly = config.get("preload") == "auto"
-        self._preload(machine, out.Preload(tuple(session["modules"])))
+        self._workers.begin(
+            machine, {k: v for k, v in settings.items() if v is not None},
+            quiet=config.get("preload") == "auto")
+        self._workers.pool.set_cleanup_folder(self._packages)
+        self._workers.preload(machine, out.Preload(tuple(session["modules"])))
         self._journal.begin(
             job_id, session["secret"], session["control"], machine, config, self._me)
         self._output.begin([node.address for node in nodes], config.get("log_rules", {}))
@@ -1011,18 +789,19 @@ class NodeServer:
             self.drop_shared_files()
         if self._machine is not None:
             self._forget_job(self._machine)
-        if not self._pool.closed:
+        pool = self._workers.pool
+        if not pool.closed:
             self._zygote_patience = Patience(_ZYGOTE_SILENT_S)
-            self._pool.start_close(_GRACE_S)
+            pool.start_close(_GRACE_S)
 
     def _forget_job(self, machine: Machine) -> None:
-        self._told_to_die.clear()
         for number in list(self._connections.clients):
             if number == DRIVER:
                 continue
             connection = self._connections.pop(number)
             assert connection is not None
-            self._detach(connection)
+            self._workers.detach(connection)
+        self._workers.end()
         self._journal.record(machine)
         self._journal.start_end(machine)
         self._output.flush()
@@ -1033,7 +812,7 @@ class NodeServer:
     def close(self) -> None:
         """After `run`: end what is left, whatever the state."""
         self.drop_shared_files()
-        self._pool.close(2.0)
+        self._workers.pool.close(2.0)
         if self._packages:
             shutil.rmtree(self._packages, ignore_errors=True)
         self._segments.close_all()
@@ -1082,13 +861,14 @@ class NodeServer:
         """Whether this node's workers are gone and its journal is written."""
         if self._ended_own:
             return True
-        if self._pool.fileno() >= 0:
-            if not self._zygote_patience.look(now_s, cpu_progress(self._pool.zygote_pid)):
+        pool = self._workers.pool
+        if pool.fileno() >= 0:
+            if not self._zygote_patience.look(now_s, cpu_progress(pool.zygote_pid)):
                 return False
-            self._watcher.unwatch(self._zygote_fd)
+            self._workers.end_zygote()
         if not self._journal.ended(now_s):
             return False
-        self._pool.close(0.0)  # kills a zygote that hangs
+        pool.close(0.0)  # kills a zygote that hangs
         if self._packages:
             shutil.rmtree(self._packages, ignore_errors=True)
         self._ended_own = True
@@ -1121,24 +901,6 @@ def _is_talk(batch: list[Any]) -> bool:
     return any(type(message) not in _NOT_TALK for message in batch)
 
 
-def _descriptors_missing(shares: int) -> tuple[str, str]:
-    """Why this process should not take many more: (reason, numbers), or empty strings.
-
-    `shares`: how many times the usual number is to be left.
-    """
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    spare = shares * min(_SPARE_DESCRIPTORS, limit // 8)
-    try:
-        # The lowest that is free: nearly as many are in use.
-        lowest = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        return _SHORT_OF_DESCRIPTORS, str(error)
-    os.close(lowest)
-    if lowest + spare < limit:
-        return "", ""
-    return _SHORT_OF_DESCRIPTORS, f"about {lowest:,} of {limit:,} are in use"
-
-
 def _resources(detected: dict[str, int], config: dict[str, Any]) -> dict[str, int]:
     """What a node offers: what was found there, or what `init` says every node has."""
     result = dict(detected)
@@ -1156,9 +918,9 @@ def _resources(detected: dict[str, int], config: dict[str, Any]) -> dict[str, in
 
 
 _ACTIONS: dict[type, Callable[[NodeServer, Machine, Any], None]] = {
-    out.StartWorker: NodeServer._start_worker,
-    out.KillWorker: NodeServer._kill_worker,
-    out.TakeBack: NodeServer._take_back,
+    out.StartWorker: lambda server, machine, action: server._workers.start(machine, action),
+    out.KillWorker: lambda server, machine, action: server._workers.kill(machine, action),
+    out.TakeBack: lambda server, machine, action: server._workers.take_back(machine, action),
     out.GrantSegment: NodeServer._grant_segment,
     out.OpenSegment: NodeServer._open_segment,
     out.CloseSegment: NodeServer._close_segment,
@@ -1167,7 +929,7 @@ _ACTIONS: dict[type, Callable[[NodeServer, Machine, Any], None]] = {
     out.FreeNodeRange: NodeServer._free_node_range,
     out.StartPull: NodeServer._start_pull,
     out.ServePull: NodeServer._serve_pull,
-    out.Preload: NodeServer._preload,
+    out.Preload: lambda server, machine, action: server._workers.preload(machine, action),
     out.StopJob: NodeServer._stop_job,
     out.FailJob: NodeServer._fail_job,
 }

@@ -65,8 +65,8 @@ EXTERNAL = {
     "cloudpickle": ("client.serialization", "as_ray.private.worker"),
 }
 # Files of node/ that carry out: all others there decide.
-THIN = {"__init__", "__main__", "connections", "journal", "output", "pool", "processes", "server",
-        "transfers", "watcher"}
+THIN = {"__init__", "__main__", "connections", "journal", "local_workers", "output", "pool",
+        "processes", "server", "transfers", "watcher"}
 # Decide in pure code: these import no clock, socket, thread, process or file.
 PURE = ("protocol.", "objects.allocator", "objects.budget", "transport.peers", "transport.frames",
         "transport.transfers", "transport.base", "control.schema", "control.address",
