@@ -9,17 +9,13 @@ One thread; no call in it blocks. Waiting: in `epoll` until something happens on
 other ranks at most 50 us to 20 ms, by how long ago anything was said that leads to more, because
 MPI has no descriptor to wait for; not at all while data is moving.
 
-The job's life at a node:
-
-    JOINING --Joined to node 0--> (node 0: all joined and driver's Hello --Begin-->) RUNNING
-    RUNNING --driver ends or is gone: Ending--> ENDING --> PARKED, or LEFT (see `_continue_ending`)
+What a job's life is, node/job.py says: this carries it out.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import math
 import os
 import secrets
 import shutil
@@ -38,10 +34,10 @@ import msgspec
 
 from hpcray.launch.last_words import LastWords
 from hpcray.launch.progress import cpu_progress
-from hpcray.launch.resources import share_gpus
 from hpcray.node import beginning
 from hpcray.node import outbox as out
 from hpcray.node.connections import Connection, Connections
+from hpcray.node.job import ENDING, JOINING, LEFT, RUNNING, JobLife
 from hpcray.node.journal import Journal
 from hpcray.node.local_workers import LocalWorkers
 from hpcray.node.machine import Machine
@@ -50,10 +46,9 @@ from hpcray.node.pool import WorkerPool
 from hpcray.node.processes import process_state
 from hpcray.node.records import DRIVER
 from hpcray.node.transfers import Segments, Transfers, ranks_to_map
-from hpcray.node.waiting import PATIENCE_S
 from hpcray.node.watcher import Watcher
 from hpcray.objects.budget import MINIMUM_SEGMENT_BYTES
-from hpcray.protocol import ids, labels, messages, sizes, words
+from hpcray.protocol import ids, messages, sizes
 from hpcray.transport.base import (
     DataCancelled,
     DataReceived,
@@ -75,10 +70,6 @@ _MPI_WAITS_S = ((0.001, 0.00005), (0.01, 0.0002), (0.5, 0.001), (1.0, 0.005), (5
 _MPI_QUIET_WAIT_S = 0.02
 # Nothing follows from these: a node that says nothing else is quiet.
 _NOT_TALK = (messages.Load,)
-# A rank that gives no sign of life for so long at the end is left behind. After a failure the
-# launcher is killing ranks already.
-_SILENT_S = 10.0
-_FAILED_SILENT_S = 2.0
 # Workers have so long between SIGTERM and SIGKILL, and a zygote that gets no further may take so
 # long to end them.
 _GRACE_S = 1.0
@@ -91,20 +82,13 @@ _SMALL_BATCH = 64
 # Encoded ahead for a slow peer.
 _AHEAD_BYTES = 2 * 1024 * 1024
 
-JOINING, RUNNING, ENDING, PARKED, LEFT = range(5)
-
-
 class NodeServer:
-    # Python finds attributes sooner so, if there are more than 30.
     __slots__ = (
-        "_config", "_connections", "_driver", "_early", "_ended", "_ended_own",
-        "_ending_park", "_epoch", "_job_count", "_job_key", "_joined", "_journal",
-        "_last_mpi_s", "_last_words", "_late_s", "_left", "_machine", "_me", "_next_due_s",
-        "_next_journal_s", "_next_look_s", "_next_tick_s", "_notices", "_output",
-        "_packages", "_patience", "_postponed", "_segments", "_spin", "_state", "_stop_reason",
-        "_to_peers", "_told_end", "_told_short", "_transfers", "_transport", "_unsent",
-        "_watcher", "_why", "_workers", "_zygote_patience", "drop_shared_files", "exit_status",
-        "left_behind", "rank", "size",
+        "_connections", "_driver", "_job", "_journal", "_last_mpi_s", "_last_words", "_machine",
+        "_me", "_next_due_s", "_next_journal_s", "_next_tick_s", "_notices", "_output",
+        "_own_end_done", "_packages", "_postponed", "_segments", "_spin", "_to_peers",
+        "_told_short", "_transfers", "_transport", "_unsent", "_watcher", "_workers",
+        "_zygote_patience", "drop_shared_files", "rank", "size",
     )
 
     def __init__(
@@ -117,55 +101,36 @@ class NodeServer:
         self._transport = transport
         self._journal = journal
         self._me = joined
-        self._job_key = job_key
         self._spin = spin
         # Warnings from before there was anybody to show them to; the journal goes on adding.
         self._notices = notices if notices is not None else []
-        self._state = JOINING
-        self._job_count = 0
-        self._epoch = 0
         self._watcher = Watcher()
         self._connections = Connections(self._watcher, pool, self._handle)
         self._output = WorkerOutput(self.rank, self._connections, self._to_node0)
+        self._last_words = last_words
+        self._job = self._new_life(job_key)
         self._workers = LocalWorkers(
             self.rank, joined.host, pool, self._watcher, self._connections, self._output,
             self._read_client)
         self._machine: Machine | None = None
         self._segments = Segments()
         self._transfers: Transfers | None = None
-        self._joined: dict[int, messages.Joined] = {}
-        self._ended: set[int] = set()
-        # Ranks that did not say within the time that they have ended: MPI_Finalize would wait.
-        self.left_behind: tuple[int, ...] = ()
         # Called once the job ends for good: who kills all of it then may kill the watchdog as well.
         self.drop_shared_files: Callable[[], None] = lambda: None
-        self._config: dict[str, Any] | None = None
-        self._early: list[tuple[int, list[Any]]] = []
         self._packages = ""
         self._last_mpi_s = time.monotonic()
         self._next_tick_s = 0.0
         # Until then a turn without events would do nothing.
         self._next_due_s = 0.0
         self._next_journal_s = 0.0
-        # When ranks that have not joined are told of, once.
-        self._late_s = time.monotonic() + PATIENCE_S
-        self._ending_park = False
-        self._ended_own = False
-        self._told_end = False
-        self._next_look_s = 0.0
-        self._patience: dict[int, Patience] = {}
+        self._own_end_done = False
         self._zygote_patience = Patience(_ZYGOTE_SILENT_S)
-        self._last_words = last_words
-        self._stop_reason = ""
-        # Node 0: why the job ends, if the driver did not say that it ends. Told at once.
-        self._why = ""
         self._to_peers: dict[int, list[Any]] = {}  # of this turn
         # What waits for slow peers, as messages: they share their values with the records.
         self._unsent: dict[int, deque[Any]] = {}
         # Actions that this host was too short of something for; again at the next tick.
         self._postponed: list[out.Action] = []
         self._told_short = False
-        self.exit_status = 0
         self._driver = driver
         if driver is not None:
             driver.setblocking(False)
@@ -188,10 +153,11 @@ class NodeServer:
         # What a signal means is decided between two turns, by its number in the pipe.
         signal.signal(signal.SIGTERM, lambda *_: None)
         self._watcher.watch(wake_read, self._on_signal)
-        self._join()
+        self._job.start(time.monotonic())
         transport = self._transport
         watcher = self._watcher
-        while self._state != LEFT:
+        job = self._job
+        while job.state != LEFT:
             now_s = time.monotonic()
             events = watcher.handle(0.0 if self._segments.touching else self._wait_s(now_s))
             now_s = time.monotonic()
@@ -204,7 +170,7 @@ class NodeServer:
                     self._flush_peers()
                 if self._transfers is not None and self._transfers.copying:
                     self._transfers.copy_some(now_s)
-                elif not events and now_s < self._next_due_s and self._state == RUNNING:
+                elif not events and now_s < self._next_due_s and job.state == RUNNING:
                     continue  # one of the many looks at MPI that find nothing
             if not events and self._segments.touching:
                 self._segments.touch_some()
@@ -214,7 +180,7 @@ class NodeServer:
         signal.set_wakeup_fd(-1)
         os.close(wake_read)
         os.close(wake_write)
-        return self.exit_status
+        return job.exit_status
 
     def _wait_s(self, now_s: float) -> float:
         """How long to sleep for want of events. Every wait ends by itself."""
@@ -237,7 +203,7 @@ class NodeServer:
         machine = self._machine
         if now_s >= self._workers.due_s:
             self._workers.turn(now_s)
-        if self._notices and self._state == RUNNING:
+        if self._notices and self._job.state == RUNNING:
             for text in self._notices:
                 self._output.notice(text)
             self._notices.clear()
@@ -264,8 +230,8 @@ class NodeServer:
                 machine.end_turn(now_s)
                 if not self._carry_out(machine):
                     break
-        elif self._state == JOINING and self.rank == 0 and now_s > self._late_s:
-            self._tell_late()
+        elif self._job.state == JOINING:
+            self._job.tell_late(now_s)
         if self._output.deadline_s is not None:
             self._output.tick(now_s)
         if self._transport is not None or self._to_peers:
@@ -281,7 +247,7 @@ class NodeServer:
                 due_s = now_s  # a slice of the answer every turn
             elif machine.due_s < due_s:
                 due_s = machine.due_s
-        if self._state == ENDING:
+        if self._job.state == ENDING:
             self._continue_ending(now_s)
             due_s = now_s + _ENDING_TICK_S
         self._next_due_s = due_s
@@ -399,14 +365,14 @@ class NodeServer:
         self._transfers.serve(action)
 
     def _stop_job(self, machine: Machine, action: out.StopJob) -> None:
-        self._end_job(park=action.park)
+        self._job.end(park=action.park)
 
     # --- what happens on this host ----------------------------------------------------------------
 
     def _on_signal(self, fd: int) -> None:
         with contextlib.suppress(BlockingIOError):
             if signal.SIGTERM in os.read(fd, 4096):
-                self._terminate("SIGTERM")
+                self._job.terminate("SIGTERM")
 
     def _read_client(self, connection: Connection) -> bool:
         """Hear what the client sent; False at its end."""
@@ -444,11 +410,9 @@ class NodeServer:
             for message in inbox.batches.popleft():
                 if type(message) is messages.Hello:
                     inbox.handled = 1  # a session's first datagram
-                    self._config = message.config or {}
-                    self._config["driver_pid"] = message.pid
-                    self._begin_if_complete()
+                    self._job.driver_wants({**(message.config or {}), "driver_pid": message.pid})
                 elif type(message) is messages.EndJob:
-                    self._end_job(park=message.park)
+                    self._job.end(park=message.park)
 
     def _driver_gone(self) -> None:
         connection = self._connections.pop(DRIVER)
@@ -459,15 +423,7 @@ class NodeServer:
         self._watcher.unwatch(connection.socket.fileno())
         connection.socket.close()
         self._driver = None
-        if self._state != ENDING:
-            self.exit_status = self.exit_status or 1  # it did not say that it ends
-            if self._transport is not None:
-                # Without a launcher its parent sees how it ended. Here nobody says anything at
-                # Ctrl-C, at a time limit or at a SIGTERM: the launcher ends all ranks by signals.
-                self._tell_why(
-                    "the driver has ended without shutdown(): it was killed, or ended by "
-                    f"{self._last_words.who()}")
-        self._end_job(park=False)
+        self._job.driver_gone(launched=self._transport is not None)
 
     # --- other ranks ------------------------------------------------------------------------------
 
@@ -500,7 +456,7 @@ class NodeServer:
     def _send_to_peer(self, rank: int, batch: list[Any]) -> None:
         assert self._transport is not None
         # The epoch keeps what was sent in one job from being heard in the next.
-        prefix = self._epoch.to_bytes(4, "little")
+        prefix = self._job.epoch.to_bytes(4, "little")
         encoded = messages.encode(batch)
         if len(encoded) <= sizes.PAYLOAD_BYTES:
             self._transport.send(rank, prefix + encoded)
@@ -518,7 +474,7 @@ class NodeServer:
         """As much as is worth having ready for each peer that is slow."""
         assert self._transport is not None
         # At the end little is left, and this loop may be over before the peer has room.
-        ahead_bytes = _AHEAD_BYTES if self._state in (JOINING, RUNNING) else 1 << 60
+        ahead_bytes = _AHEAD_BYTES if self._job.state in (JOINING, RUNNING) else 1 << 60
         for rank, unsent in list(self._unsent.items()):
             while unsent and self._transport.queued_bytes(rank) < ahead_bytes:
                 self._send_to_peer(
@@ -551,32 +507,8 @@ class NodeServer:
         rest = []
         for message in batch:
             kind = type(message)
-            if kind is messages.Joined:
-                self._joined[message.rank] = message
-                self._begin_if_complete()
-            elif kind is messages.Begin:
-                if self._state not in (JOINING, PARKED):
-                    continue  # node 0 said meanwhile that all is over
-                self._epoch = epoch
-                self._begin(message.job_id, beginning.unpack(message))
-                early, self._early = self._early, []
-                for early_rank, early_batch in early:
-                    self._on_peer(early_rank, epoch, early_batch)
-            elif kind is messages.Ending:
-                if message.park and epoch > self._epoch:
-                    rest.append(message)  # Begin comes by others, and later
-                else:
-                    self._end_job(park=message.park)
-            elif kind is messages.Ended:
-                self._ended.add(message.rank)
-                if self.rank == 0 and self._state == RUNNING and epoch == self._epoch:
-                    self._peer_left(message)
-            elif kind is messages.Leave:
-                self._state = LEFT
-            elif kind is messages.PeerOutput:
+            if kind is messages.PeerOutput:
                 self._output.from_peer(rank, message)
-            elif kind is messages.Notice and self._machine is None:
-                self._output.notice(message.text)
             elif kind is messages.PullRefused:
                 if self._transfers is not None:
                     self._transfers.refused(message.transfer)
@@ -585,129 +517,51 @@ class NodeServer:
                     self._transfers.mapped(rank, message)
             else:
                 rest.append(message)
-        if not rest:
-            return
-        if self._machine is not None and epoch == self._epoch:
-            self._machine.peer_messages(rank, rest)
-        elif epoch > self._epoch:
-            self._early.append((rank, rest))  # a peer was told to begin before us
+        if rest:
+            self._job.on_peer(rank, epoch, rest)
+
+    def _deliver(self, rank: int, batch: list[Any]) -> None:
+        assert self._machine is not None
+        self._machine.peer_messages(rank, batch)
 
     def _peer_lost(self, event: PeerLost) -> None:
-        self._ended.add(event.rank)
-        if self._machine is not None:
+        if self._job.lost(event.rank, event.reason):
+            assert self._machine is not None
             self._machine.node_lost(event.rank, event.reason)
-        else:
-            self._fail(f"rank {event.rank} is gone ({event.reason}) before the job had begun")
 
     def _fail_job(self, _machine: Machine, action: out.FailJob) -> None:
-        self._fail(action.why)
-
-    def _fail(self, why: str) -> None:
-        self._tell_why(why)
-        self.exit_status = 1
-        self._end_job(park=False)
-
-    def _peer_left(self, message: messages.Ended) -> None:
-        """It ended on its own: somebody told it to. If that was the launcher, it is telling all of
-        us, and the driver is gone before we could say which of the ranks was the first."""
-        node = self._joined[message.rank]
-        self._tell_why(self._told_to_end(message.rank, node, message.reason))
-        self.exit_status = 1
-        self._end_job(park=False)
-
-    def _told_to_end(self, rank: int, node: messages.Joined, reason: str) -> str:
-        who = "the node" if self.size == 1 else f"rank {rank}"
-        return (f"{who} (pid {node.pid} on {node.host}) was told to end ({reason}), by "
-                f"{self._last_words.who()}")
-
-    def _tell_why(self, why: str) -> None:
-        """Node 0: the job ends, and its driver did not say so. The first cause is told, to people
-        and not through the driver, which may be dying as well."""
-        if self._state in (ENDING, LEFT) or self._why:
-            return
-        self._output.flush()
-        self._why = why
-        self._last_words.say(f"the job ends: {why}")
+        self._job.fail(action.why)
 
     # --- the job's life ---------------------------------------------------------------------------
 
-    def _join(self) -> None:
-        if self.rank == 0:
-            self._joined[0] = self._me
-            self._begin_if_complete()
-        else:
-            self._to_peer(0, [self._me])
+    def _new_life(self, job_key: bytes) -> JobLife:
+        job = JobLife(self._me, self.size, job_key)
+        job.to_peer = lambda rank, message: self._to_peer(rank, [message])
+        job.to_driver = lambda message: self._connections.send(DRIVER, [message])
+        job.pass_on = lambda message: self._pass_on(
+            job.epoch.to_bytes(4, "little") + messages.encode([message]))
+        job.notice = lambda text: self._output.notice(text)
+        job.say_last = self._say_last
+        job.who_ends = self._last_words.who
+        job.secret = partial(secrets.token_bytes, 32)
+        job.control_address = self._journal.address_bytes
+        job.begin = self._begin
+        job.deliver = self._deliver
+        job.end_here = self._end_here
+        return job
 
-    def _tell_late(self) -> None:
-        """The driver waits, and some rank has not joined: which."""
-        missing = [str(rank) for rank in range(self.size) if rank not in self._joined]
-        if self._config is not None and missing:
-            self._late_s = math.inf
-            self._output.notice(
-                f"Warning: the job has waited for {PATIENCE_S:g} s for rank{'s'[:len(missing) > 1]}"
-                f" {words.listed(missing, 8)} to join; {'they have' if missing[1:] else 'it has'} "
-                "come through MPI_Init, and may be stopped or starting slowly.")
+    @property
+    def exit_status(self) -> int:
+        return self._job.exit_status
 
-    def _begin_if_complete(self) -> None:
-        """Node 0: everybody is here and the driver has said what it wants."""
-        if self.rank != 0 or self._config is None or len(self._joined) < self.size:
-            return
-        if self._state not in (JOINING, PARKED):
-            return
-        wanted = self._config.get("num_gpus")
-        try:
-            gpus = share_gpus([(n.host, n.gpus) for _, n in sorted(self._joined.items())],
-                              None if wanted is None else int(wanted))
-        except ValueError as error:
-            # Nothing begins; the driver may try again.
-            self._config = None
-            self._connections.send(DRIVER, [
-                messages.Welcome(b"", self.rank, self.size, DRIVER, {"refused": str(error)})])
-            return
-        self._job_count = max(self._job_count + 1, self._config.get("session", 1))
-        job_id = ids.job_id(self._job_count)
-        self._epoch = self._job_count
-        nodes = [
-            messages.Joined(
-                n.rank, n.host, n.address, n.pid,
-                tuple(sorted(_resources(
-                    {**dict(n.resources), "GPU": len(gpus[n.rank]) * messages.UNIT},
-                    self._config).items())),
-                tuple(sorted({
-                    **dict(n.labels), **(self._config.get("labels") or {}),
-                    labels.NODE_ID: ids.node_id_hex(n.rank, self._job_key.hex())}.items())))
-            for _, n in sorted(self._joined.items())
-        ]
-        self._tell_capped(self._config)
-        session = {
-            "job_key": self._job_key.hex(),
-            "nodes": nodes,
-            "environ": self._config.pop("environ", {}),
-            "setup_hook": self._config.pop("setup_hook", None),
-            "gpus": gpus,
-            "modules": self._config.pop("modules", ()),
-            "config": self._config,
-            "control": self._journal.address_bytes(),
-            "secret": secrets.token_bytes(32),
-        }
-        message = beginning.pack(job_id, session)
-        self._pass_on(self._epoch.to_bytes(4, "little") + messages.encode([message]))
-        self._begin(job_id, beginning.unpack(message))
-        assert self._machine is not None
-        self._machine.connect(DRIVER)
-        self._machine.clients[DRIVER].pid = self._config["driver_pid"]
-        self._machine.welcome(DRIVER)
+    @property
+    def left_behind(self) -> tuple[int, ...]:
+        """Ranks that did not say within the time that they have ended: MPI_Finalize would wait."""
+        return self._job.left_behind
 
-    def _tell_capped(self, config: dict[str, Any]) -> None:
-        """Which nodes have less memory than `init` wants their object stores to have."""
-        wanted = config.get("object_store_memory_bytes") or 0
-        less = {f"rank {n.rank} has {words.size(nbytes)}" for n in self._joined.values()
-                if (nbytes := dict(n.resources)["memory"] // messages.UNIT) < wanted}
-        if less:
-            self._output.notice(
-                f"Warning: object_store_memory is {words.size(wanted)}, more than the memory of a "
-                f"node ({words.listed(sorted(less))}). The object store of such a node takes what "
-                "its memory allows.")
+    def _say_last(self, text: str) -> None:
+        self._output.flush()
+        self._last_words.say(text)
 
     def _begin(self, job_id: bytes, session: dict[str, Any]) -> None:
         config = session["config"]
@@ -751,39 +605,23 @@ class NodeServer:
         self._journal.begin(
             job_id, session["secret"], session["control"], machine, config, self._me)
         self._output.begin([node.address for node in nodes], config.get("log_rules", {}))
-        self._state = RUNNING
         self._next_tick_s = 0.0
         machine.dispatcher.start_workers(
             min(max(mine.get("CPU", 0) // messages.UNIT, 1), 16))
 
-    def _terminate(self, reason: str) -> None:
-        self.exit_status = 143
-        self._stop_reason = reason
         if self.rank == 0:
-            self._tell_why(self._told_to_end(0, self._me, reason))
-        self._end_job(park=False)
+            machine.connect(DRIVER)
+            machine.clients[DRIVER].pid = config["driver_pid"]
+            machine.welcome(DRIVER)
 
-    def _end_job(self, *, park: bool) -> None:
-        """Start ending: tell everybody, end the workers."""
-        if self._state in (ENDING, LEFT):
-            if not park:
-                self._ending_park = False
-            return
-        if self._state == PARKED and park:
-            return  # node 0 said it twice
-        self._state = ENDING
-        self._ending_park = park
-        self._ended_own = self._told_end = False
-        self._next_look_s = 0.0
-        self._patience.clear()
+    def _end_here(self, park: bool) -> None:
+        """The job ends: what it has here goes."""
+        self._own_end_done = False
         # Nobody needs what has not been sent, but for what people are to see.
         for rank, unsent in self._unsent.items():
             self._unsent[rank] = deque(
                 message for message in unsent
                 if type(message) in (messages.PeerOutput, messages.Notice))
-        if self.rank == 0:
-            for rank in range(1, self.size):
-                self._to_peer(rank, [messages.Ending(park)])
         self._flush_peers()
         if not park:
             self.drop_shared_files()
@@ -821,45 +659,16 @@ class NodeServer:
         self._watcher.close()
 
     def _continue_ending(self, now_s: float) -> None:
-        """Take the next step, if what it waits for is there. Nothing here blocks.
-
-            own workers and journal ended --> rank r: Ended --> PARKED, or until Leave --> LEFT
-                                          --> node 0: all Ended --> JobEnded --> PARKED, or
-                                              driver has read all --> Leave to all --> LEFT
-
-        Whoever gives no sign of life for a while is left behind.
-        """
-        if not self._own_end(now_s):
-            return
-        if self.rank != 0:
-            self._ask_again(now_s, (0,), messages.Ended(self.rank, self._stop_reason))
-            if self._ending_park:
-                self._state = PARKED
-            return
-        missing = tuple(r for r in range(1, self.size) if r not in self._ended)
-        if missing:
-            self._ask_again(now_s, missing, messages.Ending(self._ending_park))
-            return
-        if not self._told_end:
-            self._told_end = True
-            self._connections.send(DRIVER, [messages.JobEnded(self._why)])
         driver = self._connections.clients.get(DRIVER)
-        if not self._ending_park and driver is not None and driver.backlog:
-            return  # it is slow to print what it gets; its end would be seen
-        self._ended.clear()
-        self._early.clear()
-        self._config = None
-        if self._ending_park:
-            self._state = PARKED
-            return
-        for rank in range(1, self.size):
-            self._to_peer(rank, [messages.Leave()])
+        transport = self._transport
+        self._job.step(
+            now_s, own_end=self._own_end(now_s), driver_reads=bool(driver and driver.backlog),
+            heard=(lambda rank: None) if transport is None else transport.heard)
         self._flush_peers()
-        self._state = LEFT
 
     def _own_end(self, now_s: float) -> bool:
         """Whether this node's workers are gone and its journal is written."""
-        if self._ended_own:
+        if self._own_end_done:
             return True
         pool = self._workers.pool
         if pool.fileno() >= 0:
@@ -871,50 +680,12 @@ class NodeServer:
         pool.close(0.0)  # kills a zygote that hangs
         if self._packages:
             shutil.rmtree(self._packages, ignore_errors=True)
-        self._ended_own = True
+        self._own_end_done = True
         return True
-
-    def _ask_again(self, now_s: float, ranks: tuple[int, ...], message: Any) -> None:
-        """Say it to those we wait for: what they answer, be it an acknowledgement, is a sign of
-        life. Without any, leave them behind."""
-        if now_s < self._next_look_s:
-            return
-        assert self._transport is not None
-        limit_s = _FAILED_SILENT_S if self.exit_status else _SILENT_S
-        self._next_look_s = now_s + Patience(limit_s).look_s
-        silent = []
-        for rank in ranks:
-            patience = self._patience.setdefault(rank, Patience(limit_s))
-            patience.limit_s = limit_s
-            if patience.look(now_s, self._transport.heard(rank)):
-                silent.append(rank)
-            else:
-                self._to_peer(rank, [message])
-        self._flush_peers()
-        if silent:
-            self.left_behind = tuple(silent)
-            self._connections.send(DRIVER, [messages.JobEnded(self._why)])
-            self._state = LEFT
 
 
 def _is_talk(batch: list[Any]) -> bool:
     return any(type(message) not in _NOT_TALK for message in batch)
-
-
-def _resources(detected: dict[str, int], config: dict[str, Any]) -> dict[str, int]:
-    """What a node offers: what was found there, or what `init` says every node has."""
-    result = dict(detected)
-    for key, name in (("num_cpus", "CPU"), ("num_gpus", "GPU"), ("memory_bytes", "memory")):
-        if config.get(key) is not None:
-            result[name] = round(config[key] * messages.UNIT)
-    # Of what the node has, whatever `init` says of the resource: a store that is larger than the
-    # memory is ended by the kernel, and not by an error.
-    memory_bytes = detected["memory"] // messages.UNIT
-    store_bytes = config.get("object_store_memory_bytes") or int(memory_bytes * 0.3)
-    result["object_store_memory"] = min(store_bytes, memory_bytes) * messages.UNIT
-    for name, amount in (config.get("resources") or {}).items():
-        result[name] = round(amount * messages.UNIT)
-    return {name: amount for name, amount in result.items() if amount > 0}
 
 
 _ACTIONS: dict[type, Callable[[NodeServer, Machine, Any], None]] = {

@@ -14,6 +14,7 @@ from hpcray.node import (
     directory,
     dispatch,
     executor,
+    job,
     records,
     task_states,
 )
@@ -23,6 +24,7 @@ from hpcray.node.states import Edge, InvalidMoveError, State, Story, Table, move
 SHOWN = [
     (records.OBJECTS, directory),
     (records.WORKERS, dispatch),
+    (job.JOBS, job),
     (task_states.TASKS, executor),
     (actor_states.ACTORS, actor_homes),
     (actor_states.ROUTES, actor_routes),
