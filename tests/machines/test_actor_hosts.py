@@ -308,3 +308,24 @@ def test_a_call_that_comes_too_late_goes_back_behind_them_too() -> None:
     play.call_comes_late(2)
     assert not play.answered
     play.teardown()
+
+
+def test_a_cancelled_call_that_its_caller_could_not_send_has_an_outcome() -> None:
+    """The caller handed it to the worker itself, or so it said."""
+    play = HostsMachine()
+    play.is_being_created()
+    play.is_created()
+    lower, task_id = play.lower, play.lower.task_id()
+    play.calls.append(task_id)
+    play.caller[task_id] = (0, 0)
+    task = lower.tasks.register_call(
+        lower.tables.clients[0], m.SubmitCall(task_id, b"m" * 16, play.actor_id, b""),
+        lower.tables.templates[b"m" * 16])
+    assert not play.hosts.accept_called(task, play.worker + 1), "another worker"
+    assert play.hosts.accept_called(task, play.worker)
+    task.rank = 0
+    assert lower.tasks.cancel(task_id, force=False, recursive=False) == "interrupted"
+    play.hosts.call_unsent(task_id)
+    assert play.answered == {task_id: "over"}
+    play.holds()
+    play.teardown()
