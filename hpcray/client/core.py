@@ -5,7 +5,7 @@
     collect()      ---> outbox, complete and in order -----> the link encodes and sends it
 
 It has no lock, socket, clock or thread: `link.py` owns those, and calls this with its lock held.
-`testing/processes.py` drives the same core over simulated channels.
+`testing/clients.py` drives the same core over simulated channels.
 
 Order in the outbox is what makes reference counts right: new holds before whatever relies on them,
 drops last.

@@ -26,9 +26,10 @@ from hpcray.node.transfers import Transfers
 from hpcray.protocol import messages, values
 from hpcray.protocol import messages as m
 from hpcray.protocol.sizes import parts
+from hpcray.testing.clients import DATAGRAM_BYTES, Script
 from hpcray.testing.history import History
 from hpcray.testing.memory import Arena
-from hpcray.testing.processes import DATAGRAM_BYTES, Process, Script
+from hpcray.testing.processes import Process
 from hpcray.testing.world import Fault, World, short
 from hpcray.transport.base import DataCancelled, DataReceived, DataSent, PeerLost, Received
 from hpcray.transport.loopback import LoopbackNetwork

@@ -24,7 +24,8 @@ from hpcray.node.placement import group_name
 from hpcray.protocol import ids
 from hpcray.protocol.labels import TAKEN
 from hpcray.protocol.messages import SPILL, UNIT
-from hpcray.testing.processes import Process, Ref, Script
+from hpcray.testing.clients import Ref, Script
+from hpcray.testing.processes import Process
 from hpcray.testing.values import Large, SystemFailed, TaskFailed
 
 Pair = list[Any]  # [Ref, label, path in the tree of submissions]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hpcray.client import waiters
 from hpcray.client.groups import Group
 from hpcray.client.references import LOCAL, ReferenceTable
-from hpcray.testing.processes import reference_kinds
+from hpcray.testing.clients import reference_kinds
 
 
 class Loop:

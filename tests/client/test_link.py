@@ -20,7 +20,7 @@ from hpcray.client.store import Store
 from hpcray.client.waiters import Waiter
 from hpcray.exceptions import RaySystemError
 from hpcray.protocol import messages as m
-from hpcray.testing.processes import reference_kinds
+from hpcray.testing.clients import reference_kinds
 from hpcray.transport import datagrams
 
 FLAGS = socket.MSG_DONTWAIT

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from hpcray.protocol.messages import UNIT
+from hpcray.testing.clients import Script
 from hpcray.testing.cluster import SimulatedCluster
-from hpcray.testing.processes import Process, Script
+from hpcray.testing.processes import Process
 from hpcray.util.state.api import _merge
 
 TASKS = 24

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from hpcray.protocol.messages import UNIT
+from hpcray.testing.clients import Script
 from hpcray.testing.cluster import SimulatedCluster
-from hpcray.testing.processes import Process, Script
+from hpcray.testing.processes import Process
 from hpcray.testing.values import Large
 
 

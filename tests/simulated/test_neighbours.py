@@ -13,8 +13,9 @@ from collections.abc import Callable
 
 import pytest
 
+from hpcray.testing.clients import Ref, Script
 from hpcray.testing.cluster import SimulatedCluster
-from hpcray.testing.processes import Process, Ref, Script
+from hpcray.testing.processes import Process
 from hpcray.testing.values import SystemFailed
 
 SEEDS = range(10)

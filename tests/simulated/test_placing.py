@@ -12,8 +12,9 @@ import pytest
 from hpcray.node.scheduler import GlobalScheduler
 from hpcray.protocol.labels import TAKEN
 from hpcray.protocol.messages import FAIL, SPILL, UNIT
+from hpcray.testing.clients import Script
 from hpcray.testing.cluster import SimulatedCluster
-from hpcray.testing.processes import Process, Script
+from hpcray.testing.processes import Process
 from hpcray.testing.values import SystemFailed
 
 CPU = ("CPU", UNIT)

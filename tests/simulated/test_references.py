@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from hpcray.protocol.messages import UNIT
+from hpcray.testing.clients import Ref, Script
 from hpcray.testing.cluster import SimulatedCluster, Stuck
-from hpcray.testing.processes import Process, Ref, Script
+from hpcray.testing.processes import Process
 from hpcray.testing.values import Large
 from hpcray.testing.world import Fault
 

@@ -10,8 +10,9 @@ from typing import Any
 from hpcray.node.machine import Machine
 from hpcray.protocol import ids
 from hpcray.protocol import messages as m
+from hpcray.testing.clients import Script
 from hpcray.testing.cluster import SimulatedCluster
-from hpcray.testing.processes import Process, Script
+from hpcray.testing.processes import Process
 from hpcray.testing.programs import Mix
 
 BACKLOG = 300_000

@@ -24,8 +24,8 @@ from hpcray.client.store import Store
 from hpcray.client.waiters import Waiter
 from hpcray.protocol import ids, messages, sizes
 from hpcray.protocol import messages as m
+from hpcray.testing.clients import reference_kinds
 from hpcray.testing.memory import Arena, Readers
-from hpcray.testing.processes import reference_kinds
 from hpcray.testing.timed.clock import Running, World
 from hpcray.worker.main import _FLUSH_S
 
