@@ -43,7 +43,6 @@ from hpcray.node.states import move
 from hpcray.node.tables import Forward, Tables, unwired
 from hpcray.node.task_states import (
     ASSIGNED,
-    FAIL,
     FAILED,
     FETCHING,
     FINISHED,
@@ -181,7 +180,6 @@ class Inventory:
         """A task of this home has failed for good."""
         template_id = task.template.template_id
         self.failed_counts[template_id] = self.failed_counts.get(template_id, 0) + 1
-        move(task, FAIL)
         task.args = b""
         task.values = None
         if len(error) > _ERROR_BYTES:

@@ -30,7 +30,7 @@ class Tables:
         self.clients: dict[int, ClientRecord] = {}  # by number (Machine)
         self.workers: dict[int, Worker] = {}  # by number (Dispatcher)
         self.objects: dict[bytes, ObjectRecord] = {}  # (Directory)
-        self.tasks: dict[bytes, TaskRecord] = {}  # (Tasks)
+        self.tasks: dict[bytes, TaskRecord] = {}  # (Tasks, Executor)
         self.templates: dict[bytes, Template] = {}  # (Tasks)
         self.statistics: dict[bytes, TemplateStatistics] = {}  # by template (Tasks)
         self.homes: dict[bytes, ActorHome] = {}  # actors of this home (Actors)

@@ -38,6 +38,7 @@ from hpcray.node.tables import Tables, unwired
 from hpcray.node.task_states import (
     ASSIGN,
     ASSIGNED,
+    FAIL,
     FETCHING,
     QUEUED,
     READY,
@@ -224,23 +225,20 @@ class Tasks:
 
     def dependency_ready(self, task: TaskRecord, record: ObjectRecord) -> None:
         """An object the task waits for is ready (somewhere), or has arrived here."""
-        if task.cancelled:
-            return
-        if task.state is FETCHING:
+        if task.state is WAITING:
+            task.missing -= 1
+            if task.missing == 0:
+                self.binders[task.template.kind].ready(task)
+        elif task.state is FETCHING and not task.cancelled:
             self.arrived(task, record)
-            return
-        task.missing -= 1
-        if task.missing == 0 and task.state is WAITING:
-            self.binders[task.template.kind].ready(task)
+        # Else it is over: it was cancelled, or its actor is dead.
 
     def dependency_refused(self, task: TaskRecord, record: ObjectRecord, error: bytes) -> None:
         """There is no room here now for an object that the task waits for."""
-        if task.cancelled:
-            return
-        if task.state is FETCHING:
-            self.refused_to_arrive(task, record, error)
-        else:
+        if task.state is not FETCHING:
             self.dependency_ready(task, record)
+        elif not task.cancelled:
+            self.refused_to_arrive(task, record, error)
 
     def ready(self, task: TaskRecord) -> None:
         """Every dependency exists somewhere: bind the task, or queue it for that."""
@@ -479,6 +477,7 @@ class Tasks:
         if task.template.stream == STREAM:
             self._streams.failed(task, error)
         if task.task_id in self.records:
+            move(task, FAIL)
             self.failed_for_good(task, error)
         self.finish(task)
         if task.template.stream == STREAM:

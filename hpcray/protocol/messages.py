@@ -661,7 +661,6 @@ class Assign(_Message, tag=8):
     args: bytes
     deps: tuple[bytes | Remote, ...] = ()
     dep_ids: bytes = b""
-    nested: bytes = b""
 
 
 class AssignCall(_Message, tag=9):
