@@ -66,7 +66,7 @@ _REPEAT_S = 0.05
 _REPEAT_PER_NODE_S = 0.002
 # A load is told when it has stayed the same for so long: what comes and goes with each task that
 # ends says nothing.
-_SETTLED_S = 0.001
+_SETTLED_S = 0.0001
 # Or when it has been another one than was told for so long.
 _UNSETTLED_S = 0.05
 # And not more often than this. All nodes together tell the scheduler's at most 1,300 loads and 500

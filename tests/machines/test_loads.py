@@ -53,8 +53,8 @@ class Busy:
             m.TemplateDef(TASK),
             *(m.Assign(self.task_id(0), TASK.template_id, 0, b"") for _ in range(count))])
 
-    def step(self) -> None:
-        self.now_s += STEP_S
+    def step(self, seconds: float = STEP_S) -> None:
+        self.now_s += seconds
         machine = self.machine
         for due_s, worker, task_id in [end for end in self._ends if end[0] <= self.now_s]:
             self._ends.remove((due_s, worker, task_id))
@@ -128,12 +128,13 @@ def test_few_messages_per_task_on_few_nodes(size: int) -> None:
     node = Busy(size, 2)
     node.assign(3)
     count = 0
-    for _ in node.run(3.0):
+    while node.now_s < 0.6:
+        node.step(0.00005)  # as long as the next ones take to come
         if node.done:
             count += len(node.done)
             node.assign(len(node.done))
             node.done.clear()
-    assert count > 400
+    assert count > 80
     assert node.sent[m.Load] < count / 10
 
 
