@@ -214,7 +214,10 @@ class Directory:
         if record.value is not None and len(record.value) > _COUNTED_BYTES:
             self.inline_bytes -= len(record.value)
             record.value = None
-        self._let_go(record)
+        if extra is None and not record.pins and record.location is None:
+            self.records.pop(object_id, None)  # most are so
+        else:
+            self._let_go(record)
 
     def _let_go(self, record: ObjectRecord) -> None:
         """Nobody needs the copy here: it goes, once no view or pull uses it (OD-3)."""

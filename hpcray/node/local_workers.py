@@ -65,6 +65,8 @@ class LocalWorkers:
         self._zygote_fd = pool.fileno()
         self._zygote_due_s = math.inf  # when a new one is to be started
         self._zygote_delay_s = 0.0
+        # When `turn` has something to do next: the loop looks at it all the time.
+        self.due_s = math.inf
         watcher.watch(pool.fileno(), self._on_zygote)
 
     def begin(self, machine: Machine, settings: dict[str, Any], *, quiet: bool) -> None:
@@ -80,6 +82,7 @@ class LocalWorkers:
         """The job ends: who dies now dies of that."""
         self._machine = None
         self._told_to_die.clear()
+        self._set_due()
 
     def end_zygote(self) -> None:
         self._watcher.unwatch(self._zygote_fd)
@@ -176,6 +179,7 @@ class LocalWorkers:
                 self._watcher.unwatch(self._zygote_fd)
             elif isinstance(event, ZygoteLost):
                 self._zygote_lost(event)
+        self._set_due()
         if self._zygote_fd == self.pool.fileno():
             self._watch_zygote()
 
@@ -235,12 +239,11 @@ class LocalWorkers:
             self.bury()
         if now_s >= self._zygote_due_s:
             self._restart_zygote(now_s)
+        self._set_due()
 
-    @property
-    def due_s(self) -> float:
-        """When `turn` has something to do next."""
+    def _set_due(self) -> None:
         told_s = self._told_to_die[0][0] if self._told_to_die else math.inf
-        return min(self._zygote_due_s, told_s)
+        self.due_s = min(self._zygote_due_s, told_s)
 
     def _exit_failure(self, event: Exited) -> values.Failure:
         code = event.exit_code

@@ -245,8 +245,8 @@ class NodeServer:
         if machine is not None:
             if machine.inventory.questions:
                 due_s = now_s  # a slice of the answer every turn
-            elif machine.due_s < due_s:
-                due_s = machine.due_s
+            elif self.size > 1 and machine.cluster.due_s < due_s:
+                due_s = machine.cluster.due_s
         if self._job.state == ENDING:
             self._continue_ending(now_s)
             due_s = now_s + _ENDING_TICK_S
