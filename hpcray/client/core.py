@@ -15,7 +15,7 @@ drops last.
     store        segment: granted to us, mapped by us
     streams      stream: consumed here (rooms: made here)
     requests     question to the node
-    neighbours   calls and values past the node
+    direct       calls and values past the node
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import ref
 
-from hpcray.client.neighbours import Neighbours, Wire
+from hpcray.client.direct_calls import DirectCalls, Wire
 from hpcray.client.objects import Objects
 from hpcray.client.references import LOCAL, ObjectRef, ReferenceTable
 from hpcray.client.requests import Requests
@@ -112,8 +112,8 @@ class Core:
         # appended at any time, in any thread, and taken in by the next one that has the lock.
         self.notes: deque[Any] = deque()
         self.refs = refs
-        self.neighbours = Neighbours()
-        self.objects = Objects(self.outbox, refs, self.neighbours)
+        self.direct = DirectCalls()
+        self.objects = Objects(self.outbox, refs, self.direct)
         self.store = store(self.outbox)
         self.streams = Streams(self.outbox, refs, self.objects.ready_waiters, generator)
         self.rooms = Rooms()
@@ -163,11 +163,11 @@ class Core:
         while notes:
             note = notes[0]
             if type(note) is list:
-                self.neighbours.on_runs(note)
+                self.direct.on_runs(note)
             else:
                 message, reply_to = note
                 if reply_to >= 0:
-                    self.neighbours.answer(reply_to, message, self.counter)
+                    self.direct.answer(reply_to, message, self.counter)
                 outbox += (message,)  # not `append`: a handler may raise behind a call
             notes.popleft()
 
@@ -191,8 +191,8 @@ class Core:
             self.streams.drop(refs.dropped_streams)
         if objects.unpins:
             objects.tell_unpins()
-        if outbox and (self.neighbours.sent or self.neighbours.heard):
-            self.neighbours.report(outbox)
+        if outbox and (self.direct.sent or self.direct.heard):
+            self.direct.report(outbox)
         return outbox
 
     def has_more(self, now_s: float) -> bool:
@@ -201,12 +201,12 @@ class Core:
 
     def close(self) -> None:
         """The session is over."""
-        self.neighbours.close()
+        self.direct.close()
         self.objects.close()
 
     def forked(self) -> None:
         """In a child of this process: the refs are its parent's, but the channels are closed."""
-        self.neighbours.close()
+        self.direct.close()
 
     # --- children ---------------------------------------------------------------------------------
 
@@ -301,7 +301,7 @@ class Core:
             table.tell_holds(outbox)
         if actor:
             message: Any = SubmitCall(task, template_id, actor, args, refs, dep_count)
-            link = self.neighbours.actors.get(actor)
+            link = self.direct.actors.get(actor)
             if link is not None:
                 link.called(task)
         else:
@@ -349,7 +349,7 @@ class Core:
     def report(self, message: Any, reply_to: int = -1) -> None:
         """A task's outcome or yield; the value of a Done goes to `reply_to` past the node."""
         if reply_to >= 0 and type(message) is Done:
-            self.neighbours.answer(reply_to, message, self.counter)
+            self.direct.answer(reply_to, message, self.counter)
         if self.refs.new_holds:
             self.refs.tell_holds(self.outbox)
         if not self.refs.own:
@@ -377,9 +377,9 @@ class Core:
         outbox = self.outbox
         if self.refs.new_holds:
             self.refs.tell_holds(outbox)
-        neighbours = self.neighbours
-        link = neighbours.called(outbox, object_id) if neighbours.actors else None
-        if link is None or not neighbours.call(link, outbox):
+        direct = self.direct
+        link = direct.called(outbox, object_id) if direct.actors else None
+        if link is None or not direct.call(link, outbox):
             outbox.append(Get(object_id))
         asked.add(object_id)  # last: what is asked twice does no harm
         return link
@@ -399,10 +399,10 @@ class Core:
 
     def _hearing(self, handler: Callable[[Any], None]) -> Callable[[Any, list[Any]], None]:
         """Of what tells that somebody has done something (NB-2)."""
-        neighbours = self.neighbours
+        direct = self.direct
 
         def handle(message: Any, _: list[Any]) -> None:
-            neighbours.stamp += 1
+            direct.heard_count += 1
             handler(message)
 
         return handle
@@ -419,7 +419,7 @@ class Core:
         self.refs.job_id = message.job_id
         self.refs.size = message.size
         self.rank = message.rank
-        self.number = self.neighbours.number = message.client
+        self.number = self.direct.number = message.client
         self.session = message.session
         self.tail = ids.id_tail(message.rank, message.job_id)
         if not self._task[0]:
@@ -441,7 +441,7 @@ class Core:
     def _message_handlers(self) -> Handlers:
         hearing = self._hearing
         objects, store, streams, rooms = self.objects, self.store, self.streams, self.rooms
-        requests, neighbours, wire = self.requests, self.neighbours, self._wire
+        requests, direct, wire = self.requests, self.direct, self._wire
         return {
             Value: objects.on_value,
             ValueAt: hearing(objects.on_value_at),
@@ -458,11 +458,11 @@ class Core:
             SegmentClosed: lambda message, _: store.on_closed(message),
             SegmentReclaim: lambda message, _: store.give_back_all(),
             Released: lambda message, _: store.on_released(message),
-            ChannelOf: lambda message, fds: neighbours.introduce(
+            ChannelOf: lambda message, fds: direct.introduce(
                 message.client, wire(fds.pop(0))),
-            ActorChannel: lambda message, fds: neighbours.introduce_actor(
+            ActorChannel: lambda message, fds: direct.introduce_actor(
                 message.actor_id, message.worker, wire(fds.pop(0))),
-            ClientGone: lambda message, _: neighbours.forget(message.client),
+            ClientGone: lambda message, _: direct.forget(message.client),
             CancelTask: self._on_cancel,
             CollectGarbage: lambda *_: self.effects.append(self.on_collect),
             Output: self._on_output,

@@ -279,8 +279,8 @@ class Link:
             return
         self._last_flush_s = now_s
         self._send_batch(outbox)
-        if core.neighbours.waiting:
-            core.neighbours.send(outbox, self.sent)
+        if core.direct.waiting:
+            core.direct.send(outbox, self.sent)
             if outbox:  # what could not be sent, mostly nothing
                 self._send_batch(outbox)
 

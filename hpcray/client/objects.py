@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from hpcray.client import waiters
-from hpcray.client.neighbours import Neighbours
+from hpcray.client.direct_calls import DirectCalls
 from hpcray.client.references import LOCAL, READY, ObjectRef, ReferenceTable
 from hpcray.client.waiters import FailFast, Table, Waiter
 from hpcray.protocol import ids, values
@@ -31,11 +31,11 @@ _SOME_ERROR = bytes((values.ERROR,))
 
 class Objects:
     def __init__(
-        self, outbox: list[Any], refs: ReferenceTable, neighbours: Neighbours
+        self, outbox: list[Any], refs: ReferenceTable, direct: DirectCalls
     ) -> None:
         self._outbox = outbox
         self._refs = refs
-        self._neighbours = neighbours
+        self._direct = direct
         self.asked: set[bytes] = set()  # their values come
         self._watched: dict[bytes, int] = {}  # what was asked: READY or LOCAL
         self.value_waiters: Table = {}
@@ -126,9 +126,9 @@ class Objects:
 
     def on_value(self, message: Value, _: list[Any]) -> None:
         if message.sender < 0:
-            self._neighbours.stamp += 1
+            self._direct.heard_count += 1
         else:
-            self._neighbours.on_value(message)
+            self._direct.on_value(message)
         object_id = message.object_id
         self.asked.discard(object_id)
         entry = self._refs.live.get(object_id)

@@ -424,7 +424,7 @@ class Directory:
         waiters = record.waiters
         return waiters >> 2 if type(waiters) is int and waiters & 3 == WAIT_VALUE else -1
 
-    def answer_after_all(self, told: list[tuple[int, bytes]]) -> None:
+    def answer_unsent(self, told: list[tuple[int, bytes]]) -> None:
         """The worker that was to send these values has not, or may not have. Twice is harmless."""
         for client, object_id in told:
             record = self.records.get(object_id)

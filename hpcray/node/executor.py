@@ -279,11 +279,11 @@ class Executor:
         client = self._clients.get(number)
         if client is None:
             return -1
-        if worker not in client.met:
-            client.met.add(worker)
+        if worker not in client.eligible:
+            client.eligible.add(worker)
             return -1
-        if worker not in client.introduced:
-            client.introduced.add(worker)
+        if worker not in client.connected:
+            client.connected.add(worker)
             self._outbox.actions.append(Introduce(worker, number))
         elif task.template.kind == METHOD and worker not in client.actors:
             client.actors.add(worker)
@@ -316,9 +316,9 @@ class Executor:
         self.runners[template.kind].over(task)
         if task.home == self._rank:
             object_id = task.task_id + ids.FIRST_RETURN
-            told = message.told
+            told = message.sent_to
             if told >= 0:
-                client.told.append((told, object_id))
+                client.sent_values.append((told, object_id))
             self._directory.resolve_inline(object_id, message.value, told)
             self._home.finish(task)
         else:

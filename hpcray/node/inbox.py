@@ -1,9 +1,9 @@
 """In which order the node hears its clients: cause before effect. Pure.
 
-Clients also speak to each other (client/neighbours.py), and their channels to the node are
+Clients also speak to each other (client/direct_calls.py), and their channels to the node are
 independent. So a batch may begin with whom its sender had heard meanwhile, and how many datagrams
-each of those had sent to the node before (`Meanwhile.heard`): that many are handled first, however
-they arrive here.
+each of those had sent to the node before (`CausalHeader.heard`): that many are handled first,
+however they arrive here.
 
 Causes have no cycles: what a batch waits for never waits for that batch. So this recursion ends,
 and as deep as it goes, each client's own batches stay in their order.
@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from hpcray.protocol.messages import Meanwhile
+from hpcray.protocol.messages import CausalHeader
 
 Batch = list[Any]
 
@@ -62,7 +62,7 @@ class Inboxes:
     def _handle_next(self, number: int, inbox: Inbox) -> None:
         batch = inbox.batches.popleft()
         first = batch[0]
-        if type(first) is Meanwhile:
+        if type(first) is CausalHeader:
             for other, sent in first.heard:
                 self._catch_up(other, sent)
         self._handle(number, batch)

@@ -2,7 +2,7 @@
 
     StartWorker --> descriptors left? zygote there? --> forked, watched, connected
                     neither: `Dispatcher.worker_refused` says what is missing
-    a death     --> heard out (what it still said, then those who may have called it) --> buried
+    a death     --> heard out (what it still said, then those who may have called it) --> reaped
     a zygote's  --> its workers are dead; a new one, at once at first and then later and later
 """
 
@@ -57,7 +57,7 @@ class LocalWorkers:
         self._settings: dict[str, Any] = {}
         self._preload_quietly = False  # nobody has named the modules: they may well be unfit
         self._machine: Machine | None = None
-        # Dead ones, to be buried.
+        # Dead ones, to be reaped.
         self.dead: list[tuple[int, values.Failure]] = []
         # Of a SIGTERM, and when that counts: others of the job may get one as well.
         self._told_to_die: list[tuple[float, int, values.Failure]] = []
@@ -236,7 +236,7 @@ class LocalWorkers:
         while self._told_to_die and self._told_to_die[0][0] <= now_s:
             self.dead.append(self._told_to_die.pop(0)[1:])
         if self.dead:
-            self.bury()
+            self.reap()
         if now_s >= self._zygote_due_s:
             self._restart_zygote(now_s)
         self._set_due()
@@ -264,7 +264,7 @@ class LocalWorkers:
             "WorkerCrashedError",
             f"the worker pid={event.pid} on {self._host} (rank {self._rank}) {how}")
 
-    def bury(self) -> None:
+    def reap(self) -> None:
         """Workers that have ended: what they still said is heard first, and then what those did who
         may have called their actors."""
         dead, self.dead = self.dead, []

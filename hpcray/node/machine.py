@@ -205,13 +205,13 @@ class Machine:
         self.outbox.clients.pop(number, None)
         self.dispatcher.worker_gone(number, failure)
         if client is not None:
-            self.directory.answer_after_all(client.told)
+            self.directory.answer_unsent(client.sent_values)
             self.templates.client_gone(client)
             self.actors.hosts.caller_died(client.called)
             for other in self.clients.values():
-                if other.number in client.introduced or number in other.actors:
+                if other.number in client.connected or number in other.actors:
                     self.outbox.clients[other.number].append(m.ClientGone(number))
-                for numbers in (other.met, other.introduced, other.actors):
+                for numbers in (other.eligible, other.connected, other.actors):
                     numbers.discard(number)
             self.directory.forget_client(client)
             self.streams.client_gone(number)
@@ -316,13 +316,13 @@ class Machine:
         self.directory.get(
             client.number, message.ids, WAIT_LOCAL if message.fetch else WAIT_READY)
 
-    def _meanwhile(self, client: ClientRecord, message: m.Meanwhile) -> None:
+    def _causal_header(self, client: ClientRecord, message: m.CausalHeader) -> None:
         if message.sent:  # what it has heard of is the loop's affair (node/inbox.py)
-            client.told.clear()
+            client.sent_values.clear()
             client.called = b""
 
-    def _untold(self, client: ClientRecord, message: m.Untold) -> None:
-        self.directory.answer_after_all(
+    def _values_unsent(self, client: ClientRecord, message: m.ValuesUnsent) -> None:
+        self.directory.answer_unsent(
             [(message.client, object_id) for object_id in ids.split_ids(message.ids)])
 
     def _taken(self, client: ClientRecord, message: m.Taken) -> None:
@@ -517,9 +517,9 @@ class Machine:
             m.SegmentOpen: lambda client, message: self.memory.open(client, message.segment),
             m.FetchTemplate: self._fetch_template,
             m.Request: lambda client, message: self.requests.asked(client.number, message),
-            m.Meanwhile: self._meanwhile,
-            m.Untold: self._untold,
-            m.Unsent: lambda _, message: self.actors.hosts.call_unsent(message.task_id),
+            m.CausalHeader: self._causal_header,
+            m.ValuesUnsent: self._values_unsent,
+            m.CallUnsent: lambda _, message: self.actors.hosts.call_unsent(message.task_id),
             m.EndJob: self._end_job,
             m.ActorExit: lambda _, message: self.actors.hosts.exiting(message.actor_id),
             m.Yield: self.streams.yielded,

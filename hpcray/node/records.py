@@ -177,8 +177,8 @@ class TemplateStatistics:
 class ClientRecord:
     """A process connected to this node: the driver (number 0) or a worker."""
 
-    __slots__ = ("actors", "add_barrier", "called", "held", "introduced", "met", "number", "pid",
-                 "pins", "released_bytes", "templates", "told", "welcomed")
+    __slots__ = ("actors", "add_barrier", "called", "connected", "eligible", "held", "number",
+                 "pid", "pins", "released_bytes", "sent_values", "templates", "welcomed")
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -194,12 +194,12 @@ class ClientRecord:
         self.welcomed = False
         # Workers that it has waited for, those that may answer it themselves (ChannelOf), and those
         # whose actors it may call itself (ActorChannel). In this order: once is no conversation.
-        self.met: set[int] = set()
-        self.introduced: set[int] = set()
+        self.eligible: set[int] = set()
+        self.connected: set[int] = set()
         self.actors: set[int] = set()
-        # (client, object) of values (Done.told), and the call (SubmitCall.worker), that it may not
-        # have sent yet.
-        self.told: list[tuple[int, bytes]] = []
+        # (client, object) of values (Done.sent_to), and the call (SubmitCall.worker), that it may
+        # not have sent yet.
+        self.sent_values: list[tuple[int, bytes]] = []
         self.called = b""
 
 

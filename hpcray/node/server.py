@@ -175,7 +175,7 @@ class NodeServer:
             if not events and self._segments.touching:
                 self._segments.touch_some()
             if self._workers.dead:
-                self._workers.bury()
+                self._workers.reap()
             self._turn(now_s)
         signal.set_wakeup_fd(-1)
         os.close(wake_read)

@@ -236,7 +236,7 @@ class Done(_Message, tag=16):
     run_us: int
     value: bytes
     # The client of this node that the worker sends the value itself, behind this; -1: nobody.
-    told: int = -1
+    sent_to: int = -1
 
 
 class DoneMany(_Message, tag=17):
@@ -333,24 +333,24 @@ class StreamDropped(_Message, tag=30):
     taken: int
 
 
-class Untold(_Message, tag=31):
+class ValuesUnsent(_Message, tag=31):
     """These values could not be sent: that client's channel is full. The node sends them."""
 
     client: int
     ids: bytes
 
 
-class Unsent(_Message, tag=32):
+class CallUnsent(_Message, tag=32):
     """This call could not be sent: the actor's channel is full. The node sends it."""
 
     task_id: bytes
 
 
-class Meanwhile(_Message, tag=33):
+class CausalHeader(_Message, tag=33):
     """In front of a batch: what has passed between this process and others of its node since the
-    last one (client/neighbours.py)."""
+    last one (client/direct_calls.py)."""
 
-    # What its earlier messages spoke of (`Done.told`, `SubmitCall.worker`) has been sent.
+    # What its earlier messages spoke of (`Done.sent_to`, `SubmitCall.worker`) has been sent.
     sent: bool
     # Processes it has heard from, and how many datagrams each had sent to the node before: what is
     # in them comes first.
@@ -381,8 +381,8 @@ ToNode = (
     Hello | DefineFunction | DefineTemplate | SubmitTask | SubmitCall | CreateActor | PutInline
     | PutLocated | Hold | Drop | Unpin | PinForJob | Get | Watch | Done | DoneMany | Failed
     | Blocked | Unblocked | SegmentRequest | SegmentReturn | SegmentOpen | FetchTemplate | Request
-    | EndJob | ActorExit | Yield | StreamTaken | StreamDropped | Untold | Unsent | Meanwhile
-    | Taken | Preload | ForgetTemplates
+    | EndJob | ActorExit | Yield | StreamTaken | StreamDropped | ValuesUnsent | CallUnsent
+    | CausalHeader | Taken | Preload | ForgetTemplates
 )
 
 # --- node -> client -----------------------------------------------------------------------------
@@ -406,7 +406,7 @@ class Value(_Message, tag=2):
     sender: int = -1
     sent: int = 0
     # Since it last answered this client, the sender has heard and said nothing else.
-    apart: bool = False
+    sender_saw_nothing_new: bool = False
 
 
 class ValueAt(_Message, tag=3):

@@ -146,7 +146,7 @@ class Client:
                 world, neighbours, history.direct, descriptor[1], descriptor[0]),
             generator=generator)
         core = self.core
-        core.number = core.neighbours.number = number
+        core.number = core.direct.number = number
         core.tail = ids.id_tail(rank, world.job_id)
         if number == 0:
             core.begin_task(ids.driver_task_id(rank, world.job_id), 0)
@@ -202,7 +202,7 @@ class Client:
     @property
     def busy(self) -> bool:
         """Something is lost with it."""
-        return bool(self.core.neighbours.waiting or self._unsent)
+        return bool(self.core.direct.waiting or self._unsent)
 
     def step(self) -> bool:
         """Do one small thing; False if there was nothing to do."""
@@ -289,13 +289,13 @@ class Client:
                 return  # it is full
             self._send(self._unsent.popleft())
             self._datagrams += 1
-        self.due = self.core.neighbours.waiting
+        self.due = self.core.direct.waiting
         if self.due and self.world.rng.random() < 0.7:  # else it may die between the two
             self._speak()
 
     def _speak(self) -> None:
         self.due = False
-        self.core.neighbours.send(self.outbox, self._datagrams)
+        self.core.direct.send(self.outbox, self._datagrams)
 
     def die(self, status: int = -9) -> None:
         """The process is gone at once: what it had not flushed is lost with it."""

@@ -119,7 +119,7 @@ class SimulatedNode:
             self.inboxes.handle_all(number)
         for event in self.transport.poll():
             progress = self._on_transport(event) or progress
-        self._bury()
+        self._reap()
         if cluster.world.now_s >= self._next_tick_s:
             self._next_tick_s = cluster.world.now_s + (0.01 if machine.wants_ticks else 1.0)
             machine.tick(cluster.world.now_s)
@@ -148,7 +148,7 @@ class SimulatedNode:
             self.inboxes.of[number].batches.append(messages.decode_to_node(box.popleft()))
         return True
 
-    def _bury(self) -> None:
+    def _reap(self) -> None:
         """As the real node: a dead worker's channel is read dry first, and then its callers'."""
         still = []
         for process in self._dead:

@@ -55,7 +55,7 @@ class Process(Client):
             self._start(self.queue.popleft())
         elif self.tasks:
             batch = messages.decode_to_worker(self.tasks.popleft())
-            self.core.neighbours.on_runs(batch)
+            self.core.direct.on_runs(batch)
             self.queue.extend(batch)
 
     def _on_cancel(self, task_id: bytes) -> None:

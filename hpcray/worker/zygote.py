@@ -159,7 +159,7 @@ class Zygote:
                 poller.register(self._wake_read, select.POLLIN)
                 ready = [fd for fd, _ in poller.poll(0 if self._burying else None)]
                 if not ready:
-                    self._bury()
+                    self._reap()
                 # Exits first and one request per turn: a death is told at once, also while a
                 # hundred fork requests are queued.
                 if self._wake_read in ready:
@@ -256,7 +256,7 @@ class Zygote:
         settings = _read_settings(request, descriptors)
         before = set(sys.modules)
         if self._burying:
-            self._bury()
+            self._reap()
         preloading = Preloading(
             settings["modules"], settings, request.patience_s, self._become_trial,
             None if self._living or self._dead else self._node)
@@ -322,7 +322,7 @@ class Zygote:
             os.kill(self._pid, -code)
         os._exit(code)
 
-    def _bury(self) -> None:
+    def _reap(self) -> None:
         """Kill what dead workers left in their sessions, then let go of their pids.
 
         When nothing else is to do, and for all at once: each look goes through all of /proc.

@@ -220,14 +220,14 @@ def test_a_note_that_was_interrupted_is_taken_once_more(ends):
     def raising(*_: Any) -> None:
         raise Interrupt
 
-    hear = ends.core.neighbours.on_runs
-    ends.core.neighbours.on_runs = raising
+    hear = ends.core.direct.on_runs
+    ends.core.direct.on_runs = raising
     ends.core.notes.append([m.Stop()])
     ends.core.notes.append((m.Done(b"t" * 24, 0, 1, b"value"), -1))
     with pytest.raises(Interrupt), ends.link:
         pass
     assert not ends.link.mine and gc.isenabled()
-    ends.core.neighbours.on_runs = hear
+    ends.core.direct.on_runs = hear
     with ends.link as link:
         link.flush()
     assert [message.task_id for message in ends.heard()] == [b"t" * 24]

@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 from hpcray.node.inbox import Inboxes
-from hpcray.protocol.messages import Meanwhile
+from hpcray.protocol.messages import CausalHeader
 
 
 class Sockets:
@@ -31,7 +31,7 @@ class Sockets:
     def says(self, number: int, count: int, heard: tuple[tuple[int, int], ...] = ()) -> None:
         batch: list[Any] = [(number, count)]
         if heard:
-            batch.insert(0, Meanwhile(False, heard))
+            batch.insert(0, CausalHeader(False, heard))
         self.unread[number].append(batch)
 
     def arrive(self, number: int) -> None:

@@ -69,7 +69,7 @@ class Called:
         pass
     def known(self):
         from hpcray.client.process import current_client
-        return sorted(current_client().core.neighbours._clients)
+        return sorted(current_client().core.direct._clients)
 
 @ray.remote(max_calls=1)
 def call(called):
@@ -103,7 +103,7 @@ class Called:
         pass
 
 ray.init(num_cpus=2)
-known = current_client().core.neighbours.actors
+known = current_client().core.direct.actors
 for number in range(8):
     called = Called.remote()
     deadline_s = time.monotonic() + 10

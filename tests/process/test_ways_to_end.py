@@ -135,7 +135,7 @@ class Forks:
         pass
     def known(self):
         from hpcray.client.process import current_client
-        return list(current_client().core.neighbours._clients)
+        return list(current_client().core.direct._clients)
     def fork(self, driver):
         if os.fork() == 0:
             os.setsid()

@@ -102,7 +102,7 @@ class Node(Running):
         self._machine_s = self._rest_s = 0.0
         events = self._hear_clients() | self._hear_peers(now_s)
         if self._dead:
-            self._bury()
+            self._reap()
             events = True
         if events or now_s >= self._next_tick_s or now_s >= machine.due_s:
             self.usage.turns += 1
@@ -326,7 +326,7 @@ class Node(Running):
         self._to_network.clear()
         self._to_start.clear()
 
-    def _bury(self) -> None:
+    def _reap(self) -> None:
         dead, self._dead = self._dead, []
         for number in dead:
             if self._sockets[number]:

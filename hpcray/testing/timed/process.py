@@ -6,7 +6,7 @@ and says `Done` when a real worker would say it. A worker becomes the first kind
 one that submits others.
 
 No process is given another one's channel: a value that a real worker would send to the client that
-waits for it goes through the node (`client/neighbours.py`).
+waits for it goes through the node (`client/direct_calls.py`).
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Process(Running):
                 refs=ReferenceTable(kind, dropped),
                 store=lambda outbox: Store(outbox, Arena(), Readers()),
                 wire=_no_wire, generator=generator)
-            core.number = core.neighbours.number = self.number
+            core.number = core.direct.number = self.number
             core.tail = ids.id_tail(self._host.rank, self.world.job_id)
             core.outbox += self._outbox
             self._outbox = core.outbox

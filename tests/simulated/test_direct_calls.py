@@ -1,4 +1,4 @@
-"""Values and calls that processes send each other past their node (client/neighbours.py).
+"""Values and calls that processes send each other past their node (client/direct_calls.py).
 
 The channel may be full, either side may die before it sends or after, and what the other says next
 may reach the node before what the first had said. Whoever waits gets its value, no call is lost or

@@ -3,27 +3,28 @@
     caller --SubmitCall(worker)--> node        first: the node knows before anybody else
            --Run-----------------> worker      through the actor's own task channel, whose other
                                                end the node has given us (ActorChannel)
-    worker --Done(told)----------> node        again the node first
+    worker --Done(sent_to)----------> node        again the node first
            --Value---------------> caller      through its own channel (ChannelOf)
-    both   --Meanwhile-----------> node        in front of what they say next: that all this was
+    both   --CausalHeader-----------> node        in front of what they say next: that all this was
                                                sent, and whom they have heard: what those had said
                                                to the node before comes first
 
 The node is on the way to every process, but need not be on the way between two of them: who waits
 for one call is woken twice instead of four times. Nothing else changes: the node keeps the
-records, and sends itself what could not be sent (Untold, Unsent), or may not have been when its
-sender died.
+records, and sends itself what could not be sent (ValuesUnsent, CallUnsent), or may not have been
+when its sender died.
 
 NB-2  a call that takes this way overtakes no other on that actor that this process could know of.
 
 Every earlier call of its own is over. And since it submitted one through the node that is over, too
 (by then all the calls known of before had been handed to the actor), it has heard nothing from
-anybody who may know of others (`stamp`). A value says if its sender cannot: if it has heard and
-said nothing since it answered us last (`Value.apart`).
+anybody who may know of others (`heard_count`). A value says if its sender cannot: if it has heard
+and said nothing since it answered us last (`Value.sender_saw_nothing_new`).
 
-    ActorLink    any --called--> [ last: that call; clear: there was none that was not over ]
+    ActorLink    any --called--> [ last: that call; none_open: there was none that was not over ]
                      <---over--- [ last == b"" ]   its value has come
-    may call itself: clear, and synced == stamp: as it was when the last one through the node left
+    may call itself: none_open, and heard_then == heard_count: nothing was heard since the last one
+                     through the node left
 
 Used with the client's lock held.
 """
@@ -34,7 +35,16 @@ import socket
 from typing import Any, Protocol
 
 from hpcray.protocol import ids, messages, values
-from hpcray.protocol.messages import Done, Meanwhile, Run, Stop, SubmitCall, Unsent, Untold, Value
+from hpcray.protocol.messages import (
+    CallUnsent,
+    CausalHeader,
+    Done,
+    Run,
+    Stop,
+    SubmitCall,
+    Value,
+    ValuesUnsent,
+)
 from hpcray.protocol.sizes import DATAGRAM_MAX_BYTES, parts
 
 _SEND_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
@@ -58,17 +68,17 @@ class Wire(Protocol):
 class ActorLink:
     """An actor of this node that this process may call itself."""
 
-    __slots__ = ("channel", "clear", "last", "synced", "worker")
+    __slots__ = ("channel", "none_open", "last", "heard_then", "worker")
 
     def __init__(self, worker: int, channel: Wire) -> None:
         self.worker = worker
         self.channel = channel
         self.last = _UNKNOWN  # the latest call, until its value has come
-        self.clear = False  # before it there was none that was not over
-        self.synced = -1
+        self.none_open = False  # before it there was none that was not over
+        self.heard_then = -1
 
     def called(self, task_id: bytes) -> None:
-        self.clear = not self.last
+        self.none_open = not self.last
         self.last = task_id
 
     def over(self, task_id: bytes, value: bytes | None) -> None:
@@ -77,7 +87,7 @@ class ActorLink:
             self.last = b""
 
 
-class Neighbours:
+class DirectCalls:
     def __init__(self) -> None:
         self.number = -1  # ours, among the clients of the node
         self.actors: dict[bytes, ActorLink] = {}
@@ -88,7 +98,7 @@ class Neighbours:
         # What `report` has to say: something was, and whom we have heard.
         self.sent = False
         self.heard: dict[int, int] = {}
-        self.stamp = 0  # counts what this process has heard that somebody did
+        self.heard_count = 0  # counts what this process has heard that somebody did
         self._from_partner = 0  # of these, calls of whom it answered last
         # Whom, and what it had heard of others and how many children it had made then.
         self._answered = (_NOBODY, 0, 0)
@@ -141,12 +151,12 @@ class Neighbours:
     def on_value(self, value: Value) -> None:
         """A neighbour has sent it."""
         self._hear(value.sender, value.sent)
-        if not value.apart:
-            self.stamp += 1
+        if not value.sender_saw_nothing_new:
+            self.heard_count += 1
 
     def on_runs(self, batch: list[Run | Stop]) -> None:
         """One datagram of the task channel."""
-        self.stamp += 1
+        self.heard_count += 1
         first = batch[0]
         if type(first) is not Run:
             return
@@ -163,8 +173,8 @@ class Neighbours:
         `children`: how many tasks, calls and objects this process has made until now.
         """
         if client in self._clients:
-            done.told = client
-            state = (client, self.stamp - self._from_partner, children)
+            done.sent_to = client
+            state = (client, self.heard_count - self._from_partner, children)
             self._values.setdefault(client, []).append((done, state == self._answered))
             self._answered = state
             self.waiting = True
@@ -181,19 +191,19 @@ class Neighbours:
         message: SubmitCall = outbox[-1]
         if link.last != message.task_id:
             return False
-        if (link.clear and link.synced == self.stamp and self._call is None
+        if (link.none_open and link.heard_then == self.heard_count and self._call is None
                 and not message.refs and len(message.args) <= _CALL_BYTES):
             message.worker = link.worker
             self._call = (link, message)
             self.waiting = True
             return True
-        link.synced = self.stamp
+        link.heard_then = self.heard_count
         return False
 
     def report(self, outbox: list[Any]) -> None:
         """Before anything is sent to the node."""
         if self.sent or self.heard:
-            outbox.insert(0, Meanwhile(self.sent, tuple(self.heard.items())))
+            outbox.insert(0, CausalHeader(self.sent, tuple(self.heard.items())))
             self.sent = False
             self.heard.clear()
 
@@ -208,7 +218,7 @@ class Neighbours:
             try:
                 link.channel.send(datagram, _SEND_FLAGS)
             except BlockingIOError:
-                outbox.append(Unsent(call.task_id))
+                outbox.append(CallUnsent(call.task_id))
             except OSError as error:
                 if error.errno is None:  # a signal handler's, behind the call: it was sent
                     self.sent = True
@@ -227,8 +237,9 @@ class Neighbours:
             if channel is None:
                 del self._values[client]  # that process has ended
                 continue
-            batch = [Value(done.task_id + ids.FIRST_RETURN, done.value, self.number, sent, apart)
-                     for done, apart in outcomes]
+            batch = [
+                Value(done.task_id + ids.FIRST_RETURN, done.value, self.number, sent, nothing_new)
+                for done, nothing_new in outcomes]
             try:
                 encoded = messages.encode(batch)
                 if len(encoded) <= DATAGRAM_MAX_BYTES:
@@ -238,7 +249,7 @@ class Neighbours:
                         channel.send(datagram, _SEND_FLAGS)
             except BlockingIOError:
                 # Some of them may have been: a value that comes twice is no harm.
-                outbox.append(Untold(client, b"".join(value.object_id for value in batch)))
+                outbox.append(ValuesUnsent(client, b"".join(value.object_id for value in batch)))
             except OSError as error:
                 if error.errno is None:
                     raise  # a signal handler's
