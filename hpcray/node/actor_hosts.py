@@ -195,7 +195,7 @@ class ActorHosts:
         """It may not have sent this call, and nobody else can know of it: it is over. If the worker
         did get it, its outcome finds nobody."""
         task = self._records.get(called)
-        if task is not None and task.state == RUNNING:
+        if task is not None and task.state is RUNNING:
             self.call_over(task)
             self._tasks.fail(task, values.pack_failure(values.Failure(
                 "WorkerCrashedError", "its caller died as it called", called.hex())))
@@ -323,10 +323,10 @@ class ActorHosts:
             assert hosted.actor_id == actor_id
             for task in hosted.in_flight.values():
                 assert self._records.get(task.task_id) is task, ("AC-2", task)
-                assert task.state == RUNNING and task.worker == hosted.worker, ("AC-2", task)
+                assert task.state is RUNNING and task.worker == hosted.worker, ("AC-2", task)
             assert hosted.alive or not hosted.in_flight, ("AC-2", hosted.in_flight)
             for task in chain(hosted.calls, *hosted.blocked.values()):
-                assert task.cancelled or task.state != RUNNING, ("AC-2", task)
+                assert task.cancelled or task.state is not RUNNING, ("AC-2", task)
                 assert task.cancelled or self._records.get(task.task_id) is task, task
             for turn, queue in hosted.blocked.items():
                 assert queue and all(turn_of(task) == turn for task in queue), turn

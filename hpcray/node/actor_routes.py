@@ -336,7 +336,7 @@ class ActorRoutes:
         assert route.state is not DEAD or route.sent and not queued, route.story
         last: dict[Any, int] = {}
         for task in queued:
-            assert task.state != RUNNING and task.rank == -1, task
+            assert task.state is not RUNNING and task.rank == -1, task
             if not (task.attempt and task.template.retry_exceptions):  # else it may have raised
                 place = places[task.task_id]
                 assert last.get(turn_of(task), -1) < place, ("AC-1", task, queued)

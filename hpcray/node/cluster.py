@@ -391,7 +391,7 @@ class Cluster:
     def _refill(self, rank: int, queue: ShapeQueue, leases: Leases, lease: Lease) -> None:
         room = lease.slots
         for task in queue.tasks:
-            if task.state == QUEUED:
+            if task.state is QUEUED:
                 known = self._statistics[task.template.template_id]
                 if known.count and not known.singly:
                     room *= max(1, min(_AHEAD_US // (known.slow_us + 1), _AHEAD_MAX))
@@ -409,7 +409,7 @@ class Cluster:
         skipped = []
         while count > 0 and queue.tasks:
             task = queue.tasks.popleft()
-            if task.state != QUEUED or task.cancelled:
+            if task.state is not QUEUED or task.cancelled:
                 continue
             if task.home != self._rank or task.template.rank >= 0:
                 skipped.append(task)

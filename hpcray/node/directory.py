@@ -233,9 +233,10 @@ class Directory:
     def resolve_inline(self, object_id: bytes, value: bytes, told: int = -1) -> None:
         """The common case: one small value without refs; client `told` needs no answer."""
         record = self.records.get(object_id)
-        if record is None or record.state != PENDING:
+        if record is None or record.state is not PENDING:
             return  # nobody waits any more, or an earlier attempt delivered
-        move(record, OBJECT_MADE)
+        story = record.story = record.story[OBJECT_MADE]  # move
+        record.state = story.state
         record.value = value
         if len(value) > _COUNTED_BYTES:
             self.inline_bytes += len(value)
@@ -271,7 +272,7 @@ class Directory:
             self.resolve_located(object_id, returned.value, returned.contained)
         else:
             record = self.records.get(object_id)
-            if record is None or record.state != PENDING:
+            if record is None or record.state is not PENDING:
                 return
             if returned.contained:
                 self.hold_all(returned.contained)
@@ -283,7 +284,7 @@ class Directory:
         """A value in this node's shared memory, for an object homed here."""
         self._memory.used(location)
         record = self.records.get(object_id)
-        if record is None or record.state != PENDING:
+        if record is None or record.state is not PENDING:
             self._memory.free(location)
             return
         record.location = location
@@ -299,7 +300,7 @@ class Directory:
     def resolve_peer_return(self, object_id: bytes, returned: PeerReturn, rank: int) -> int:
         """A value made on another rank, for an object homed here; the barrier of its inner refs."""
         record = self.records.get(object_id)
-        if record is None or record.state != PENDING:
+        if record is None or record.state is not PENDING:
             if returned.nbytes:
                 self._frees.setdefault(rank, []).append(object_id)
             return 0
@@ -354,7 +355,7 @@ class Directory:
             extra.sources = value.ranks
             extra.failed = value.failed
             record.nbytes = value.nbytes
-            if record.state == PENDING:
+            if record.state is PENDING:
                 move(record, OBJECT_MADE)
         else:
             if record.value is not None:
@@ -397,7 +398,7 @@ class Directory:
             record = records.get(object_id)
             if record is None:
                 record = self.record(object_id)
-            if record.state == PENDING:
+            if record.state is PENDING:
                 if record.waiters is None:
                     record.waiters = code
                 else:
@@ -485,7 +486,7 @@ class Directory:
         if record is None:
             return
         record.pins -= count
-        if record.pins <= 0 and record.state == FREED:
+        if record.pins <= 0 and record.state is FREED:
             self._let_go(record)
         elif record.pins <= 0 and record.count <= 0 and not self.is_home(object_id):
             self._unheld(record)
@@ -507,7 +508,7 @@ class Directory:
             record = self.records.get(object_id)
             if record is None:  # asked by a process that has died since, or miscounted
                 self._outbox.peers[rank].append(ObjectReady(object_id, freed_value(object_id)))
-            elif record.state == PENDING:
+            elif record.state is PENDING:
                 extra = record.more()
                 if extra.wanters is None:
                     extra.wanters = []
@@ -610,7 +611,7 @@ class Directory:
         extra = record.more()
         extra.pulling = False
         record.location = location
-        if record.state == FREED:
+        if record.state is FREED:
             self._let_go(record)
             return
         move(record, OBJECT_PULLED)
@@ -631,7 +632,7 @@ class Directory:
             return
         extra = record.more()
         extra.pulling = False
-        if record.state == FREED:
+        if record.state is FREED:
             self._let_go(record)
         elif (record.count <= 0 and not self.is_home(object_id)
                 and not self._is_awaited(record)):
@@ -677,7 +678,7 @@ class Directory:
 
     def copy_added(self, rank: int, object_id: bytes) -> None:
         record = self.records.get(object_id)
-        if record is None or record.state == FREED:
+        if record is None or record.state is FREED:
             self._frees.setdefault(rank, []).append(object_id)
             return
         extra = record.more()
@@ -741,7 +742,7 @@ class Directory:
             assert record.object_id == object_id
             assert record.pins >= 0, record
             extra = record.extra or ObjectExtra()
-            if record.state == FREED:
+            if record.state is FREED:
                 assert record.pins or extra.pulling, record
             elif self.is_home(object_id):
                 assert record.count > 0 or extra.holders, record

@@ -575,7 +575,7 @@ class Dispatcher:
         template = None
         while waiting:
             task = waiting[0]
-            if task.state != QUEUED or task.cancelled:
+            if task.state is not QUEUED or task.cancelled:
                 waiting.popleft()
                 continue
             if task.template is not template:
@@ -745,12 +745,12 @@ class Dispatcher:
             task = records.get(ids.task_of_object(pending.pop()))
             if task is None or task.template.kind != TASK or task.home != self._rank:
                 continue
-            if task.state == WAITING:
+            if task.state is WAITING:
                 pending += ids.split_ids(task.refs[: task.dep_count * 28])
                 continue
             if own is task.template or few:
                 self._needed.add(task.task_id)  # if it was sent already, it may come back unread
-            if task.state == QUEUED:
+            if task.state is QUEUED:
                 self._put_first(task)
 
     def _put_first(self, task: TaskRecord) -> None:
@@ -850,7 +850,7 @@ class Dispatcher:
         queue = self.queues.get((shape, False))
         if queue is None:
             return
-        for task in [t for t in reversed(queue.tasks) if t.home == home and t.state == QUEUED
+        for task in [t for t in reversed(queue.tasks) if t.home == home and t.state is QUEUED
                      and t.template.rank < 0 and not t.cancelled][:count]:
             queue.tasks.remove(task)
             self._executor.give_back(task)
@@ -864,7 +864,7 @@ class Dispatcher:
                 for task in queue.tasks:
                     if task.cancelled:
                         continue
-                    if (task.home != self._rank and task.state == QUEUED
+                    if (task.home != self._rank and task.state is QUEUED
                             and task.template.rank < 0 and task.template.kind != METHOD):
                         self._executor.give_back(task)
                     elif (queue.creation and task.home == self._rank

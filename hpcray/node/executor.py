@@ -168,7 +168,7 @@ class Executor:
                     record = directory.hold(object_id)
                     # Our own object becomes ready by its result only, which may be behind this
                     # message (held back for its refs) and says what it contains.
-                    if record.state == PENDING and not directory.is_home(object_id):
+                    if record.state is PENDING and not directory.is_home(object_id):
                         record.more().sources = dep.ranks
                         record.nbytes = dep.nbytes
                         directory.object_ready(object_id, dep)
@@ -242,7 +242,8 @@ class Executor:
 
         `alone`: it has nothing else to do, so its value is worth a datagram of its own.
         """
-        move(task, RUN)
+        story = task.story = task.story[RUN]  # move
+        task.state = story.state
         task.worker = worker
         reply_to = self._reply_to(task, worker) if alone else -1
         if not task.dep_count:

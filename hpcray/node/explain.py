@@ -126,7 +126,7 @@ class Explain:
             asked.answer(asked.sentences)
 
     def _executor(self, task: TaskRecord) -> int:
-        return task.rank if task.state == ASSIGNED and task.rank >= 0 else self._rank
+        return task.rank if task.state is ASSIGNED and task.rank >= 0 else self._rank
 
     # --- objects ----------------------------------------------------------------------------------
 
@@ -140,7 +140,7 @@ class Explain:
                 else "object whose task is over")
         if record is None:
             return f"{what}: freed"
-        if record.state == PENDING:
+        if record.state is PENDING:
             return f"{what}: not announced yet"
         extra = record.extra
         if extra is not None and not is_here(record):
@@ -156,8 +156,8 @@ class Explain:
             home = self._home_of(record.object_id)
             return f"an object of rank {home}" if home != self._rank else "an object"
         rank = self._executor(task)
-        where = "to" if task.state == ASSIGNED and rank != self._rank else "on"
-        state = "RUNNING" if task.state == ASSIGNED and where == "on" else _STATES[task.state]
+        where = "to" if task.state is ASSIGNED and rank != self._rank else "on"
+        state = "RUNNING" if task.state is ASSIGNED and where == "on" else _STATES[task.state]
         return f"{name_of(task.template)} ({state} {where} rank {rank})"
 
     # --- tasks ------------------------------------------------------------------------------------
@@ -168,13 +168,13 @@ class Explain:
 
     def _state(self, task: TaskRecord) -> str:
         here = f"on rank {self._rank}"
-        if task.state == WAITING or (task.missing and task.state == QUEUED):
+        if task.state is WAITING or (task.missing and task.state is QUEUED):
             return f"WAITING for {self._dependencies(task)}"
-        if task.state == FETCHING:
+        if task.state is FETCHING:
             return f"FETCHING {self._inputs(task)} to rank {self._rank}"
         if task.template.kind == METHOD:
             return self._call(task)
-        if task.state == RUNNING:
+        if task.state is RUNNING:
             worker = self._tables.workers.get(task.worker)
             if worker is None:
                 return f"RUNNING {here}"
@@ -189,7 +189,7 @@ class Explain:
         records = self._objects
         missing = [records[object_id]
                    for object_id in ids.split_ids(task.refs[: task.dep_count * 28])
-                   if object_id in records and records[object_id].state == PENDING]
+                   if object_id in records and records[object_id].state is PENDING]
         return words.listed([self._missing(record) for record in missing], 2) or "its arguments"
 
     def _inputs(self, task: TaskRecord) -> str:

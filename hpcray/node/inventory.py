@@ -429,7 +429,7 @@ class Inventory:
     # --- columns: tasks ---------------------------------------------------------------------------
 
     def _is_elsewhere(self, task: TaskRecord) -> bool:
-        return task.state == ASSIGNED and task.rank not in (-1, self._rank)
+        return task.state is ASSIGNED and task.rank not in (-1, self._rank)
 
     def task_state(self, task: TaskRecord) -> str:
         state = task.state
@@ -480,7 +480,7 @@ class Inventory:
 
     def task_error(self, task: TaskRecord) -> tuple[str | None, Any]:
         """(Ray's name for it, the message or the pickled exception)."""
-        if task.state != FAILED:
+        if task.state is not FAILED:
             return None, None
         _, error = self._failed.get(task.task_id, (task, b""))
         if not error or error[0] != values.FAILURE:
@@ -492,7 +492,7 @@ class Inventory:
 
     def task_age_ms(self, task: TaskRecord) -> float | None:
         """How long it has been running; a datagram's first task is known to the millisecond."""
-        if task.state != RUNNING or task.template.kind == METHOD or not self._is_running(task):
+        if task.state is not RUNNING or task.template.kind == METHOD or not self._is_running(task):
             return None
         worker = self._tables.workers[task.worker]
         return (self._tables.now_s - worker.sent_s) * 1000
@@ -518,7 +518,7 @@ class Inventory:
         if home.state is not ActorState.PENDING:
             return home.state.name
         task = self._tables.tasks.get(ids.creation_task_id(home.actor_id))
-        return ("DEPENDENCIES_UNREADY" if task is not None and task.state == WAITING
+        return ("DEPENDENCIES_UNREADY" if task is not None and task.state is WAITING
                 else "PENDING_CREATION")
 
     def actor_pid(self, home: ActorHome) -> int | None:

@@ -422,7 +422,7 @@ class Machine:
         # So do actors of ours: their place was chosen by loads that had changed by then.
         # There are few of either: a look at all that is queued would take milliseconds.
         if (any(queue.creation and queue.tasks for queue in self.dispatcher.queues.values())
-                or any(task.state == QUEUED for task in self.executor.guests.values())):
+                or any(task.state is QUEUED for task in self.executor.guests.values())):
             if self._foreign_since_s is None:
                 self._foreign_since_s = now_s
             elif now_s - self._foreign_since_s > _FOREIGN_WAIT_S:

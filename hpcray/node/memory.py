@@ -251,7 +251,7 @@ class NodeMemory:
                 if client is not None and (client.pins or located(client.held)):
                     return True
         for task in islice(self._tasks.values(), _LOOKED_AT):
-            elsewhere = task.state == ASSIGNED and task.rank not in (-1, self._tables.rank)
+            elsewhere = task.state is ASSIGNED and task.rank not in (-1, self._tables.rank)
             if (runs or elsewhere or task.state in (QUEUED, FETCHING)) and (
                     task.worker not in self.lent and located(ids.split_ids(task.refs))):
                 return True

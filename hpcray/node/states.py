@@ -5,6 +5,9 @@ cause. `move(record, edge)` is the only place that assigns a state:
 
     move(task, TASK_READY)      QUEUED now, if a task may become ready in the state it is in
 
+The few moves that every task makes have the two lines of `move` in place, for a call would cost as
+much again.
+
 A record remembers its last moves. They cost one field: records with the same past share one
 `Story`, a node in a tree of pasts that grows once for each new one, and that is also when an edge
 is checked. So an invalid move is found at once: `InvalidMoveError` says what came before.
@@ -57,7 +60,7 @@ class Story(dict[Edge, "Story"]):
 
     def __init__(self, table: Table, state: State, moves: tuple[Edge, ...]) -> None:
         self._table = table
-        self.state = state
+        self.state: Any = state  # of the record's own kind
         self.moves = moves
 
     def __missing__(self, edge: Edge) -> Story:

@@ -204,7 +204,7 @@ class Tasks:
         dep_count = task.dep_count
         for index, object_id in enumerate(ids.split_ids(task.refs)):
             record = directory.hold(object_id)
-            if index < dep_count and record.state == PENDING:
+            if index < dep_count and record.state is PENDING:
                 task.missing += 1
                 depend(task, record)
                 directory.want(record)
@@ -242,7 +242,8 @@ class Tasks:
 
     def ready(self, task: TaskRecord) -> None:
         """Every dependency exists somewhere: bind the task, or queue it for that."""
-        move(task, READY)
+        story = task.story = task.story[READY]  # move
+        task.state = story.state
         if (self._several or task.template.rank >= 0) and self.place(task):
             return
         self.enqueue(task)

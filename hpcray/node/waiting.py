@@ -155,7 +155,7 @@ class Waiting:
 
     @staticmethod
     def _first(tasks: Iterable[TaskRecord]) -> TaskRecord | None:
-        return next((t for t in tasks if t.state == QUEUED and not t.cancelled), None)
+        return next((t for t in tasks if t.state is QUEUED and not t.cancelled), None)
 
     # --- tasks and actors -------------------------------------------------------------------------
 
