@@ -29,7 +29,7 @@ class Route:
 
     def __init__(self, actor_id: bytes) -> None:
         self.actor_id = actor_id
-        self.state: RouteState = NEW_ROUTE.state  # type: ignore[assignment]
+        self.state: RouteState = NEW_ROUTE.state
         self.story: Story = NEW_ROUTE
         # What the home said last.
         self.rank = -1
@@ -64,7 +64,7 @@ class ActorHome:
         self.pid = 0  # of its worker
         self.name = message.name
         self.namespace = message.namespace
-        self.state: ActorState = NEW_ACTOR.state  # type: ignore[assignment]
+        self.state: ActorState = NEW_ACTOR.state
         self.story: Story = NEW_ACTOR
         self.rank = -1  # ALIVE: of its host
         self.incarnation = 0
